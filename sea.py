@@ -220,7 +220,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     order = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower index
     first_n = torch.arange(ranked.shape[-1], device=probs.device) < n.clamp(min=1)[..., None]
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, first_n.expand_as(order))
-    return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=width) & visible if group != "query" else keep & visible
+    return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=width) & visible
 
 
 # -- 3. from cells to keys ---------------------------------------------------------------------------------------------

@@ -1,0 +1,188 @@
+"""SEA inside Hugging Face models: attach, save, load.
+
+SEA enters through transformers' attention interface: a registered attention function and one `SEAttention`, named `sea`,
+on each attention module. No modelling code is copied, so every model whose attention goes through that interface works
+(OPT, GPT-2, BERT, Llama and their relatives).
+
+    model = AutoModelForCausalLM.from_pretrained("facebook/opt-125m", dtype=torch.float32)
+    attach(model, width=256, topk=64)
+    ...                                         # train, see distill.py
+    save(model, "student")
+    model = load("student")
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
+
+from sea import SEAConfig, SEAOutput, SEAttention
+
+
+@dataclass
+class Record:
+    """What one attention layer saw and gave in one forward pass: q (B, H, T, D), k (B, Hkv, S, D), out (B, H, T, D)."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    out: Tensor
+    sea: SEAOutput | None = None  # None in a teacher
+
+
+def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                  scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: (B, H, T, D) in, (B, T, H, D) out.
+
+    attention_mask is None or bool (B, S), False where padded: flash_attention_mask, registered below, makes it so.
+    """
+    if not hasattr(module, "sea"):
+        raise ValueError(f"model: expected SEA attached (convert.attach or convert.load), got a plain {type(module).__name__}")
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(f"sliding_window: expected None, SEA has no such mask, got {kwargs['sliding_window']}")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"past_key_values: expected none, since a KV cache holds no estimator state, got "
+                         f"{key.shape[2] - query.shape[2]} cached tokens; pass use_cache=False")
+    valid = None if attention_mask is None else attention_mask.bool()
+    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling)
+    _record(module, query, key, scaling, sea.out, sea)
+    return sea.out.transpose(1, 2).contiguous(), None
+
+
+def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                      scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, which also records what a student learns from."""
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    _record(module, query, key, scaling, out.transpose(1, 2))
+    return out, None
+
+
+AttentionInterface.register("sea", sea_attention)
+AttentionInterface.register("sea_teacher", teacher_attention)
+# Without a mask function of its own an attention function never hears of padding.
+AttentionMaskInterface.register("sea", flash_attention_mask)
+AttentionMaskInterface.register("sea_teacher", sdpa_mask)
+
+
+def _record(module, q, k, scale, out, sea=None) -> None:
+    if getattr(module, "sea_records", None) is not None:
+        module.sea_records.append(Record(q, k, q.shape[-1] ** -0.5 if scale is None else scale, out, sea))
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[list[Record]]:
+    """Collect a Record from each attention layer, in the order they run. `model` runs "sea" or "sea_teacher" attention."""
+    records, modules = [], attention_modules(model)
+    for module in modules:
+        module.sea_records = records
+    try:
+        yield records
+    finally:
+        for module in modules:
+            module.sea_records = None
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of a transformers model: they alone say whether they are causal."""
+    return [m for m in model.modules() if hasattr(m, "is_causal")]
+
+
+def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
+    """Give each attention layer of `model` a SEAttention, in place, and switch the model to it.
+
+    options: fields of sea.SEAConfig; heads, head size, causality and the longest sequence come from the model. Load the
+    model first: new weights keep the initialisation of SEAttention. Raises ValueError if the model has no attention of
+    the kind that the attention interface serves.
+    """
+    modules = attention_modules(model)
+    if not modules:
+        raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
+    text = model.config.get_text_config()
+    n_head = text.num_attention_heads
+    shape = dict(n_head=n_head, d_head=getattr(text, "head_dim", None) or text.hidden_size // n_head,
+                 n_kv_head=getattr(text, "num_key_value_heads", None), max_positions=text.max_position_embeddings)
+    for i, module in enumerate(modules):
+        if getattr(module, "is_cross_attention", False):
+            raise ValueError(f"model: expected self-attention only, got cross-attention in {type(module).__name__}")
+        config = SEAConfig(**{**shape, "causal": bool(module.is_causal), "seed": i, **options})
+        weight = next(module.parameters())
+        module.sea = SEAttention(config).to(weight.device, weight.dtype)
+    model.config.sea = options
+    model.set_attn_implementation("sea")
+    return model
+
+
+def set_topk(model: PreTrainedModel, topk: int) -> None:
+    """Change the number of keys per query and head, of any trained student (the paper's dynamic k)."""
+    model.config.sea = {**model.config.sea, "topk": topk}
+    for module in attention_modules(model):
+        module.sea.config = dataclasses.replace(module.sea.config, topk=topk)
+
+
+def sea_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights that `attach` added."""
+    return [name for name, _ in model.named_parameters() if ".sea." in name]
+
+
+def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> None:
+    """Write config.json and model.safetensors, and the tokenizer's files, in place of `folder` if it exists.
+
+    Everything is written beside it and then renamed, so a kill leaves the old model or the new one; between the two
+    renames the old one's name is `folder`.old.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"folder: expected a new folder or a saved model, got {folder}, which holds something else")
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model that `save` wrote, SEA included, in eval mode. dtype: as saved by default.
+
+    transformers' own from_pretrained would drop the SEA weights with no more than a warning. Raises ValueError if
+    `folder` is not such a model or lacks weights.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise ValueError(f"folder: expected a model saved by convert.save, got {folder}, which has no config.json")
+    config = AutoConfig.from_pretrained(folder)
+    options = getattr(config, "sea", None)
+    if options is None:
+        raise ValueError(f"folder: expected a model with SEA, got a plain {config.model_type} in {folder}")
+    model = getattr(transformers, config.architectures[0])(config).to(config.dtype)
+    attach(model, **options)
+    missing = set(model.state_dict())
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors = load_file(file)
+        missing -= tensors.keys()
+        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"folder: expected the weights of {type(model).__name__}, got {unexpected[:3]} in {file}")
+    model.tie_weights()
+    missing -= set(model.all_tied_weights_keys)
+    if missing:
+        raise ValueError(f"folder: expected all weights, got none for {sorted(missing)[:3]} in {folder}")
+    if (Path(folder) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(dtype or config.dtype).eval()

@@ -1,0 +1,508 @@
+"""Distil SEA into a pretrained causal language model.
+
+    python distill.py                        no download, no GPU: trains a tiny OPT on Python's own documentation, then
+                                             distils SEA, and the Performer as a control, from it in a few minutes
+    python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
+    python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
+    python distill.py --model DIR --load OUT/sea --eval-only --topk 32  measure a saved student
+
+Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, and a figure of one head.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+import convert
+import sea
+
+HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
+METHODS = ("sea", "performer", "dense")
+
+# What differs between the two jobs. "paper": section 4 and appendix of the paper. "tiny": found by trying, for 2 CPU cores.
+DEFAULTS = {
+    "paper": dict(steps=10_000, batch=32, seq_len=2048, width=256, topk=64, lr=2e-6, lr_new=1e-4, schedule="constant",
+                  eval_every=500),
+    "tiny": dict(steps=200, batch=8, seq_len=256, width=64, topk=16, lr=3e-4, lr_new=3e-3, schedule="linear",
+                 eval_every=100),
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder (none: train a tiny OPT)")
+    add("--data", help="training text file, UTF-8; documents are separated by three newlines (none: WikiText-2 with "
+        "--model, else Python's documentation)")
+    add("--valid-data", help="validation text file (none: the validation split, or the last tenth of --data)")
+    add("--method", nargs="+", choices=METHODS, help="students to train, one after the other (none: sea, and performer "
+        "too without --model)")
+    add("--load", help="start from this saved student instead of a fresh one")
+    add("--eval-only", action="store_true", help="measure, do not train")
+    add("--out", default="out", help="folder for students, log.jsonl and figures")
+    note = "(none: {} with --model, {} without)"
+    for name, kind, text in (
+        ("steps", int, "optimizer steps"),
+        ("batch", int, "sequences a step"),
+        ("seq-len", int, "tokens a sequence"),
+        ("width", int, "cells of an estimated attention row"),
+        ("topk", int, "keys per query and head, on average"),
+        ("lr", float, "peak learning rate of pretrained weights"),
+        ("lr-new", float, "peak learning rate of new weights"),
+        ("schedule", str, "learning rate over time: constant, or linear decay to 0"),
+        ("eval-every", int, "steps from one evaluation and save to the next"),
+    ):
+        defaults = (DEFAULTS[job][name.replace("-", "_")] for job in ("paper", "tiny"))
+        choices = ("constant", "linear") if name == "schedule" else None
+        add(f"--{name}", type=kind, choices=choices, help=f"{text} {note.format(*defaults)}")
+    add("--micro-batch", type=int, help="sequences in memory at once (none: all of --batch)")
+    add("--query-stride", type=int, default=1, help="estimate every r-th query only")
+    add("--nbf", type=float, default=8, help="random features are D ln D / nbf")
+    add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
+    add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--eval-windows", type=int, help="validation windows to use (none: all)")
+    add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher")
+    add("--seed", type=int, default=0, help="of weights and data order")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 autocast on cuda")
+    args = p.parse_args(argv)
+    if args.eval_only and not args.load:
+        p.error("--eval-only: expected --load DIR with it, the student to measure")
+    if args.load and args.method:
+        p.error("--method: expected none with --load, which brings its own")
+    job = "paper" if args.model else "tiny"
+    for name, value in DEFAULTS[job].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("steps", "batch", "seq_len", "width", "topk", "eval_every", "query_stride", "micro_batch", "eval_windows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
+    args.micro_batch = min(args.micro_batch or args.batch, args.batch)
+    if args.batch % args.micro_batch:
+        p.error(f"--micro-batch: expected a divisor of --batch {args.batch}, got {args.micro_batch}")
+    args.method = args.method or (["sea"] if args.model else ["sea", "performer"])
+    return args
+
+
+# -- data and teacher --------------------------------------------------------------------------------------------------
+
+
+def hub(what: str, instead: str, load):
+    """Run `load`, which may need the network; say in one sentence what was missing and what to give instead."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
+    print(f"loading {what}", flush=True)
+    try:
+        return load()
+    except (OSError, ConnectionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        sys.exit(f"distill.py needed {what} and could not get it ({reason}); {instead}.")
+
+
+def load_texts(args) -> tuple[list[str], list[str]]:
+    """Training and validation documents."""
+    if args.data:
+        documents = Path(args.data).read_text(encoding="utf-8").split("\n\n\n")
+    elif args.model:
+        def wikitext():
+            from datasets import load_dataset  # here, since --data does without
+
+            return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+        splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
+                     "give a text file with --data FILE instead", wikitext)
+        # The paper's protocol: lines joined by blank lines, one stream, validation split.
+        return ["\n\n".join(splits["train"]["text"])], ["\n\n".join(splits["validation"]["text"])]
+    else:
+        from pydoc_data.topics import topics  # ships with every Python, differs a little from version to version
+
+        documents = [topics[name] for name in sorted(topics)]
+    if args.valid_data:
+        return documents, Path(args.valid_data).read_text(encoding="utf-8").split("\n\n\n")
+    total, size = sum(map(len, documents)), 0
+    for i, document in enumerate(documents):  # the last tenth, to the nearest document
+        size += len(document)
+        if size >= 0.9 * total and i + 1 < len(documents):
+            return documents[: i + 1], documents[i + 1 :]
+    cut = int(0.9 * len(documents[-1]))  # one huge last document: cut it
+    return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
+
+
+def tokenize(documents: list[str], tokenizer) -> Tensor:
+    """One stream of token ids, an end-of-text token before each document if there are several."""
+    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
+    start = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
+    return torch.tensor([i for document in ids for i in start + document])
+
+
+def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
+    """Windows without overlap, remainder dropped: (n, seq_len)."""
+    n = len(tokens) // seq_len
+    if n == 0:
+        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
+    return tokens[: n * seq_len].view(n, seq_len)[:most]
+
+
+def tiny_tokenizer(documents: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    from tokenizers import ByteLevelBPETokenizer  # transformers brings it
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=["</s>", "<pad>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+
+
+def train_teacher(args, tokenizer, tokens: Tensor, log) -> OPTForCausalLM:
+    """A tiny OPT, trained from scratch: 3 layers, 3 heads of 32.
+
+    It starts from wide weights and sinusoidal positions, since from OPT's own start (std 0.02, random positions) so short
+    a training learns little attention: replacing all attention by a running mean then costs 3 % of perplexity, not 100 %.
+    """
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=96, word_embed_proj_dim=96, num_hidden_layers=3, ffn_dim=384,
+                       num_attention_heads=3, max_position_embeddings=args.seq_len, dropout=0.0, bos_token_id=0,
+                       eos_token_id=0, pad_token_id=1, init_std=0.06)
+    model = OPTForCausalLM(config).to(args.device)
+    position = model.get_decoder().embed_positions.weight.data
+    phase = torch.arange(len(position))[:, None] * 1000 ** -torch.linspace(0, 1, 48)
+    position.copy_(0.1 * torch.cat([phase.sin(), phase.cos()], dim=1))
+    optimizer = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1)
+    data, clock = Batches(tokens, args.seq_len, 4, args.seed), Clock()
+    for step in range(1, args.teacher_steps + 1):
+        lr = min(1.0, step / 50) * linear(step, args.teacher_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr
+        x = data.next().to(args.device)
+        with autocast(args):
+            loss = model(x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        clock.tick(x.numel())
+        log.step("teacher", step, args.teacher_steps, loss.item(), {"ce": loss.item()}, 3e-3 * lr, clock)
+    return model
+
+
+def load_teacher(args):
+    """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32: checkpoints are often half precision."""
+    name = HUB.get(args.model, args.model)
+    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+    instead = "give a local folder with --model DIR instead"
+    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
+    return hub(what, instead, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)), tokenizer
+
+
+class Batches:
+    """Random windows of a token stream, in an order that the seed fixes."""
+
+    def __init__(self, tokens: Tensor, seq_len: int, batch: int, seed: int):
+        windows(tokens, seq_len)
+        self.tokens, self.seq_len, self.batch = tokens, seq_len, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> Tensor:
+        starts = torch.randint(len(self.tokens) - self.seq_len + 1, (self.batch, 1), generator=self.generator)
+        return self.tokens[starts + torch.arange(self.seq_len)]
+
+
+# -- losses, section 6 of the method -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """loss = ce*CE + hidden*MSE(hidden states) + logits*KL(logits) + mean over layers of (estimate + score*... + context)."""
+
+    ce: float = 0.1
+    hidden: float = 5.0
+    logits: float = 0.2
+    score: float = 1.0
+
+
+def distillation_losses(student, teacher, x: Tensor, weights: Weights) -> dict[str, Tensor]:
+    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T)."""
+    with torch.no_grad(), convert.record(teacher) as teachers:
+        target = teacher(x, output_hidden_states=True, use_cache=False)
+    with convert.record(student) as students:
+        output = student(x, labels=x, output_hidden_states=True, use_cache=False)
+    hidden = [F.mse_loss(s.float(), t.float()) for s, t in zip(output.hidden_states, target.hidden_states)]
+    log_p, log_q = (logits.float().log_softmax(-1).flatten(0, 1) for logits in (target.logits, output.logits))
+    terms = {
+        "ce": weights.ce * output.loss,
+        "hidden": weights.hidden * torch.stack(hidden).mean(),
+        "kd": weights.logits * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"),
+    }
+    layers = [layer_losses(s, t, weights.score) for s, t in zip(students, teachers, strict=True)]
+    return terms | {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+
+
+def layer_losses(student: convert.Record, teacher: convert.Record, score_weight: float) -> dict[str, Tensor]:
+    terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
+    T = student.q.shape[2]
+    seen = torch.arange(1, T + 1, device=student.q.device).expand(len(student.q), T)
+    if score_weight:
+        # Scales may differ: OPT scales q before attention, so each record brings its own.
+        terms["score"] = score_weight * sea.score_loss(student.q * student.scale, student.k, teacher.q * teacher.scale,
+                                                       teacher.k, seen, 1.0)
+    if student.sea is not None and student.sea.scores is not None:
+        pooled = sea.pool_attention(teacher.q, teacher.k, seen, student.sea.scores.shape[-1], teacher.scale)
+        terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
+    return terms
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexity(model, data: Tensor, args) -> float:
+    """exp of the mean negative log likelihood; each window predicts all its tokens but the first."""
+    model.eval()
+    total = 0.0
+    for x in data.split(args.micro_batch):
+        with autocast(args):
+            total += model(x.to(args.device), labels=x.to(args.device), use_cache=False).loss.item() * len(x)
+    return math.exp(total / len(data))
+
+
+@torch.no_grad()
+def keys_per_query(model, data: Tensor, args) -> float:
+    """Mean keys that a query attends to, over layers, heads and the queries of one window."""
+    with autocast(args), convert.record(model) as records:
+        model(data[:1].to(args.device), use_cache=False)
+    if records[0].sea is None or records[0].sea.cells is None:
+        return (data.shape[1] + 1) / 2
+    counts = [(r.sea.mask * sea.keys_per_cell(r.sea.seen, r.sea.mask.shape[-1])[:, None]).sum(-1) for r in records]
+    return torch.stack(counts).float().mean().item()
+
+
+@torch.no_grad()
+def draw(student, teacher, x: Tensor, path: Path, args) -> None:
+    """Teacher attention, estimate and selected cells of one head, for one sequence x (T,): the head SEA estimates most of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with autocast(args), convert.record(teacher) as teachers, convert.record(student) as students:
+        for model in (teacher, student):
+            model(x[None].to(args.device), use_cache=False)
+    T = len(x)
+    layer = len(students) // 2
+    s, t = students[layer], teachers[layer]
+    seen = torch.arange(1, T + 1, device=t.q.device)[None]
+    log_a, visible = sea.dense_scores(t.q, t.k, seen, t.scale)
+    attention = (log_a.exp() * visible)[0].cpu()  # (H, T, T)
+    estimate = sea.spread_to_keys(s.sea.probs / sea.keys_per_cell(seen, s.sea.probs.shape[-1])[:, None].clamp(min=1), seen, T, 0.0)
+    estimate = (estimate / estimate.sum(-1, keepdim=True))[0].cpu()
+    kept = sea.expand_mask(s.sea.mask, seen, T)[0].cpu()
+    # The head whose attention reaches farthest back: the diagonal ones are all alike.
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    head = (attention * distance).sum((1, 2)).argmax().item()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for axis, image, title in zip(axes[:2], (attention, estimate), ("teacher", "SEA's estimate")):
+        shown = image[head].clamp(min=1e-4).log10().masked_fill(distance < 0, float("nan"))
+        bar = axis.imshow(shown.numpy(), cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+        axis.set_title(title)
+    figure.colorbar(bar, ax=axes[:2], label="log10 attention", shrink=0.85)
+    axes[2].imshow(kept[head].float().masked_fill(distance < 0, float("nan")).numpy(), cmap="gray_r", interpolation="nearest")
+    axes[2].set_title(f"keys attended: {kept[head].sum(-1).float().mean():.0f} a query, of {(T + 1) / 2:.0f}")
+    for axis in axes:
+        axis.set(xlabel="key", ylabel="query")
+    figure.suptitle(f"layer {layer}, head {head}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def autocast(args):
+    return torch.autocast("cuda", torch.bfloat16) if args.device.startswith("cuda") else contextlib.nullcontext()
+
+
+def linear(step: int, steps: int) -> float:
+    return 1 - (step - 1) / steps
+
+
+def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW in four groups: pretrained or new weights, with decay or, for biases and norms, without."""
+    new, groups = set(convert.sea_parameters(model)), {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW([dict(params=params, lr=lr_new if is_new else lr, peak=lr_new if is_new else lr,
+                                   weight_decay=weight_decay if decays else 0.0)
+                              for (is_new, decays), params in groups.items()], betas=(0.9, 0.95))
+
+
+class Clock:
+    """Milliseconds a step and tokens a second; the first 10 steps, which warm up, do not count, nor does paused time."""
+
+    def __init__(self, skip: int = 10):
+        self.skip, self.steps, self.tokens, self.seconds, self.last = skip, 0, 0, 0.0, time.perf_counter()
+        self.step_seconds = 0.0
+
+    def tick(self, tokens: int) -> None:
+        now = time.perf_counter()
+        self.step_seconds, self.last = now - self.last, now
+        self.skip -= 1
+        if self.skip < 0:
+            self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + self.step_seconds
+
+    def resume(self) -> None:
+        self.last = time.perf_counter()
+
+
+class Log:
+    """Lines for people on standard output, the same records for programs in log.jsonl."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("a", encoding="utf-8")
+
+    def record(self, **fields) -> None:
+        self.file.write(json.dumps(fields) + "\n")
+        self.file.flush()
+
+    def step(self, name: str, step: int, steps: int, loss: float, terms: dict[str, float], lr: float, clock: Clock) -> None:
+        speed = eta = ""
+        if clock.steps:
+            rate = clock.tokens / clock.seconds
+            speed, eta = f" | {rate:,.0f} tok/s", f" | eta {(steps - step) * clock.seconds / clock.steps / 60:.1f}m"
+        parts = " + ".join(f"{key} {value:.3g}" for key, value in terms.items())
+        print(f"{name} step {step:05d}/{steps:05d} ({100 * step // steps}%) | loss {loss:.3f} = {parts} | lr {lr:.2g} | "
+              f"{1000 * clock.step_seconds:.0f} ms{speed}{eta}", flush=True)
+        self.record(name=name, step=step, loss=loss, terms=terms, lr=lr, ms=1000 * clock.step_seconds)
+
+
+def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_ppl: float, args, log: Log, save) -> float:
+    """Distil `teacher` into `student`; returns the final validation perplexity. save(): keeps the student."""
+    optimizer = make_optimizer(student, args.lr, args.lr_new, args.weight_decay)
+    data, clock = Batches(tokens, args.seq_len, args.micro_batch, args.seed), Clock()
+    features = torch.Generator().manual_seed(args.seed)
+    accumulate = args.batch // args.micro_batch
+    for step in range(1, args.steps + 1):
+        student.train()
+        factor = linear(step, args.steps) if args.schedule == "linear" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        if name != "dense" and args.redraw_every and step % args.redraw_every == 0:
+            for module in convert.attention_modules(student):
+                module.sea.redraw_features(features)
+        sums = {}
+        for _ in range(accumulate):
+            with autocast(args):
+                terms = distillation_losses(student, teacher, data.next().to(args.device), Weights(score=args.score_weight))
+            (sum(terms.values()) / accumulate).backward()
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0.0) + value.item() / accumulate
+        loss = sum(sums.values())
+        if not math.isfinite(loss):
+            sys.exit(f"{name} step {step}: the loss is not finite: {sums}")
+        torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick(args.batch * args.seq_len)
+        log.step(name, step, args.steps, loss, sums, args.lr_new * factor, clock)
+        if step % args.eval_every == 0 or step == args.steps:
+            ppl = perplexity(student, valid, args)
+            save()
+            print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {teacher_ppl:.2f}) | saved", flush=True)
+            log.record(name=name, step=step, ppl=ppl)
+            clock.resume()
+    return ppl
+
+
+def peak_memory(args) -> float:
+    """GiB: of the GPU's allocator since the last reset, or of the process since its start."""
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse(argv)
+    began = time.perf_counter()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "log.jsonl")
+    command = " ".join(["python", "distill.py", *(sys.argv[1:] if argv is None else argv)])
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{command}\n{versions}\n{device}")
+    transformers.utils.logging.disable_progress_bar()  # logs are files
+    torch.manual_seed(args.seed)
+
+    if args.model:
+        teacher, tokenizer = load_teacher(args)
+        train_texts, valid_texts = load_texts(args)
+    else:
+        train_texts, valid_texts = load_texts(args)
+        tokenizer = tiny_tokenizer(train_texts)
+    tokens, valid = tokenize(train_texts, tokenizer), windows(tokenize(valid_texts, tokenizer), args.seq_len, args.eval_windows)
+    if not args.model:
+        teacher = train_teacher(args, tokenizer, tokens, log)
+        convert.save(teacher, out / "teacher", tokenizer)
+    longest = teacher.config.max_position_embeddings
+    if args.seq_len > longest:
+        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {args.seq_len}")
+    teacher.to(args.device).eval().requires_grad_(False)
+    teacher.set_attn_implementation("sea_teacher")
+    teacher_ppl = perplexity(teacher, valid, args)
+    size = sum(p.numel() for p in teacher.parameters())
+    print(f"teacher {size / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} windows of {args.seq_len}, "
+          f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
+    log.record(command=command, versions=versions, device=device, args=vars(args), parameters=size, teacher_ppl=teacher_ppl)
+    table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
+
+    for name in [Path(args.load).name] if args.load else args.method:
+        start = time.perf_counter()
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        if args.load:
+            student = convert.load(args.load, dtype=torch.float32)
+            convert.set_topk(student, args.topk)
+        else:
+            torch.manual_seed(args.seed)
+            student = type(teacher)(teacher.config.__class__.from_dict(teacher.config.to_dict()))
+            student.load_state_dict(teacher.state_dict())
+            student.set_attn_implementation("sea_teacher")  # "dense" stays so
+            if name != "dense":
+                convert.attach(student, width=args.width, topk=args.topk, nbf=args.nbf, method=name,
+                               query_stride=args.query_stride if name == "sea" else 1)
+        student.to(args.device)
+        before = perplexity(student, valid, args)
+        kind = "dense" if student.config._attn_implementation != "sea" else convert.attention_modules(student)[0].sea.config.method
+        if kind != "dense":
+            table.append((f"{name} before" if not args.eval_only else name, before, keys_per_query(student, valid, args), None, None))
+        after = before
+        if not args.eval_only:
+            after = train(name, student, teacher, tokens, valid, teacher_ppl, args, log,
+                          save=lambda: convert.save(student, out / name, tokenizer))
+            table.append((f"{name} after", after, keys_per_query(student, valid, args), time.perf_counter() - start, peak_memory(args)))
+        if kind == "sea":
+            draw(student, teacher, valid[0], out / f"{name}.png", args)
+        results |= {f"{name} before": before, name: after}
+
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
+    for name, ppl, keys, seconds, memory in table:
+        cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
+        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
+    total = time.perf_counter() - began
+    print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
+    log.record(results=results, seconds=total)
+    return results
+
+
+if __name__ == "__main__":
+    main()

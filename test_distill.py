@@ -1,0 +1,304 @@
+"""The main job end to end, on models and texts that take seconds: convert.py, distill.py, and the README's own code."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM, OPTConfig, OPTForCausalLM)
+
+import convert
+import distill
+import sea
+
+VOCAB, SEQ = 64, 24
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    """A random model of each family that the attention interface serves, and the odd shapes of OPT."""
+    torch.manual_seed(0)
+    opt = dict(vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+               max_position_embeddings=SEQ, dropout=0.0, init_std=0.3)
+    shape = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=SEQ, initializer_range=0.3)
+    models = {
+        "opt": lambda: OPTForCausalLM(OPTConfig(**opt)),
+        "opt-350m": lambda: OPTForCausalLM(OPTConfig(**{**opt, "word_embed_proj_dim": 8, "do_layer_norm_before": False})),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=SEQ,
+                                                   initializer_range=0.3, bos_token_id=0, eos_token_id=0)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)),
+        "bert": lambda: BertModel(BertConfig(**shape)),
+    }
+    return models[kind]().eval()
+
+
+MODELS = ("opt", "opt-350m", "gpt2", "llama", "bert")
+
+
+def tokens(batch: int = 2, n: int = SEQ) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (batch, n), generator=torch.Generator().manual_seed(1))
+
+
+# -- convert.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@torch.no_grad()
+def test_full_mask_and_open_gates_is_the_model_itself(kind, padding):
+    """Scale, heads, causality and padding reach SEA as they reach SDPA."""
+    model, x = tiny(kind), tokens()
+    mask = torch.ones_like(x)
+    if padding != "none":
+        mask[0, :7] = 0
+        mask = mask.flip(1) if padding == "right" else mask
+    if kind == "gpt2":  # it counts positions from the first column, padding or not
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        run = lambda: model(x, attention_mask=mask, position_ids=position)[0]
+    else:
+        run = lambda: model(x, attention_mask=mask)[0]
+    expected = run()
+    convert.attach(model, width=8, topk=SEQ)
+    for module in convert.attention_modules(model):
+        module.sea.gate.bias.fill_(60.0)
+    valid = mask.bool()
+    torch.testing.assert_close(run()[valid], expected[valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_saved_student_reloads_to_the_same_logits(kind, tmp_path):
+    model, x = convert.attach(tiny(kind), width=8, topk=3), tokens()
+    for parameter in model.parameters():  # not what a fresh SEA would start from
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.tie_weights()
+    convert.save(model, tmp_path / "student")
+    convert.save(model, tmp_path / "student")  # in place of itself
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    loaded = convert.load(tmp_path / "student")
+    assert torch.equal(loaded(x)[0], model(x)[0])
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_load_refuses_what_is_not_a_whole_student(tmp_path):
+    with pytest.raises(ValueError, match="^folder: expected a model saved by convert.save, got .*nowhere"):
+        convert.load(tmp_path / "nowhere")
+    tiny("opt").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="^folder: expected a model with SEA, got a plain opt"):
+        convert.load(tmp_path / "plain")
+    convert.save(convert.attach(tiny("opt"), width=8), tmp_path / "student")
+    tiny("opt").save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").rename(tmp_path / "student/model.safetensors")
+    with pytest.raises(ValueError, match="^folder: expected all weights, got none for .*sea"):
+        convert.load(tmp_path / "student")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(ValueError, match="^folder: expected a new folder or a saved model"):
+        convert.save(tiny("opt"), tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.tex").exists()
+
+
+def test_what_sea_cannot_serve_is_refused():
+    model, x = tiny("opt"), tokens()
+    model.set_attn_implementation("sea")
+    with pytest.raises(ValueError, match="^model: expected SEA attached"):
+        model(x)
+    convert.attach(model, width=8)
+    with pytest.raises(ValueError, match="^past_key_values: expected none.*use_cache=False"):
+        model.generate(x[:, :4], max_new_tokens=3)
+    with pytest.raises(ValueError, match="^attention_mask: expected 2 dimensions"):
+        convert.attach(tiny("llama"), width=8)(x, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
+    with pytest.raises(ValueError, match="^model: expected self-attention modules"):
+        convert.attach(torch.nn.Linear(2, 2))
+
+
+def test_generate_without_a_cache_is_greedy_recomputation():
+    model, x = convert.attach(tiny("opt"), width=8, topk=3), tokens(n=5)
+    out = model.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    for _ in range(4):
+        x = torch.cat([x, model(x).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, x)
+
+
+def test_set_topk_reaches_every_layer_and_survives_saving(tmp_path):
+    model, x = convert.attach(tiny("opt"), width=8, topk=2), tokens()
+    few = model(x).logits
+    convert.set_topk(model, 9)
+    assert not torch.equal(model(x).logits, few)
+    convert.save(model, tmp_path / "student")
+    assert {m.sea.config.topk for m in convert.attention_modules(convert.load(tmp_path / "student"))} == {9}
+
+
+# -- distill.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a saved OPT, its tokenizer, and texts: what a user's own model looks like."""
+    folder = tmp_path_factory.mktemp("home")
+    text = "\n\n\n".join(f"The {a} {b} jumps over the {c} dog." for a in ("quick", "slow") for b in ("red", "brown") for c in ("lazy", "old"))
+    (folder / "text.txt").write_text(text * 20, encoding="utf-8")
+    tokenizer = distill.tiny_tokenizer([text], vocab_size=300)
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2,
+                       num_attention_heads=2, max_position_embeddings=32, dropout=0.0, init_std=0.3)
+    torch.manual_seed(0)
+    convert.save(OPTForCausalLM(config).half(), folder / "teacher", tokenizer)  # as the real OPT is stored
+    return folder
+
+
+SMALL = ["--seq-len", "16", "--batch", "4", "--width", "8", "--topk", "4", "--device", "cpu"]
+
+
+def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
+    """Every method trains; the student, the log and the figure are there; --eval-only --load measures the same again."""
+    own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL]
+    out = tmp_path / "out"
+    results = distill.main([*own, "--out", str(out), "--steps", "4", "--micro-batch", "2", "--eval-every", "2", "--lr", "1e-3",
+                            "--lr-new", "1e-2", "--method", "sea", "performer", "dense"])
+    printed = capsys.readouterr().out
+    assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
+    for line in ("sea step 00004/00004 (100%) | loss ", "sea after", "performer after", "dense after", "keys/query"):
+        assert line in printed
+    losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for record in losses:
+        if "terms" in record:
+            assert math.isclose(record["loss"], sum(record["terms"].values()))
+    assert {"ce", "hidden", "kd", "context", "score", "estimate"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
+    assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
+
+    again = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--out", str(tmp_path / "eval")])
+    assert math.isclose(again["sea"], results["sea"], rel_tol=1e-5)
+    more = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--topk", "16", "--out", str(tmp_path / "eval")])
+    assert more["sea"] != results["sea"]
+    dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)  # a plain model again
+    assert math.isfinite(dense(tokens(n=8)).logits.sum().item())
+
+
+def test_no_argument_trains_its_own_teacher(tmp_path):
+    """The default job in small: the real OPT, a BPE trained on the spot, Python's own documentation."""
+    results = distill.main(["--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert set(results) == {"teacher", "sea before", "sea", "performer before", "performer"}
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")) is OPTForCausalLM
+    assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
+
+
+def student_and_teacher():
+    teacher = tiny("opt").requires_grad_(False)
+    teacher.set_attn_implementation("sea_teacher")
+    return convert.attach(tiny("opt"), width=8, topk=4), teacher
+
+
+def test_distillation_lowers_every_term():
+    student, teacher = student_and_teacher()
+    optimizer, x = distill.make_optimizer(student, 1e-3, 1e-2, 0.01), tokens(8)
+    first = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0))
+    for _ in range(60):
+        terms = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0))
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+    # Two random models are close in their own scores from the start, so that this term may only stay small.
+    for name in ("hidden", "kd", "context", "estimate"):
+        assert terms[name] < first[name], name
+
+
+def test_every_new_weight_learns():
+    student, teacher = student_and_teacher()
+    sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights()).values()).backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        if ".position" not in name:  # positions past the sequence have no gradient; the others are checked as one
+            assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
+
+
+def test_a_student_that_is_the_teacher_has_only_the_label_loss():
+    teacher = tiny("opt")
+    teacher.set_attn_implementation("sea_teacher")
+    terms = distill.distillation_losses(teacher, teacher, tokens(), distill.Weights())
+    assert terms.pop("ce") > 0
+    assert all(abs(value.item()) < 1e-6 for value in terms.values()), terms
+
+
+@torch.no_grad()
+def test_perplexity_is_of_windows_without_overlap(home):
+    args = distill.parse(SMALL)
+    model = tiny("opt")
+    data = distill.windows(torch.arange(2, 61), 16)
+    assert data.shape == (3, 16)  # the remainder is dropped
+    nll = [torch.nn.functional.cross_entropy(model(w[None]).logits[0, :-1], w[1:]) for w in data]
+    assert math.isclose(distill.perplexity(model, data, args), math.exp(torch.stack(nll).mean()), rel_tol=1e-5)
+
+
+def test_optimizer_groups():
+    student, _ = student_and_teacher()
+    names = {id(p): n for n, p in student.named_parameters()}
+    groups = distill.make_optimizer(student, 1e-5, 1e-3, 0.01).param_groups
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["peak"] == (1e-3 if ".sea." in names[id(parameter)] else 1e-5)
+            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
+
+
+def test_model_names_mean_the_hub(monkeypatch, tmp_path):
+    """`--model opt-125m` asks the hub for facebook/opt-125m; without it, one sentence says what to give instead."""
+    asked = []
+
+    def offline(name, **_):
+        asked.append(name)
+        raise OSError("We couldn't connect to the hub\nand a long explanation")
+
+    monkeypatch.setattr(distill.AutoTokenizer, "from_pretrained", offline)
+    for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "someone/model"):
+        with pytest.raises(SystemExit, match=f"needed the model .*{name}.*couldn't connect to the hub\\); give a local folder with --model DIR"):
+            distill.main(["--model", name, "--device", "cpu", "--out", str(tmp_path)])
+    assert asked == ["facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b", "facebook/opt-2.7b", "someone/model"]
+
+
+def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="an ordinary dependency, absent on some GPU images")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(SystemExit, match="needed the dataset Salesforce/wikitext .*no network.*--data FILE"):
+        distill.main(["--model", str(home / "teacher"), *SMALL, "--out", str(tmp_path)])
+
+
+def test_the_papers_defaults():
+    args = distill.parse(["--model", "opt-125m"])
+    assert (args.steps, args.batch, args.seq_len, args.width, args.topk, args.lr, args.lr_new) == (10_000, 32, 2048, 256, 64, 2e-6, 1e-4)
+    assert args.schedule == "constant" and args.weight_decay == 0.01 and args.method == ["sea"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--eval-only"], "--eval-only: expected --load"),
+    (["--topk", "0"], "--topk: expected an integer >= 1, got 0"),
+    (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of --batch 6, got 4"),
+    (["--load", "x", "--method", "sea"], "--method: expected none with --load"),
+])
+def test_bad_options_name_the_option(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        distill.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
+    with pytest.raises(SystemExit, match="--seq-len: expected at most the model's 32 positions, got 33"):
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--seq-len", "33", "--out", str(tmp_path)])
+
+
+def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(sea, "score_loss", lambda *_, **__: torch.tensor(math.nan))
+    with pytest.raises(SystemExit, match="sea step 1: the loss is not finite: .*'score': nan"):
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
+
+
+# -- README.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

@@ -1,0 +1,661 @@
+"""The specification of sea.py, as laws. Each law draws sizes, builds tensors from a seed, and compares in float64."""
+
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sea
+from sea import SEAConfig, SEAttention
+
+CLOSE = dict(rtol=1e-9, atol=1e-9)
+
+
+@dataclass
+class Case:
+    """One layer and its input, as numbers. `tokens` is the valid length of each sequence of the batch."""
+
+    causal: bool
+    stride: int
+    tokens: list[int]
+    n_kv_head: int
+    heads_per_kv: int
+    d_head: int
+    width: int
+    topk: int
+    group: str
+    seed: int
+
+    def config(self, **changes) -> SEAConfig:
+        fields = dict(n_head=self.n_kv_head * self.heads_per_kv, n_kv_head=self.n_kv_head, d_head=self.d_head, width=self.width,
+                      topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99)
+        return SEAConfig(**{**fields, **changes})
+
+    def layer(self, **changes) -> SEAttention:
+        torch.manual_seed(self.seed)
+        layer = SEAttention(self.config(**changes)).double()
+        for parameter in layer.parameters():  # gates and norms start as constants, which would hide their bugs
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        return layer
+
+    def qkv(self, n_tokens: int | None = None) -> list[torch.Tensor]:
+        """q (B, H, T, D); k, v (B, Hkv, T, D), T the longest sequence."""
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = (self.n_kv_head * self.heads_per_kv, self.n_kv_head, self.n_kv_head)
+        return [torch.randn(len(self.tokens), h, n_tokens or max(self.tokens), self.d_head, generator=generator,
+                            dtype=torch.float64) for h in heads]
+
+
+@st.composite
+def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2):
+    causal = draw(causal)
+    return Case(
+        causal=causal,
+        stride=draw(st.integers(1, 5)) if causal else 1,
+        tokens=draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=max_batch)),
+        n_kv_head=draw(st.integers(1, 2)),
+        heads_per_kv=draw(st.integers(1, 3)),
+        d_head=draw(st.integers(2, 5)),
+        width=draw(st.integers(1, 24)),
+        topk=draw(st.integers(1, 8)),
+        group=draw(st.sampled_from(sea.GROUPS[:2] if causal else sea.GROUPS)),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+causal_cases = cases(causal=st.just(True))
+
+
+def open_gates(layer: SEAttention, bias: float = 60.0) -> SEAttention:
+    """sigmoid(60) is 1 in float64."""
+    layer.gate.weight.data.zero_()
+    layer.gate.bias.data.fill_(bias)
+    return layer
+
+
+def seen_by(case: Case) -> torch.Tensor:
+    """(B, T) keys that each query sees, 0 past the end of a sequence."""
+    n = torch.tensor(case.tokens)[:, None]
+    i = torch.arange(max(case.tokens))
+    return torch.where(i < n, i + 1 if case.causal else n, 0)
+
+
+def dense_attention(q, k, v, seen):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    visible = torch.arange(k.shape[2]) < seen[:, None, :, None]
+    probs = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+    return probs @ v
+
+
+# -- causality, streaming, padding -------------------------------------------------------------------------------------
+
+
+@given(causal_cases, st.data())
+def test_past_ignores_future(case, data):
+    """Perturb all later tokens of q, k and v: the estimate, the choice and the output before them stay the same bits."""
+    layer, (q, k, v) = case.layer(), case.qkv()
+    T = q.shape[2]
+    cut = data.draw(st.integers(1, T), label="first perturbed token")
+    before = layer(q, k, v)
+    perturbed = [torch.cat([x[:, :, :cut], 3 + 5 * torch.randn_like(x[:, :, cut:])], 2) for x in (q, k, v)]
+    after = layer(*perturbed)
+    for name in ("probs", "mask", "out"):
+        assert torch.equal(getattr(before, name)[:, :, :cut], getattr(after, name)[:, :, :cut]), name
+
+
+@given(causal_cases, st.data())
+def test_later_tokens_matter(case, data):
+    """The law above could not fail if the output ignored its input: the perturbed token itself must change it."""
+    case = replace(case, tokens=[max(2, max(case.tokens))])
+    layer, (q, k, v) = case.layer(), case.qkv()
+    before = layer(q, k, v).out
+    after = layer(q, k, torch.cat([v[:, :, :-1], v[:, :, -1:] + 1], 2)).out
+    assert not torch.equal(before[:, :, -1], after[:, :, -1])
+
+
+def split_and_run(layer, q, k, v, valid, cuts, kv_cached):
+    state, outs = None, []
+    for lo, hi in itertools.pairwise([0, *sorted(cuts), q.shape[2]]):
+        first = 0 if kv_cached else lo
+        result = layer(q[:, :, lo:hi], k[:, :, first:hi], v[:, :, first:hi], state=state, kv_cached=kv_cached,
+                       valid=None if valid is None else valid[:, first:hi])
+        state = result.state
+        outs.append(result)
+    return outs
+
+
+@given(causal_cases, st.booleans(), st.booleans(), st.sampled_from(["sea", "performer"]), st.data())
+def test_any_split_is_one_call(case, kv_cached, padded, method, data):
+    """Chunks of any sizes, one token included, with any padding, at any query stride, give what one call gives."""
+    if method == "performer":
+        case = replace(case, stride=1)
+    layer, (q, k, v) = case.layer(method=method), case.qkv()
+    T = q.shape[2]
+    cuts = data.draw(st.sets(st.integers(1, T - 1)) if T > 1 else st.just(set()), label="cuts")
+    valid = None
+    if padded:
+        valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(q) * T, max_size=len(q) * T))).view(len(q), T)
+    whole = layer(q, k, v, valid=valid)
+    parts = split_and_run(layer, q, k, v, valid, cuts, kv_cached)
+    torch.testing.assert_close(torch.cat([p.out for p in parts], 2), whole.out, **CLOSE)
+    if method == "sea":
+        assert torch.equal(torch.cat([p.mask for p in parts], 2), whole.mask)
+    torch.testing.assert_close(parts[-1].state.sums, whole.state.sums, **CLOSE)
+    assert torch.equal(parts[-1].state.count, whole.state.count)
+
+
+@given(cases(), st.data())
+def test_padded_batch_is_each_sequence_alone(case, data):
+    """Padding on either side, and holes between, contribute nothing anywhere; padded queries get zeros."""
+    layer, T = case.layer(), max(case.tokens) + data.draw(st.integers(0, 4), label="all-padding columns")
+    q, k, v = case.qkv(T)
+    valid = torch.zeros(len(q), T, dtype=torch.bool)
+    for b, n in enumerate(case.tokens):
+        side = data.draw(st.sampled_from(["right", "left", "anywhere"]))
+        places = {"right": range(n), "left": range(T - n, T)}.get(side) or data.draw(
+            st.lists(st.integers(0, T - 1), min_size=n, max_size=n, unique=True))
+        valid[b, list(places)] = True
+    padded = layer(q, k, v, valid=valid)
+    for b in range(len(q)):
+        alone = layer(*(x[b : b + 1, :, valid[b]] for x in (q, k, v)))
+        torch.testing.assert_close(padded.out[b, :, valid[b]], alone.out[0], **CLOSE)
+        assert torch.equal(padded.mask[b, :, valid[b]], alone.mask[0])
+        assert not padded.out[b, :, ~valid[b]].any() and not padded.mask[b, :, ~valid[b]].any()
+
+
+@given(cases())
+def test_all_padding_gives_zeros_and_finite_gradients(case):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    q.requires_grad_()
+    out = layer(q, k, v, valid=torch.zeros(len(q), q.shape[2], dtype=torch.bool)).out
+    out.sum().backward()
+    assert not out.any() and q.grad.isfinite().all()
+
+
+@given(causal_cases)
+def test_state_follows_beam_search(case):
+    case = replace(case, tokens=[max(2, case.tokens[0])] * 2)
+    layer, (q, k, v) = case.layer(), case.qkv()
+    index = torch.tensor([1, 1, 0])
+    state = layer(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1]).state.index_select(index)
+    last = layer(*(x[index][:, :, -1:] for x in (q, k, v)), state=state).out
+    torch.testing.assert_close(last, layer(q, k, v).out[index][:, :, -1:], **CLOSE)
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@given(cases())
+def test_full_mask_and_open_gates_is_dense_attention(case):
+    layer, (q, k, v) = open_gates(case.layer()), case.qkv()
+    n = q.shape[2]
+    seen = torch.arange(1, n + 1).expand(len(q), n) if case.causal else torch.full((len(q), n), n)
+    torch.testing.assert_close(layer(q, k, v, topk=n).out, dense_attention(q, k, v, seen), **CLOSE)
+
+
+@given(cases(), st.booleans())
+def test_equal_keys_give_the_mean_of_the_values(case, gates_open):
+    """With equal keys attention is the mean of the values seen; with closed gates the causal average is that mean as well."""
+    case = case if gates_open else replace(case, causal=True, group="query")
+    layer, (q, k, v) = open_gates(case.layer(), 60.0 if gates_open else -60.0), case.qkv()
+    n = q.shape[2]
+    out = layer(q, k[:, :, :1].expand_as(k), v, topk=n).out
+    mean = v.cumsum(2) / torch.arange(1, n + 1)[:, None] if case.causal else v.mean(2, keepdim=True).expand_as(v)
+    torch.testing.assert_close(out, sea.repeat_heads(mean, q.shape[1]), **CLOSE)
+
+
+@given(cases(causal=st.just(False)))
+def test_bidirectional_average_is_a_weighted_mean(case):
+    """Closed gates: every query gets sum_j w_j v_j, w the mean estimated row spread to keys, summing to 1."""
+    layer, (q, k, v) = open_gates(case.layer(), -60.0), case.qkv()
+    result = layer(q, k, v)
+    cell = [sea.cell_of_key(j, q.shape[2], case.width) for j in range(q.shape[2])]
+    w = result.probs.mean(2)[:, :, cell]
+    expected = (w / w.sum(-1, keepdim=True))[:, :, None] @ sea.repeat_heads(v, q.shape[1])
+    torch.testing.assert_close(result.out, expected.expand_as(q), **CLOSE)
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_permuting_the_batch_permutes_the_output(case, random):
+    case = replace(case, tokens=case.tokens[:1] * 3)
+    layer, (q, k, v) = case.layer(), case.qkv()
+    order = torch.tensor(random.sample(range(3), 3))
+    torch.testing.assert_close(layer(q[order], k[order], v[order]).out, layer(q, k, v).out[order], **CLOSE)
+
+
+@given(cases())
+def test_grouped_query_is_repeated_heads(case):
+    grouped, (q, k, v) = case.layer(), case.qkv()
+    repeated = SEAttention(case.config(n_kv_head=None)).double()
+    repeated.load_state_dict(grouped.state_dict())
+    torch.testing.assert_close(grouped(q, k, v).out,
+                               repeated(q, *(x.repeat_interleave(case.heads_per_kv, 1) for x in (k, v))).out, **CLOSE)
+
+
+@given(cases())
+def test_scaling_q_is_scaling_the_softmax(case):
+    """Some models scale q before attention and pass softmax_scale 1: the same output, estimate included."""
+    layer, (q, k, v) = case.layer(), case.qkv()
+    torch.testing.assert_close(layer(q * case.d_head**-0.5, k, v, softmax_scale=1.0).out, layer(q, k, v).out, **CLOSE)
+
+
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_every_dtype_runs_and_keeps_its_dtype(case, dtype):
+    """Fully kept and with open gates, low precision is as close to float64 as its rounding allows."""
+    layer, (q, k, v) = open_gates(case.layer()), case.qkv()
+    expected = layer(q, k, v, topk=q.shape[2]).out
+    out = layer.to(dtype)(*(x.to(dtype) for x in (q, k, v)), topk=q.shape[2]).out
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * (1 + v.abs().max().item()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@given(cases(), st.booleans())
+def test_gpu_is_cpu(case, padded):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    valid = seen_by(case) > 0 if padded else None
+    expected = layer(q, k, v, valid=valid)
+    result = layer.cuda()(q.cuda(), k.cuda(), v.cuda(), valid=None if valid is None else valid.cuda())
+    torch.testing.assert_close(result.out.cpu(), expected.out, **CLOSE)
+    assert torch.equal(result.mask.cpu(), expected.mask)
+
+
+@given(causal_cases)
+def test_autocast_keeps_sums_in_fp32(case):
+    layer, (q, k, v) = case.layer().float(), [x.bfloat16() for x in case.qkv()]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = layer(q, k, v)
+    assert result.out.dtype == torch.bfloat16 and result.probs.dtype == result.state.sums.dtype == torch.float32
+    exact = layer.double()(*(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(result.state.sums.double(), exact.state.sums, rtol=1e-4, atol=1e-4)
+
+
+# -- 1. linear attention and its features ------------------------------------------------------------------------------
+
+
+@given(causal_cases, st.integers(1, 9))
+def test_chunked_linear_attention_is_quadratic(case, chunk):
+    generator = torch.Generator().manual_seed(case.seed)
+    rand = lambda h, n, e: torch.rand(2, h, n, e, generator=generator, dtype=torch.float64)
+    H, n_keys = case.n_kv_head * case.heads_per_kv, case.tokens[0]
+    n_rows = -(-n_keys // case.stride)
+    q, k, v = rand(H, n_rows, 3), rand(case.n_kv_head, n_keys, 3), rand(case.n_kv_head, n_keys, 4)
+    context, sums = sea.linear_attention(q, k, v, stride=case.stride, chunk=chunk)
+    weights = q @ sea.repeat_heads(k, H).mT
+    weights = weights * (torch.arange(n_keys) < (torch.arange(n_rows)[:, None] + 1) * case.stride)
+    expected = weights @ sea.repeat_heads(v, H) / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(context, expected, **CLOSE)
+    torch.testing.assert_close(sums, k.mT @ F.pad(v, (0, 1), value=1.0), **CLOSE)
+
+
+@given(cases())
+def test_all_keys_linear_attention_is_the_last_causal_row(case):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    q_feat, k_feat = (sea.relu_features(x, layer.projection) for x in (q, k))
+    causal, _ = sea.linear_attention(q_feat, k_feat, v)
+    full, _ = sea.linear_attention(q_feat, k_feat, v, causal=False)
+    torch.testing.assert_close(full[:, :, -1], causal[:, :, -1], **CLOSE)
+
+
+def test_softmax_features_approximate_softmax_attention():
+    """FAVOR+ is unbiased: many features come close to exp(q k), and more come closer."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 50, 4, dtype=torch.float64) / 2 for _ in range(3))
+    expected, keep = (q @ k.mT).softmax(-1) @ v, torch.ones(1, 1, 50, 1, dtype=torch.bool)
+    errors = []
+    for m in (16, 4096):
+        w = sea.orthogonal_features(4, m, torch.Generator().manual_seed(0))
+        c, _ = sea.linear_attention(sea.softmax_features(q, w), sea.softmax_features(k, w, keep), v, causal=False)
+        errors.append((c - expected).abs().mean().item())
+    assert errors[1] < 0.1 and errors[1] < errors[0] / 2
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 99))
+def test_features_are_orthogonal_in_blocks(d, m, seed):
+    w = sea.orthogonal_features(d, m, torch.Generator().manual_seed(seed))
+    assert w.shape == (d, m)
+    gram = (w / w.norm(dim=0)).T @ (w / w.norm(dim=0))
+    for i in range(0, m, d):
+        block = gram[i : i + d, i : i + d]
+        torch.testing.assert_close(block, torch.eye(len(block)), rtol=0, atol=1e-5)
+
+
+def test_redrawn_features_differ_and_follow_the_seed():
+    layer = SEAttention(SEAConfig(n_head=2, d_head=8))
+    first = layer.projection.clone()
+    layer.redraw_features(torch.Generator().manual_seed(7))
+    second = layer.projection.clone()
+    layer.redraw_features(torch.Generator().manual_seed(7))
+    assert not torch.equal(first, second) and torch.equal(second, layer.projection)
+    assert "projection" in layer.state_dict() and not layer.projection.requires_grad
+
+
+@given(st.integers(1, 30), st.integers(2, 9))
+def test_interpolated_identity_is_linear_interpolation(t, d):
+    """Row r of t sits at x = r*(D-1)/(t-1): weight 1-frac at floor(x), frac at floor(x)+1."""
+    rows = sea.interpolated_identity(torch.tensor([t]), t, d)[0]
+    for r in range(t):
+        x = r * (d - 1) / (t - 1) if t > 1 else 0.0
+        expected = torch.zeros(d + 1)
+        expected[math.floor(x)], expected[math.floor(x) + 1] = 1 - x % 1, x % 1
+        torch.testing.assert_close(rows[r], expected[:d], rtol=0, atol=1e-5)
+
+
+# -- 2. grouped top-k --------------------------------------------------------------------------------------------------
+
+
+def brute_force_topk(probs, seen, topk, group):
+    """Section 2 of the method, one comparison at a time."""
+    B, H, T, width = probs.shape
+    rounded = lambda a, b: (2 * a + b) // (2 * b)
+    keep = torch.zeros(probs.shape, dtype=torch.bool)
+
+    def rank(b, cells, n):
+        best = sorted(cells, key=lambda c: (-probs[(b, *c)].item(), c))  # ties to the lower (head, row, cell)
+        for c in best[: min(max(n, 1), len(cells))]:
+            keep[(b, *c)] = True
+
+    for b in range(B):
+        rows = [i for i in range(T) if seen[b, i] > 0]
+        if group == "causal_batch":
+            for i in rows:
+                rank(b, [(h, i, p) for h in range(H) for p in range(width)], rounded(H * topk * width, seen[b, i].item()))
+        if group == "query":
+            for h, i in itertools.product(range(H), rows):
+                rank(b, [(h, i, p) for p in range(width)], rounded(topk * width, seen[b, i].item()))
+        if group == "head" and rows:
+            for h in range(H):
+                rank(b, [(h, i, p) for i in rows for p in range(width)], topk * width)
+        if group == "batch" and rows:
+            rank(b, [(h, i, p) for h in range(H) for i in rows for p in range(width)], H * topk * width)
+    return keep
+
+
+@given(cases(max_tokens=7), st.integers(1, 4))
+def test_topk_is_brute_force_ties_included(case, levels):
+    """Probabilities of few levels tie often."""
+    torch.manual_seed(case.seed)
+    H = case.n_kv_head * case.heads_per_kv
+    probs = torch.randint(levels, (len(case.tokens), H, max(case.tokens), case.width)).double() / levels
+    seen = seen_by(case) * (1 + case.seed % 7 if case.causal else 1)  # budgets of long sequences too
+    mask = sea.topk_mask(probs, seen, case.topk, case.group)
+    assert torch.equal(mask, brute_force_topk(probs, seen, case.topk, case.group))
+
+
+@pytest.mark.parametrize("group", sea.GROUPS)
+def test_budget_is_topk_keys_per_query_and_head(group):
+    """Within 2 % once t is large, or half a cell where the budget of one head and query is rounded to whole cells."""
+    torch.manual_seed(0)
+    H, width, topk = 8, 64, 40
+    for t in (800, 1600):
+        T = t if group in ("head", "batch") else 100  # those two rank all t rows of a sequence
+        seen = torch.full((1, T), t)
+        probs = torch.randn(1, H, T, width).softmax(-1)
+        mask = sea.topk_mask(probs, seen, topk, group)
+        keys = (mask * sea.keys_per_cell(seen, width)[:, None]).sum(-1).float().mean().item()
+        # A single head rounds to whole cells, of t/width keys.
+        assert abs(keys / topk - 1) <= (0.02 if group != "query" else t / width / 2 / topk)
+
+
+@given(cases())
+def test_early_queries_keep_every_cell(case):
+    case = replace(case, group="query")
+    torch.manual_seed(case.seed)
+    probs = torch.rand(1, case.n_kv_head, case.topk, case.width)
+    assert sea.topk_mask(probs, torch.arange(1, case.topk + 1)[None], case.topk, "query").all()
+
+
+@given(causal_cases, st.integers(1, 30))
+def test_topk_of_a_call_overrides_the_config(case, topk):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    other = SEAttention(case.config(topk=topk)).double()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(q, k, v, topk=topk).out, other(q, k, v).out)
+
+
+@given(causal_cases)
+def test_queries_between_rows_reuse_the_row_before(case):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    result = layer(q, k, v)
+    for i in range(q.shape[2]):
+        assert torch.equal(result.mask[:, :, i], result.mask[:, :, i - i % case.stride])
+        assert torch.equal(result.probs[:, :, i], result.probs[:, :, i - i % case.stride])
+    assert result.scores.shape[2] == -(-q.shape[2] // case.stride)
+
+
+# -- 3. cells and keys -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2**21), st.integers(1, 2048), st.data())
+def test_cells_partition_the_keys(seen, width, data):
+    p = data.draw(st.integers(0, width - 1))
+    lo, hi = (sea.first_key_of_cell(x, seen, width) for x in (p, p + 1))
+    assert sea.first_key_of_cell(0, seen, width) == 0 and sea.first_key_of_cell(width, seen, width) == seen
+    assert 0 <= lo <= hi <= seen
+    for j in {lo, hi - 1} if lo < hi else ():
+        assert sea.cell_of_key(j, seen, width) == p
+    j = data.draw(st.integers(0, seen - 1))
+    cell = sea.cell_of_key(torch.tensor(j, dtype=torch.int32), torch.tensor(seen, dtype=torch.int32), width)
+    assert cell == sea.cell_of_key(j, seen, width)  # int32 input does not overflow
+    assert sea.first_key_of_cell(cell, seen, width) <= j < sea.first_key_of_cell(cell + 1, seen, width)
+
+
+@given(st.integers(1, 2048), st.integers(1, 512))
+def test_cells_agree_with_the_papers_float_formula(seen, width):
+    j = torch.arange(seen)
+    assert torch.equal(sea.cell_of_key(j, seen, width), ((j + 0.5).double() / seen * width - 1e-4).floor().long())
+
+
+@given(cases(max_tokens=40))
+def test_expand_mask_is_cell_of_key(case):
+    torch.manual_seed(case.seed)
+    seen = seen_by(case)
+    mask = torch.rand(len(seen), 2, seen.shape[1], case.width) < 0.4
+    expanded = sea.expand_mask(mask, seen, seen.shape[1] + 3)
+    for b, i, j in itertools.product(*map(range, (len(seen), seen.shape[1], seen.shape[1] + 3))):
+        t = seen[b, i].item()
+        expected = mask[b, :, i, sea.cell_of_key(j, t, case.width)] if j < t else torch.zeros(2, dtype=torch.bool)
+        assert torch.equal(expanded[b, :, i, j], expected)
+    assert torch.equal(expanded.sum(-1), (mask * sea.keys_per_cell(seen, case.width)[:, None]).sum(-1))
+
+
+# -- 4. sparse attention -----------------------------------------------------------------------------------------------
+
+
+@given(cases(max_tokens=12), st.floats(0, 1), st.integers(1, 13))
+def test_sparse_attention_is_softmax_over_the_keys_kept(case, density, block):
+    """Key by key; a query whose cells hold no key gives zeros; blocks of queries change nothing."""
+    torch.manual_seed(case.seed)
+    (q, k, v), seen = case.qkv(), seen_by(case)
+    mask = torch.rand(*q.shape[:3], case.width) < density
+    out = sea.sparse_attention(q, k, v, mask, seen, block=block)
+    keep = sea.expand_mask(mask, seen, k.shape[2])
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        keys = keep[b, h, i].nonzero().flatten()
+        kv = h // case.heads_per_kv
+        expected = torch.zeros(case.d_head, dtype=torch.float64)
+        if len(keys):
+            expected = (k[b, kv, keys] @ q[b, h, i] * case.d_head**-0.5).softmax(0) @ v[b, kv, keys]
+        torch.testing.assert_close(out[b, h, i], expected, **CLOSE)
+
+
+@given(cases())
+def test_an_empty_row_gives_zeros(case):
+    (q, k, v), seen = case.qkv(), seen_by(case)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = sea.sparse_attention(q, k, v, torch.zeros(*q.shape[:3], case.width, dtype=torch.bool), seen)
+    out.sum().backward()
+    assert not out.any() and not any(x.grad.any() for x in (q, k, v))
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+@given(cases(max_tokens=6, max_batch=1))
+def test_gradients_of_sparse_attention(case):
+    torch.manual_seed(case.seed)
+    q, k, v = (x.requires_grad_() for x in case.qkv())
+    mask = torch.rand(*q.shape[:3], case.width) < 0.5
+    assert torch.autograd.gradcheck(lambda *x: sea.sparse_attention(*x, mask, seen_by(case)), (q, k, v))
+
+
+def test_gradients_of_a_layer():
+    """Through the estimator, the gates and the average, causal and not, at a point where no choice of cells is close."""
+    for causal, stride in ((True, 1), (True, 2), (False, 1)):
+        case = Case(causal, stride, [5], 1, 2, 2, 4, 2, "query", seed=1)
+        layer = case.layer()
+        q, k, v = (x.requires_grad_() for x in case.qkv())
+
+        def outputs(q, k, v, *parameters):
+            result = torch.func.functional_call(layer, dict(zip(names, parameters)), (q, k, v))
+            return result.out, result.scores
+
+        names, parameters = zip(*layer.named_parameters())
+        assert torch.autograd.gradcheck(outputs, (q, k, v, *parameters))
+
+
+# -- 6. distillation ---------------------------------------------------------------------------------------------------
+
+
+def dense_kl_mse(teacher, student, seen, n_keys, kl_weight=0.1):
+    """0.1 * KL(A || a) + MSE(a, A) from dense (B, H, T, S) probabilities, over the queries that see a key."""
+    there = (seen > 0)[:, None, :].expand(teacher.shape[:3])
+    kl = torch.where(teacher > 0, teacher * (teacher.clamp(min=1e-300).log() - student.clamp(min=1e-300).log()), 0).sum(-1)
+    return ((kl_weight * kl + (student - teacher).square().sum(-1) / n_keys)[there]).mean()
+
+
+def dense_probs(q, k, seen):
+    visible = torch.arange(k.shape[2]) < seen[:, None, :, None]
+    scores = q @ sea.repeat_heads(k, q.shape[1]).mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+
+
+@given(cases(), st.integers(1, 21), st.integers(0, 3))
+def test_estimate_loss_is_the_dense_loss(case, block, extra_keys):
+    """Value and gradient, without a T x S tensor, also where cells hold no key or queries share rows."""
+    (q, k, _), seen = case.qkv(), seen_by(case)
+    k = F.pad(k, (0, 0, 0, extra_keys))
+    T = q.shape[2]
+    row = (torch.arange(T) // case.stride).expand(len(q), T)
+    scores = 3 * torch.randn(len(q), q.shape[1], row.max() + 1, case.width, dtype=torch.float64)
+    scores.requires_grad_()
+    pooled = sea.pool_attention(q, k, seen, case.width, block=block)
+    loss = sea.estimate_loss(scores, pooled, seen, row=row)
+    to_keys = sea.spread_to_keys(scores[:, :, row[0]], seen, k.shape[2], -torch.inf)
+    expected = dense_kl_mse(dense_probs(q, k, seen), to_keys.softmax(-1).nan_to_num(), seen, k.shape[2])
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(*(torch.autograd.grad(x, scores)[0] for x in (loss, expected)), **CLOSE)
+
+
+@given(cases())
+def test_pooled_attention_is_the_sum_over_each_cell(case):
+    (q, k, _), seen = case.qkv(), seen_by(case)
+    pooled, a = sea.pool_attention(q, k, seen, case.width), dense_probs(q, k, seen)
+    for p in range(case.width):
+        only_p = torch.zeros(*q.shape[:3], case.width, dtype=torch.bool)
+        only_p[..., p] = True
+        torch.testing.assert_close(pooled.cells[..., p], (a * sea.expand_mask(only_p, seen, k.shape[2])).sum(-1), **CLOSE)
+
+
+@given(cases(), st.integers(1, 21))
+def test_score_loss_is_the_dense_loss(case, block):
+    (q, k, _), (teacher_q, teacher_k, _) = case.qkv(), replace(case, seed=case.seed + 1).qkv()
+    seen = seen_by(case)
+    q.requires_grad_(), k.requires_grad_()
+    loss = sea.score_loss(q, k, teacher_q, teacher_k, seen, block=block)
+    expected = dense_kl_mse(dense_probs(teacher_q, teacher_k, seen), dense_probs(q, k, seen), seen, k.shape[2])
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for x in (q, k):
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, retain_graph=True)[0] for y in (loss, expected)), **CLOSE)
+
+
+@given(cases())
+def test_a_perfect_student_has_no_loss(case):
+    (q, k, _), seen = case.qkv(), seen_by(case)
+    assert abs(sea.score_loss(q, k, q, k, seen).item()) < 1e-12
+
+
+# -- the public face ---------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_torch_and_einops_only():
+    code = "import sys; before = set(sys.modules); import torch, einops; base = set(sys.modules); import sea; " \
+           "print(*sorted({m.split('.')[0] for m in set(sys.modules) - base} - set(sys.stdlib_module_names)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) <= {"sea", "torch", "einops"}
+
+
+GOOD = dict(n_head=4, n_kv_head=2, d_head=8, width=8, topk=2, max_positions=16)
+
+
+@pytest.mark.parametrize("change, argument, expected, got", [
+    (dict(width=0), "width", ">= 1", "0"),
+    (dict(topk=0), "topk", ">= 1", "0"),
+    (dict(topk=1.5), "topk", "integer", "1.5"),
+    (dict(n_kv_head=3), "n_kv_head", "divisor of n_head = 4", "3"),
+    (dict(n_head=0), "n_head", ">= 1", "0"),
+    (dict(group="rows"), "group", "causal_batch", "rows"),
+    (dict(group="batch"), "group", "when causal", "batch"),
+    (dict(method="flash"), "method", "performer", "flash"),
+    (dict(query_stride=2, causal=False), "query_stride", "1 unless causal", "2"),
+    (dict(nbf=0), "nbf", "> 0", "0"),
+])
+def test_bad_config_names_the_argument(change, argument, expected, got):
+    with pytest.raises(ValueError, match=f"^{argument}: expected .*") as error:
+        SEAConfig(**{**GOOD, **change})
+    left, right = str(error.value).split(", got ")
+    assert expected in left and got in right
+
+
+@pytest.mark.parametrize("argument, expected, got, call", [
+    ("q", "4 heads", "2", lambda a, q, k, v: a(q[:, :2], k, v)),
+    ("q", "head size 8", "4", lambda a, q, k, v: a(q[..., :4], k[..., :4], v[..., :4])),
+    ("q", "(B, heads, tokens, D)", "(4, 6, 8)", lambda a, q, k, v: a(q[0], k, v)),
+    ("q", "at least one token", "(2, 4, 0, 8)", lambda a, q, k, v: a(q[:, :, :0], k, v)),
+    ("q", "floating-point", "int64", lambda a, q, k, v: a(q.long(), k, v)),
+    ("k", "float32 as q", "float64", lambda a, q, k, v: a(q, k.double(), v)),
+    ("k", "2 key/value heads", "1", lambda a, q, k, v: a(q, k[:, :1], v[:, :1])),
+    ("k", "batch of 2", "1", lambda a, q, k, v: a(q, k[:1], v[:1])),
+    ("v", "as k", "(2, 2, 5, 8)", lambda a, q, k, v: a(q, k, v[:, :, 1:])),
+    ("k", "the 5 tokens of q", "6", lambda a, q, k, v: a(q[:, :, 1:], k, v)),
+    ("state", "state of the 1 tokens before", "None", lambda a, q, k, v: a(q[:, :, 1:], k, v, kv_cached=True)),
+    ("valid", "bool", "torch.int64", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 6, dtype=torch.long))),
+    ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
+    ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
+    ("k", "max_positions = 16", "18", lambda a, q, k, v: a(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))),
+    ("k", "max_positions = 16", "18", lambda a, q, k, v: a(q, k, v, state=a(q, k, v, state=a(q, k, v).state).state)),
+    ("state", "batch of 1", "(2,)", lambda a, q, k, v: a(q[:1], k[:1], v[:1], state=a(q, k, v).state)),
+    ("state", "carries the KV cache", "without",
+     lambda a, q, k, v: a(q, k, v, state=a(q, k, v, kv_cached=True).state)),
+    ("mask", "(B, H, R, width)", "(2, 3, 6, 8)",
+     lambda a, q, k, v: sea.sparse_attention(q, k, v, torch.ones(2, 3, 6, 8, dtype=torch.bool), torch.ones(2, 6).long())),
+    ("mask", "6 rows", "5",
+     lambda a, q, k, v: sea.sparse_attention(q, k, v, torch.ones(2, 4, 5, 8, dtype=torch.bool), torch.ones(2, 6).long())),
+    ("seen", "(2, 6)", "(1, 6)", lambda a, q, k, v: sea.topk_mask(torch.rand(2, 4, 6, 8), torch.ones(1, 6).long(), 3)),
+    ("group", "causal_batch", "'row'",
+     lambda a, q, k, v: sea.topk_mask(torch.rand(2, 4, 6, 8), torch.ones(2, 6).long(), 3, "row")),
+])
+def test_bad_input_names_the_argument(argument, expected, got, call):
+    layer = SEAttention(SEAConfig(**GOOD))
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    with pytest.raises(ValueError, match=f"^{argument}: expected ") as error:
+        call(layer, q, k, v)
+    left, right = str(error.value).split(", got ")
+    assert expected in left and got in right
+
+
+def test_bidirectional_refuses_a_state():
+    layer = SEAttention(SEAConfig(**{**GOOD, "causal": False}))
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    state = SEAttention(SEAConfig(**GOOD))(q, k, v).state
+    with pytest.raises(ValueError, match="^state: expected None when bidirectional"):
+        layer(q, k, v, state=state)
+    assert layer(q, k, v).state is None
