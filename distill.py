@@ -11,6 +11,7 @@ Prints one line a step, writes the same records to OUT/log.jsonl, each student t
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -37,8 +38,8 @@ METHODS = ("sea", "performer", "dense")
 DEFAULTS = {
     "paper": dict(steps=10_000, batch=32, seq_len=2048, width=256, topk=64, lr=2e-6, lr_new=1e-4, schedule="constant",
                   eval_every=500),
-    "tiny": dict(steps=200, batch=8, seq_len=256, width=64, topk=16, lr=3e-4, lr_new=3e-3, schedule="linear",
-                 eval_every=100),
+    "tiny": dict(steps=120, batch=8, seq_len=256, width=64, topk=16, lr=5e-4, lr_new=1e-2, schedule="linear",
+                 eval_every=60),
 }
 
 
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--method: expected none with --load, which brings its own")
     job = "paper" if args.model else "tiny"
     for name, value in DEFAULTS[job].items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (name == "topk" and args.load):  # a saved student has its own
             setattr(args, name, value)
     for name in ("steps", "batch", "seq_len", "width", "topk", "eval_every", "query_stride", "micro_batch", "eval_windows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -471,12 +472,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats()
         if args.load:
             student = convert.load(args.load, dtype=torch.float32)
-            convert.set_topk(student, args.topk)
+            if args.topk is not None:
+                convert.set_topk(student, args.topk)
         else:
             torch.manual_seed(args.seed)
-            student = type(teacher)(teacher.config.__class__.from_dict(teacher.config.to_dict()))
-            student.load_state_dict(teacher.state_dict())
-            student.set_attn_implementation("sea_teacher")  # "dense" stays so
+            student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
                 convert.attach(student, width=args.width, topk=args.topk, nbf=args.nbf, method=name,
                                query_stride=args.query_stride if name == "sea" else 1)

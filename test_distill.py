@@ -149,14 +149,14 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = ["--seq-len", "16", "--batch", "4", "--width", "8", "--topk", "4", "--device", "cpu"]
+SMALL = ["--seq-len", "16", "--batch", "2", "--width", "8", "--topk", "4", "--device", "cpu"]
 
 
 def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     """Every method trains; the student, the log and the figure are there; --eval-only --load measures the same again."""
     own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL]
     out = tmp_path / "out"
-    results = distill.main([*own, "--out", str(out), "--steps", "4", "--micro-batch", "2", "--eval-every", "2", "--lr", "1e-3",
+    results = distill.main([*own, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--lr", "1e-3",
                             "--lr-new", "1e-2", "--method", "sea", "performer", "dense"])
     printed = capsys.readouterr().out
     assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
@@ -169,6 +169,7 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     assert {"ce", "hidden", "kd", "context", "score", "estimate"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
     assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
 
+    own.remove("--topk"), own.remove("4")  # a saved student has its own
     again = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--out", str(tmp_path / "eval")])
     assert math.isclose(again["sea"], results["sea"], rel_tol=1e-5)
     more = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--topk", "16", "--out", str(tmp_path / "eval")])
