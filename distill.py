@@ -290,7 +290,8 @@ def keys_per_query(model, data: Tensor, args) -> float:
 
 @torch.no_grad()
 def draw(student, teacher, x: Tensor, path: Path, args) -> None:
-    """Teacher attention, estimate and selected cells of one head, for one sequence x (T,): the head SEA estimates most of."""
+    """Teacher attention, SEA's estimate and the keys attended, for one sequence x (T,) and one head: the median one by the
+    share of the teacher's attention that the keys attended hold, neither the best nor the worst."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -299,26 +300,26 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     with autocast(args), convert.record(teacher) as teachers, convert.record(student) as students:
         for model in (teacher, student):
             model(x[None].to(args.device), use_cache=False)
-    T = len(x)
-    layer = len(students) // 2
-    s, t = students[layer], teachers[layer]
-    seen = torch.arange(1, T + 1, device=t.q.device)[None]
-    log_a, visible = sea.dense_scores(t.q, t.k, seen, t.scale)
-    attention = (log_a.exp() * visible)[0].cpu()  # (H, T, T)
-    estimate = sea.spread_to_keys(s.sea.probs / sea.keys_per_cell(seen, s.sea.probs.shape[-1])[:, None].clamp(min=1), seen, T, 0.0)
-    estimate = (estimate / estimate.sum(-1, keepdim=True))[0].cpu()
-    kept = sea.expand_mask(s.sea.mask, seen, T)[0].cpu()
-    # The head whose attention reaches farthest back: the diagonal ones are all alike.
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    head = (attention * distance).sum((1, 2)).argmax().item()
+    T, H = len(x), teachers[0].q.shape[1]
+    seen = torch.arange(1, T + 1, device=args.device)[None]
+    kept = torch.cat([sea.expand_mask(s.sea.mask, seen, T)[0] for s in students])  # (layers*H, T, T)
+    attention = torch.cat([sea.dense_scores(t.q, t.k, seen, t.scale)[0][0].exp().tril() for t in teachers])
+    share = (attention * kept).sum((1, 2)) / T
+    layer, head = divmod(share.argsort()[len(share) // 2].item(), H)
+    estimate = students[layer].sea.scores[0, head : head + 1, students[layer].sea.row[0]][None]  # (1, 1, T, width)
+    estimate = sea.spread_to_keys(estimate.float(), seen, T, -torch.inf).softmax(-1)[0, 0]
+
+    unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
+    pick = lambda images: images[layer * H + head].float().cpu()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, image, title in zip(axes[:2], (attention, estimate), ("teacher", "SEA's estimate")):
-        shown = image[head].clamp(min=1e-4).log10().masked_fill(distance < 0, float("nan"))
-        bar = axis.imshow(shown.numpy(), cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
+    for axis, image, title in zip(axes, (pick(attention), estimate.cpu()), ("teacher", "SEA's estimate")):
+        shown = image.clamp(min=1e-4).log10().masked_fill(unseen, torch.nan).numpy()
+        bar = axis.imshow(shown, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         axis.set_title(title)
     figure.colorbar(bar, ax=axes[:2], label="log10 attention", shrink=0.85)
-    axes[2].imshow(kept[head].float().masked_fill(distance < 0, float("nan")).numpy(), cmap="gray_r", interpolation="nearest")
-    axes[2].set_title(f"keys attended: {kept[head].sum(-1).float().mean():.0f} a query, of {(T + 1) / 2:.0f}")
+    axes[2].imshow(pick(kept).masked_fill(unseen, torch.nan).numpy(), cmap="gray_r", interpolation="nearest")
+    axes[2].set_title(f"keys attended: {pick(kept).sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
+                      f"holding {share[layer * H + head]:.0%} of the teacher's attention")
     for axis in axes:
         axis.set(xlabel="key", ylabel="query")
     figure.suptitle(f"layer {layer}, head {head}")

@@ -298,8 +298,9 @@ def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
 # -- README.md ---------------------------------------------------------------------------------------------------------
 
 
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.S)
+def test_readme_code_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)
     assert blocks
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
