@@ -49,8 +49,9 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     """
     if not hasattr(module, "sea"):
         raise ValueError(f"model: expected SEA attached (convert.attach or convert.load), got a plain {type(module).__name__}")
-    if kwargs.get("sliding_window") is not None:
-        raise ValueError(f"sliding_window: expected None, SEA has no such mask, got {kwargs['sliding_window']}")
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None, SEA has no such attention, got {kwargs[name]}")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
     if key.shape[2] != query.shape[2]:

@@ -1,10 +1,10 @@
 """Distil SEA into a pretrained causal language model.
 
     python distill.py                        no download, no GPU: trains a tiny OPT on Python's own documentation, then
-                                             distils SEA, and the Performer as a control, from it in a few minutes
+                                             distils SEA from it, and two controls, in a few minutes
     python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
     python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
-    python distill.py --model DIR --load OUT/sea --eval-only --topk 32  measure a saved student
+    python distill.py --model DIR --load OUT/sea --eval-only --topk 32     measure a saved student
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, and a figure of one head.
 """
@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import convert
 import sea
@@ -36,9 +35,9 @@ METHODS = ("sea", "performer", "dense")
 
 # What differs between the two jobs. "paper": section 4 and appendix of the paper. "tiny": found by trying, for 2 CPU cores.
 DEFAULTS = {
-    "paper": dict(steps=10_000, batch=32, seq_len=2048, width=256, topk=64, lr=2e-6, lr_new=1e-4, schedule="constant",
+    "paper": dict(steps=10_000, batch=32, micro_batch=1, seq_len=2048, width=256, topk=64, lr=2e-6, lr_new=1e-4, schedule="constant",
                   eval_every=500),
-    "tiny": dict(steps=120, batch=8, seq_len=256, width=64, topk=16, lr=5e-4, lr_new=1e-2, schedule="linear",
+    "tiny": dict(steps=120, batch=8, micro_batch=8, seq_len=256, width=64, topk=16, lr=5e-4, lr_new=1e-2, schedule="linear",
                  eval_every=60),
 }
 
@@ -50,8 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="training text file, UTF-8; documents are separated by three newlines (none: WikiText-2 with "
         "--model, else Python's documentation)")
     add("--valid-data", help="validation text file (none: the validation split, or the last tenth of --data)")
-    add("--method", nargs="+", choices=METHODS, help="students to train, one after the other (none: sea, and performer "
-        "too without --model)")
+    add("--method", nargs="+", choices=METHODS, default=METHODS, help="students to train, one after the other; performer and "
+        "dense, the model itself trained with the same losses and steps, are controls")
     add("--load", help="start from this saved student instead of a fresh one")
     add("--eval-only", action="store_true", help="measure, do not train")
     add("--out", default="out", help="folder for students, log.jsonl and figures")
@@ -59,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
         ("batch", int, "sequences a step"),
+        ("micro-batch", int, "sequences in memory at once"),
         ("seq-len", int, "tokens a sequence"),
         ("width", int, "cells of an estimated attention row"),
         ("topk", int, "keys per query and head, on average"),
@@ -70,9 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         defaults = (DEFAULTS[job][name.replace("-", "_")] for job in ("paper", "tiny"))
         choices = ("constant", "linear") if name == "schedule" else None
         add(f"--{name}", type=kind, choices=choices, help=f"{text} {note.format(*defaults)}")
-    add("--micro-batch", type=int, help="sequences in memory at once (none: all of --batch)")
-    add("--query-stride", type=int, default=1, help="estimate every r-th query only")
-    add("--nbf", type=float, default=8, help="random features are D ln D / nbf")
+    add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
+    add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
     add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
@@ -84,19 +83,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.eval_only and not args.load:
         p.error("--eval-only: expected --load DIR with it, the student to measure")
-    if args.load and args.method:
-        p.error("--method: expected none with --load, which brings its own")
-    job = "paper" if args.model else "tiny"
-    for name, value in DEFAULTS[job].items():
+    for name in ("width", "nbf", "query_stride"):
+        if args.load and getattr(args, name) is not None:
+            p.error(f"--{name.replace('_', '-')}: expected none with --load, since the saved student has its own")
+    for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
         if getattr(args, name) is None and not (name == "topk" and args.load):  # a saved student has its own
             setattr(args, name, value)
-    for name in ("steps", "batch", "seq_len", "width", "topk", "eval_every", "query_stride", "micro_batch", "eval_windows"):
+    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "query_stride", "eval_windows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
-    args.micro_batch = min(args.micro_batch or args.batch, args.batch)
+    args.micro_batch = min(args.micro_batch, args.batch)
     if args.batch % args.micro_batch:
         p.error(f"--micro-batch: expected a divisor of --batch {args.batch}, got {args.micro_batch}")
-    args.method = args.method or (["sea"] if args.model else ["sea", "performer"])
     return args
 
 
@@ -114,10 +112,18 @@ def hub(what: str, instead: str, load):
         sys.exit(f"distill.py needed {what} and could not get it ({reason}); {instead}.")
 
 
+def read_documents(option: str, file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
+
+
 def load_texts(args) -> tuple[list[str], list[str]]:
     """Training and validation documents."""
+    valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
     if args.data:
-        documents = Path(args.data).read_text(encoding="utf-8").split("\n\n\n")
+        documents = read_documents("--data", args.data)
     elif args.model:
         def wikitext():
             from datasets import load_dataset  # here, since --data does without
@@ -127,13 +133,13 @@ def load_texts(args) -> tuple[list[str], list[str]]:
         splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
                      "give a text file with --data FILE instead", wikitext)
         # The paper's protocol: lines joined by blank lines, one stream, validation split.
-        return ["\n\n".join(splits["train"]["text"])], ["\n\n".join(splits["validation"]["text"])]
+        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits["validation"]["text"])]
     else:
         from pydoc_data.topics import topics  # ships with every Python, differs a little from version to version
 
         documents = [topics[name] for name in sorted(topics)]
-    if args.valid_data:
-        return documents, Path(args.valid_data).read_text(encoding="utf-8").split("\n\n\n")
+    if valid:
+        return documents, valid
     total, size = sum(map(len, documents)), 0
     for i, document in enumerate(documents):  # the last tenth, to the nearest document
         size += len(document)
@@ -204,6 +210,21 @@ def load_teacher(args):
     instead = "give a local folder with --model DIR instead"
     tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
     return hub(what, instead, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)), tokenizer
+
+
+def load_student(args):
+    """What an earlier run saved, of any method, in fp32."""
+    try:
+        if hasattr(AutoConfig.from_pretrained(args.load), "sea"):
+            student = convert.load(args.load, dtype=torch.float32)
+            if args.topk is not None:
+                convert.set_topk(student, args.topk)
+            return student
+        student = AutoModelForCausalLM.from_pretrained(args.load, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--load: expected a folder that distill.py wrote, got {args.load} ({str(error).splitlines()[0]})")
+    student.set_attn_implementation("sea_teacher")
+    return student
 
 
 class Batches:
@@ -302,27 +323,30 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
             model(x[None].to(args.device), use_cache=False)
     T, H = len(x), teachers[0].q.shape[1]
     seen = torch.arange(1, T + 1, device=args.device)[None]
-    kept = torch.cat([sea.expand_mask(s.sea.mask, seen, T)[0] for s in students])  # (layers*H, T, T)
-    attention = torch.cat([sea.dense_scores(t.q, t.k, seen, t.scale)[0][0].exp().tril() for t in teachers])
-    share = (attention * kept).sum((1, 2)) / T
-    layer, head = divmod(share.argsort()[len(share) // 2].item(), H)
-    estimate = students[layer].sea.scores[0, head : head + 1, students[layer].sea.row[0]][None]  # (1, 1, T, width)
-    estimate = sea.spread_to_keys(estimate.float(), seen, T, -torch.inf).softmax(-1)[0, 0]
+
+    def layer(i):  # (H, T, T), one layer at a time: all of them may not fit
+        attention = sea.dense_scores(teachers[i].q, teachers[i].k, seen, teachers[i].scale)[0][0].exp().tril()
+        return attention, sea.expand_mask(students[i].sea.mask, seen, T)[0]
+
+    share = torch.cat([(attention * kept).sum((1, 2)) / T for attention, kept in map(layer, range(len(teachers)))])
+    i, head = divmod(share.argsort()[len(share) // 2].item(), H)
+    attention, kept = (x[head].float().cpu() for x in layer(i))
+    estimate = students[i].sea.scores[0, head : head + 1, students[i].sea.row[0]][None]  # (1, 1, T, width)
+    estimate = sea.spread_to_keys(estimate.float(), seen, T, -torch.inf).softmax(-1)[0, 0].cpu()
 
     unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
-    pick = lambda images: images[layer * H + head].float().cpu()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, image, title in zip(axes, (pick(attention), estimate.cpu()), ("teacher", "SEA's estimate")):
+    for axis, image, title in zip(axes, (attention, estimate), ("teacher", "SEA's estimate")):
         shown = image.clamp(min=1e-4).log10().masked_fill(unseen, torch.nan).numpy()
         bar = axis.imshow(shown, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         axis.set_title(title)
     figure.colorbar(bar, ax=axes[:2], label="log10 attention", shrink=0.85)
-    axes[2].imshow(pick(kept).masked_fill(unseen, torch.nan).numpy(), cmap="gray_r", interpolation="nearest")
-    axes[2].set_title(f"keys attended: {pick(kept).sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
-                      f"holding {share[layer * H + head]:.0%} of the teacher's attention")
+    axes[2].imshow(kept.masked_fill(unseen, torch.nan).numpy(), cmap="gray_r", interpolation="nearest")
+    axes[2].set_title(f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
+                      f"holding {share[i * H + head]:.0%} of the teacher's attention")
     for axis in axes:
         axis.set(xlabel="key", ylabel="query")
-    figure.suptitle(f"layer {layer}, head {head}")
+    figure.suptitle(f"layer {i}, head {head}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -391,7 +415,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
     """Distil `teacher` into `student`; returns the final validation perplexity. save(): keeps the student."""
     optimizer = make_optimizer(student, args.lr, args.lr_new, args.weight_decay)
     data, clock = Batches(tokens, args.seq_len, args.micro_batch, args.seed), Clock()
-    features = torch.Generator().manual_seed(args.seed)
+    features = torch.Generator().manual_seed(10**6 + args.seed)  # not the seed of any first features
     accumulate = args.batch // args.micro_batch
     for step in range(1, args.steps + 1):
         student.train()
@@ -415,7 +439,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         optimizer.step()
         optimizer.zero_grad()
         clock.tick(args.batch * args.seq_len)
-        log.step(name, step, args.steps, loss, sums, args.lr_new * factor, clock)
+        log.step(name, step, args.steps, loss, sums, max(group["lr"] for group in optimizer.param_groups), clock)
         if step % args.eval_every == 0 or step == args.steps:
             ppl = perplexity(student, valid, args)
             save()
@@ -426,9 +450,13 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
 
 
 def peak_memory(args) -> float:
-    """GiB: of the GPU's allocator since the last reset, or of the process since its start."""
+    """GiB: of the GPU's allocator since the last reset, or of the whole process since its start."""
     if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -467,38 +495,38 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=size, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
 
-    for name in [Path(args.load).name] if args.load else args.method:
+    for name in ["loaded"] if args.load else args.method:
         start = time.perf_counter()
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         if args.load:
-            student = convert.load(args.load, dtype=torch.float32)
-            if args.topk is not None:
-                convert.set_topk(student, args.topk)
+            student = load_student(args)
+            name = student.config.sea.get("method", "sea") if hasattr(student.config, "sea") else "dense"
         else:
             torch.manual_seed(args.seed)
             student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
-                convert.attach(student, width=args.width, topk=args.topk, nbf=args.nbf, method=name,
-                               query_stride=args.query_stride if name == "sea" else 1)
+                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name)
+                convert.attach(student, **options, query_stride=(args.query_stride or 1) if name == "sea" else 1)
         student.to(args.device)
-        before = perplexity(student, valid, args)
-        kind = "dense" if student.config._attn_implementation != "sea" else convert.attention_modules(student)[0].sea.config.method
-        if kind != "dense":
-            table.append((f"{name} before" if not args.eval_only else name, before, keys_per_query(student, valid, args), None, None))
-        after = before
+        before = after = perplexity(student, valid, args)
+        cost = (None, None)
         if not args.eval_only:
+            table.append((f"{name} before", before, keys_per_query(student, valid, args), None, None))
             after = train(name, student, teacher, tokens, valid, teacher_ppl, args, log,
                           save=lambda: convert.save(student, out / name, tokenizer))
-            table.append((f"{name} after", after, keys_per_query(student, valid, args), time.perf_counter() - start, peak_memory(args)))
-        if kind == "sea":
-            draw(student, teacher, valid[0], out / f"{name}.png", args)
+            cost = (time.perf_counter() - start, peak_memory(args))
+        table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), *cost))
         results |= {f"{name} before": before, name: after}
+        if name == "sea":
+            pictured = student
 
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
     for name, ppl, keys, seconds, memory in table:
         cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
         print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
+    if "sea" in results:
+        draw(pictured, teacher, valid[0], out / "sea.png", args)
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
     log.record(results=results, seconds=total)

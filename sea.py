@@ -4,7 +4,8 @@ Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attent
 estimates each attention row in `width` cells with linear attention and a small CNN, keeps the best cells by a grouped
 top-k, attends only to the keys under them, and learns all this by distilling the teacher's attention. This file is the
 readable reference: every step of the paper is one function, in the paper's order, for every dtype and device, with
-autograd. Copy it away and it works: it needs torch and einops only.
+autograd. Copy it away and it works: it needs torch and einops only. Its sparse attention looks at all keys and masks them,
+so that it is easy to check; kernels.py, used on a GPU where it lies beside this file, does the work that SEA saves.
 
     name     paper   meaning
     B, H, T  N,H,T   batch, query heads, queries (new tokens)
@@ -24,6 +25,7 @@ Left out: attention dropout, cross-attention, sliding windows.
 """
 
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -35,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 GROUPS = ("causal_batch", "query", "head", "batch")
 METHODS = ("sea", "performer")
+BACKENDS = ("auto", "torch", "triton")
 HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
 
@@ -57,11 +60,12 @@ class SEAConfig:
     topk: int = 64
     causal: bool = True
     group: str = "causal_batch"  # what cells compete with each other, see topk_mask
-    query_stride: int = 1  # estimate queries 0, r, 2r, ...; the queries between reuse that row (causal only)
+    query_stride: int = 1  # estimate queries 0, r, 2r, ...; those between reuse that row's cells and gates (causal only)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
-    max_positions: int = 2048  # rows of the learned position table (causal only)
+    max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
     method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
     seed: int = 0  # of the random features
+    backend: str = "auto"  # "torch", "triton", or "auto": kernels.py where it is there and the tensors are on a GPU
 
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
@@ -72,6 +76,7 @@ class SEAConfig:
                 f"a divisor of n_head = {self.n_head}", kv)
         _expect(self.group in GROUPS, "group", f"one of {GROUPS}", repr(self.group))
         _expect(self.method in METHODS, "method", f"one of {METHODS}", repr(self.method))
+        _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         _expect(self.nbf > 0, "nbf", "a number > 0", self.nbf)
         if self.causal:
             _expect(self.group in GROUPS[:2], "group", f"one of {GROUPS[:2]} when causal, since the others rank "
@@ -145,10 +150,10 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
 
 
 def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
-    """The D x D identity stretched linearly over each sequence's `seen` (B,) rows: (B, n_rows, D), bidirectional positions."""
+    """The D x D identity stretched linearly over each sequence's `seen` (B,) rows, bidirectional positions: (B, n_rows, D) fp64."""
     row = torch.arange(n_rows, device=seen.device, dtype=torch.float64)
     x = row * (d - 1) / (seen[:, None] - 1).clamp(min=1)  # (B, n_rows)
-    return F.relu(1 - (x[..., None] - torch.arange(d, device=seen.device)).abs()).float()
+    return F.relu(1 - (x[..., None] - torch.arange(d, device=seen.device)).abs())
 
 
 def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, *, causal: bool = True, stride: int = 1,
@@ -185,7 +190,68 @@ def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, *, causal: bool 
     return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1), past
 
 
+def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, projection: Tensor, softmax_scale: float, *,
+                   stride: int = 1, lead: int = 0, there: Tensor | None = None,
+                   past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Steps 1 and 2: causal linear attention over v_cat = [position ; v] with ReLU features.
+
+    q (B, H, R, D) of the estimated rows; k, v (B, Hkv, N, D); position (1 or B, N, D), or None to leave it out (the
+    Performer). Key j stands at place j + lead, and row i sees the places before (i+1)*stride; there (B, N) bool: which keys
+    there are. past and the second result as in linear_attention. Returns (B, H, R, E), E = 2D (D without position).
+    """
+    D = q.shape[-1]
+    # phi(q) phi(k)^T stands for exp(q k^T * softmax_scale); q takes what k's D**-0.25 leaves, since some models scale q
+    # before they call us.
+    with no_autocast(q):
+        q_feat = relu_features(at_least_fp32(q) * (softmax_scale * D**0.25), projection)
+        k_feat = relu_features(at_least_fp32(k) * D**-0.25, projection)
+    if there is not None:
+        k_feat, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k_feat, v))
+    v_cat = at_least_fp32(v)
+    if position is not None:
+        v_cat = torch.cat([position[:, None].to(v_cat.dtype).expand_as(v), v_cat], dim=-1)
+    k_feat, v_cat = F.pad(k_feat, (0, 0, lead, 0)), F.pad(v_cat, (0, 0, lead, 0))
+    return linear_attention(q_feat, k_feat, v_cat, stride=stride, past=past)
+
+
+def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear, norm: nn.LayerNorm,
+                gate: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Steps 3, 4 and 8: z = encoder([c ; v]), the row decoder's image, normed for the CNN, and the gates.
+
+    context (B, H, R, 2D), v (B, Hkv, R, D) -> image (B, 2H, R, P), P = ceil(width / 4), and gates (B, H, R, 2) before their
+    sigmoid.
+    """
+    dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else gate.weight.dtype
+    z = encoder(torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1).to(dtype))  # (B, H, R, 2D)
+    return norm(rearrange(decoder(z), "b h t (c p) -> b (h c) t p", p=norm.weight.shape[0])), gate(z)
+
+
+def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d, norm: nn.LayerNorm,
+               past: tuple[Tensor, Tensor] | None = None,
+               n_rows: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Step 5: image (B, 2H, R, P) -> scores (B, H, R, width). Heads are channels, so heads inform each other.
+
+    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. past and the second result: the last
+    HISTORY rows that entered each convolution before these rows and before row n_rows (B,), by default R. Differs: the
+    authors upsample by nearest and give four neighbouring cells one score; a 1x1 convolution to 4 cells costs the same.
+    """
+    x, last_rows = image, []
+    n_rows = torch.full((len(x),), x.shape[2], device=x.device) if n_rows is None else n_rows
+    for i, conv in enumerate((conv1, conv2)):
+        before = x.new_zeros(x.shape[0], x.shape[1], HISTORY, x.shape[3]) if past is None else past[i].to(x.dtype)
+        x = torch.cat([before, x], dim=2)
+        last_rows.append(take(x, n_rows[:, None] + torch.arange(HISTORY, device=x.device)))
+        x = F.relu(conv(x))
+    scores = rearrange(up(x), "b (h s) t p -> b h t (p s)", s=4)[..., : norm.weight.shape[0]]
+    return norm(scores), tuple(last_rows)
+
+
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
+
+
+def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
+    """topk_mask of softmax(scores) over the cells of each row."""
+    return topk_mask(at_least_fp32(scores).softmax(-1), seen, topk, group)
 
 
 def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
@@ -210,7 +276,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
     ranked = rearrange(probs.detach().masked_fill(~visible, -1), f"b h t p -> {layout}")
 
-    t = seen.long().clamp(min=1)
+    topk, t = min(topk, 2**31), seen.long().clamp(min=1)  # more keeps everything, and would not fit into 64 bits below
     if group == "causal_batch":
         n = (2 * H * topk * width + t) // (2 * t)  # (B, T), round(a/b) = (2a+b)//(2b)
     elif group == "query":
@@ -255,7 +321,8 @@ def spread_to_keys(cells: Tensor, seen: Tensor, n_keys: int, fill) -> Tensor:
 
 
 def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
-    """Which keys the kept cells stand for: bool (B, H, T, width) -> (B, H, T, n_keys). For reading and tests."""
+    """Which keys the kept cells stand for: bool (B, H, T, width) -> (B, H, T, n_keys). For reading, tests and
+    the reference's sparse attention; the kernels never expand a mask."""
     return spread_to_keys(mask, seen, n_keys, False)
 
 
@@ -267,26 +334,36 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query with no key gives 0.
 
     q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen (B, T); row (B, T): the
-    row of `mask` that each query uses, its own (R = T) by default; softmax_scale D**-0.5 by default. Works on `block`
-    queries at a time. Raises ValueError if shapes do not fit.
+    row of `mask` that each query uses, its own (R = T) by default; softmax_scale D**-0.5 by default. Raises ValueError if
+    shapes do not fit.
+
+    This reference computes all T x S scores, `block` queries at a time (and again in the backward pass, if there are
+    several blocks), so its memory is linear in T but its time is not; kernels.py visits the selected keys only. Differs: the
+    paper expands the cells to a CSR matrix with one index per key.
     """
     _check_qkv(q, k, v)
     B, H, T, D = q.shape
     _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask", f"shape (B, H, R, width) with B, H = {(B, H)}",
             tuple(mask.shape))
+    _expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
     scale = D**-0.5 if softmax_scale is None else softmax_scale
     k, v = repeat_heads(k, H), repeat_heads(v, H)
+
+    def part(q, k, v, cells, seen):
+        keep = expand_mask(cells, seen, k.shape[2])  # (B, H, block, S)
+        with no_autocast(q):
+            scores = (at_least_fp32(q) * scale) @ at_least_fp32(k).mT
+            # The finite fill keeps empty rows, and their gradients, free of nan; `* keep` makes them 0.
+            probs = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
+            return probs.to(v.dtype) @ v
+
     outs = []
     for i in range(0, T, block):
         at = slice(i, i + block)
-        cells = mask[:, :, at] if row is None else take(mask, row[:, at])
-        keep = expand_mask(cells, seen[:, at], k.shape[2])  # (B, H, block, S)
-        scores = at_least_fp32(q[:, :, at] @ k.mT) * scale
-        # The finite fill keeps empty rows, and their gradients, free of nan; `* keep` makes them 0.
-        probs = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
-        outs.append(probs.to(v.dtype) @ v)
+        x = q[:, :, at], k, v, mask[:, :, at] if row is None else take(mask, row[:, at]), seen[:, at]
+        outs.append(part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return torch.cat(outs, dim=2)
 
 
@@ -294,7 +371,7 @@ def running_mean(v: Tensor, seen: Tensor, valid: Tensor | None = None, past: Ten
     """Mean of v over the keys <= i, the causal `average`: (B, Hkv, T, D), and the running sum after the last (B, Hkv, D)."""
     v = at_least_fp32(v)
     if valid is not None:
-        v = v * valid[:, None, :, None]
+        v = v.masked_fill(~valid[:, None, :, None], 0)
     sums = v.cumsum(2) if past is None else v.cumsum(2) + past[:, :, None]
     return sums / seen[:, None, :, None].clamp(min=1), sums[:, :, -1]
 
@@ -305,11 +382,29 @@ def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
     probs (B, H, R, width) of rows that see row_seen (B, R) keys, all of them or, in a padded row, none. Differs: the
     authors do not normalise w to sum 1.
     """
-    there = (row_seen > 0)[:, None, :, None]
+    there, v = (row_seen > 0)[:, None, :, None], repeat_heads(v, probs.shape[1]).to(probs.dtype)
     mean = (probs * there).sum(2, keepdim=True)  # the normalisation below makes the sum a mean
     w = spread_to_keys(mean, row_seen.amax(1, keepdim=True), v.shape[2], 0.0)  # (B, H, 1, S)
     w = w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-    return w @ repeat_heads(v, probs.shape[1]).to(w.dtype)
+    with no_autocast(v):
+        return w @ v
+
+
+def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor, valid: Tensor | None = None,
+                past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out = s_mix * s_prob * sparse + (1 - s_mix) * running mean of v, (B, H, T, D), 0 for a query that sees no key.
+
+    gates (B, H, R, 2), s_prob and s_mix before their sigmoid; row (B, T): the row that each query uses; valid, past and the
+    second result as in running_mean.
+    """
+    average, v_sum = running_mean(v, seen, valid, past)
+    return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
+
+
+def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tensor) -> Tensor:
+    s_prob, s_mix = take(at_least_fp32(gates).sigmoid(), row).split(1, dim=-1)  # (B, H, T, 1)
+    out = s_mix * s_prob * sparse + (1 - s_mix) * average
+    return (out * (seen > 0)[:, None, :, None]).to(sparse.dtype)
 
 
 # -- 5. streaming ------------------------------------------------------------------------------------------------------
@@ -317,9 +412,14 @@ def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
 
 @dataclass
 class SEAState:
-    """What a causal layer needs of the past; constant in size but for the KV cache (None where the caller keeps it)."""
+    """What a causal layer needs of the past; constant in size but for the KV cache (None where the caller keeps it).
+
+    Differs: the authors' cached path skips the feature map and keeps every cell for a single new token; with this state any
+    split of a sequence into calls gives what one call gives.
+    """
 
     count: Tensor  # (B,) valid tokens so far
+    n_tokens: int  # padding included
     sums: Tensor  # (B, Hkv, m, E+1), sum of phi(k)^T [v_cat; 1], E = 2D (D for the Performer)
     v_sum: Tensor | None = None  # (B, Hkv, D)
     conv_rows: tuple[Tensor, Tensor] | None = None  # the last input rows of each convolution, 2 x (B, 2H, 4, width/4)
@@ -331,7 +431,7 @@ class SEAState:
 
     def index_select(self, index: Tensor) -> "SEAState":
         """The state of batch entries `index`: beam search's reordering, batch expansion."""
-        pick = lambda x: x if x is None else tuple(map(pick, x)) if isinstance(x, tuple) else x.index_select(0, index)
+        pick = lambda x: x if x is None or isinstance(x, int) else tuple(map(pick, x)) if isinstance(x, tuple) else x.index_select(0, index)
         return SEAState(**{name: pick(x) for name, x in vars(self).items()})
 
 
@@ -343,7 +443,7 @@ class SEAOutput:
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
-    cells: Tensor | None = None  # (B, H, R, width) bool, the kept ones
+    cells: Tensor | None = None  # (B, H, R, width) the kept ones: bool, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
 
     @property
@@ -354,35 +454,46 @@ class SEAOutput:
     @property
     def mask(self) -> Tensor | None:
         """Kept cells, bool (B, H, T, width); None for the Performer."""
-        return None if self.cells is None else take(self.cells, self.row) & (self.seen > 0)[:, None, :, None]
+        if self.cells is None:
+            return None
+        cells = self.cells if isinstance(self.cells, Tensor) else self.cells.unpack()
+        return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
 
 
 @dataclass
 class Rows:
     """Which tokens of a call are estimated, and where each query finds its row. Padding and stride end here: the
-    estimator sees dense rows and keys, the valid ones first."""
+    estimator sees dense rows and keys, the valid ones first. None: as they stand."""
 
     seen: Tensor  # (B, T) keys that each query sees
-    query: Tensor  # (B, R) the query that each row belongs to
-    row_seen: Tensor  # (B, R) or, with a last row of the past before them, (B, 1+R)
-    row: Tensor  # (B, T) each query's place among those rows
-    n_rows: Tensor  # (B,) valid rows
-    key: Tensor  # (B, N) the new token at each place before, at, and after the rows
-    key_there: Tensor  # (B, N) whether there is one
-    order: Tensor  # (B, T) new tokens, the valid ones first
+    row: Tensor  # (B, T) each query's place among the rows, after any row of the past
+    row_seen: Tensor  # (B, R), or (B, 1+R) with a row of the past before them
+    query: Tensor | None = None  # (B, R) the query that each row belongs to
+    n_rows: Tensor | None = None  # (B,) valid rows
+    key: Tensor | None = None  # (B, N) the new token at each place, row i seeing the places before (i+1)*stride
+    there: Tensor | None = None  # (B, N) whether there is one
+    rank: Tensor | None = None  # (B, N) its number among all tokens so far
 
 
-def choose_rows(valid: Tensor, count: Tensor, stride: int, causal: bool, has_past: bool) -> Rows:
+def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | None, stride: int, causal: bool,
+                device: torch.device) -> Rows:
     """Rows are the tokens of rank 0, stride, 2*stride, ... counted from the start of the sequence, not of the call.
 
-    valid (B, T) of the new tokens; count (B,) valid tokens before them. Places of keys are such that row i sees the
-    places before (i+1)*stride, whatever rank the call starts at.
+    shape (B, T) of the new tokens, valid (B, T) which of them are no padding (None: all); count (B,) valid tokens before
+    them (None: 0).
     """
-    T, device = valid.shape[1], valid.device
+    B, T = shape
+    if valid is None and (count is None or stride == 1):
+        i = torch.arange(T, device=device)
+        seen = (i + 1 if causal else torch.full_like(i, T)) + (0 if count is None else count[:, None])
+        seen = seen.expand(B, T)
+        return Rows(seen, (i // stride).expand(B, T), seen[:, ::stride])
+    valid = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    has_past, count = count is not None, torch.zeros(B, dtype=torch.long, device=device) if count is None else count
     n_new = valid.sum(1)
     rank = valid.cumsum(1) - 1  # (B, T) among the new tokens
     seen = ((count[:, None] + rank + 1) if causal else n_new[:, None]) * valid
-    order = valid.int().argsort(dim=1, descending=True, stable=True)
+    order = valid.int().argsort(dim=1, descending=True, stable=True)  # (B, T), the valid ones first
     offset = -count % stride  # (B,) rank of the first row
     at = offset[:, None] + stride * torch.arange((T - 1) // stride + 1, device=device)  # (B, R)
     row_seen = ((count[:, None] + at + 1) if causal else n_new[:, None]) * (at < n_new[:, None])
@@ -391,45 +502,48 @@ def choose_rows(valid: Tensor, count: Tensor, stride: int, causal: bool, has_pas
         row_seen = torch.cat([(count + offset - stride + 1).clamp(min=0)[:, None], row_seen], dim=1)
         row = row + 1
     key = torch.arange(T + stride - 1, device=device) - (stride - 1 - offset)[:, None]
-    return Rows(seen=seen, query=order.gather(1, at.clamp(max=T - 1)), row_seen=row_seen, row=row.clamp(min=0),
-                n_rows=(n_new[:, None] > at).sum(1), key=order.gather(1, key.clamp(0, T - 1)),
-                key_there=(key >= 0) & (key < n_new[:, None]), order=order)
+    return Rows(seen, row.clamp(min=0), row_seen, query=order.gather(1, at.clamp(max=T - 1)),
+                n_rows=(at < n_new[:, None]).sum(1), key=order.gather(1, key.clamp(0, T - 1)),
+                there=(key >= 0) & (key < n_new[:, None]), rank=count[:, None] + key)
 
 
 # -- the module --------------------------------------------------------------------------------------------------------
 
 
-class CausalCNN(nn.Module):
-    """Rows (B, 2H, R, width/4) -> scores (B, H, R, width). Heads are channels, so heads inform each other.
+torch_operations = sys.modules[__name__]
 
-    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the authors upsample by
-    nearest and give four neighbouring cells one score; a 1x1 convolution to 4 cells costs the same.
-    """
+
+def operations(backend: str, q: Tensor):
+    """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises, never falls back."""
+    if backend == "torch" or (backend == "auto" and not (q.is_cuda and q.dtype != torch.float64)):
+        return torch_operations
+    try:
+        import kernels  # may be another package of that name where kernels.py was left behind
+
+        return kernels if backend == "triton" or hasattr(kernels, "sparse_attention") else torch_operations
+    except ImportError as error:
+        _expect(backend == "auto", "backend", "kernels.py and Triton for 'triton'", error)
+        return torch_operations
+
+
+class CausalCNN(nn.Module):
+    """The weights of causal_cnn, and of the norm before it."""
 
     def __init__(self, n_head: int, width: int):
         super().__init__()
-        self.width, quarter = width, -(-width // 4)
+        quarter = max(4, -(-width // 4))
         self.norm = nn.LayerNorm(quarter)
         self.conv1 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
         self.conv2 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
         self.up = nn.Conv2d(2 * n_head, 4 * n_head, 1)
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, n_rows: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """past and the second result: the last rows that entered each convolution; n_rows (B,) says where they end."""
-        x, kept = self.norm(x), []
-        last = n_rows[:, None] + torch.arange(HISTORY, device=x.device)
-        for i, conv in enumerate((self.conv1, self.conv2)):
-            before = x.new_zeros(x.shape[0], x.shape[1], HISTORY, x.shape[3]) if past is None else past[i].to(x.dtype)
-            x = torch.cat([before, x], dim=2)
-            kept.append(take(x, last))
-            x = F.relu(conv(x))
-        x = rearrange(self.up(x), "b (h s) t p -> b h t (p s)", s=4)[..., : self.width]
-        return self.norm_out(x), tuple(kept)
-
 
 class BidirectionalCNN(nn.Module):
-    """Rows (B, 4H, R, width/2) -> scores (B, H, R, width), at half the rows, doubled by nearest."""
+    """Rows (B, 4H, R, width/2) -> scores (B, H, R, width), at half the rows, doubled by nearest.
+
+    Differs: the last convolution gives 2 cells a place, as causal_cnn's does 4.
+    """
 
     def __init__(self, n_head: int, width: int):
         super().__init__()
@@ -467,7 +581,8 @@ class SEAttention(nn.Module):
             self.position = nn.Parameter(torch.randn(config.max_positions, D))
         self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU())
         self.channels, part = (2, 4) if config.causal else (4, 2)
-        self.decoder = nn.Linear(2 * D, self.channels * -(-width // part))
+        # Differs: at least 4 numbers a channel, since the CNN's first norm would leave nothing of a single one.
+        self.decoder = nn.Linear(2 * D, self.channels * max(4, -(-width // part)))
         self.cnn = (CausalCNN if config.causal else BidirectionalCNN)(H, width)
         self.gate = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gate.weight)  # gates start open: a student that begins as half an average
@@ -491,6 +606,8 @@ class SEAttention(nn.Module):
         self._check(q, k, v, valid, state, kv_cached)
         B, H, T, D = q.shape
         scale = D**-0.5 if softmax_scale is None else softmax_scale
+        if valid is not None:  # whatever padding holds, nan included, goes no further
+            q, k, v = (x.masked_fill(~valid[:, None, -x.shape[2] :, None], 0) for x in (q, k, v))
         k_new, v_new = k[:, :, -T:], v[:, :, -T:]
         if state is not None and not kv_cached:
             if valid is not None or state.valid is not None:
@@ -498,93 +615,92 @@ class SEAttention(nn.Module):
                 past_valid = ones(state.k) if state.valid is None else state.valid
                 valid = torch.cat([past_valid, ones(k) if valid is None else valid], dim=1)
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
-        new = torch.ones(B, T, dtype=torch.bool, device=q.device) if valid is None else valid[:, -T:]
-        count = torch.zeros(B, dtype=torch.long, device=q.device) if state is None else state.count
-        rows = choose_rows(new, count, config.query_stride, config.causal, state is not None)
+        ops = operations(config.backend, q)
+        new = None if valid is None else valid[:, -T:]
+        count = None if state is None else state.count
+        rows = choose_rows((B, T), new, count, config.query_stride, config.causal, q.device)
 
-        padded = valid is not None
-        context, scores, gates, next_state = self.estimate_attention(q, k_new, v_new, rows, scale, state, padded)
+        context, scores, gates, next_state = self.estimate_attention(ops, q, k_new, v_new, rows, scale, state)
         if next_state is not None:
-            next_state.count = count + new.sum(1)
+            next_state.count = (0 if count is None else count) + (torch.full((B,), T, device=q.device) if new is None else new.sum(1))
+            next_state.n_tokens = k.shape[2]
             if not kv_cached:
                 next_state.k, next_state.v, next_state.valid = k, v, valid
         if config.method == "performer":
             out = take(context, rows.row) * (rows.seen > 0)[:, None, :, None]
             return SEAOutput(out.to(q.dtype), rows.seen, next_state)
 
-        probs = at_least_fp32(scores).softmax(-1)  # (B, H, R, width)
-        cells = topk_mask(probs, rows.row_seen, config.topk if topk is None else topk, config.group)
-        if padded:
+        cells = ops.select_cells(scores, rows.row_seen, config.topk if topk is None else topk, config.group)
+        if valid is not None:
             order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first
-            k, v_ranked = take(k, order), take(v, order)
-        else:
-            v_ranked = v
-        sparse = sparse_attention(q, k, v_ranked, cells, rows.seen, scale, row=rows.row)
+            k, v = take(k, order), take(v, order)
+        sparse = ops.sparse_attention(q, k, v, cells, rows.seen, scale, row=rows.row)
         if config.causal:
             past_sum = None if state is None else state.v_sum
-            average, next_state.v_sum = running_mean(v_new, rows.seen, new if padded else None, past_sum)
-            average = repeat_heads(average, H)
+            out, next_state.v_sum = ops.mix_average(sparse, v_new, gates, rows.seen, rows.row, new, past_sum)
         else:
-            average = estimated_mean(probs, v_ranked, rows.row_seen)
-        s_prob, s_mix = take(at_least_fp32(gates).sigmoid(), rows.row).split(1, dim=-1)  # (B, H, T, 1)
-        out = s_mix * s_prob * sparse + (1 - s_mix) * average
-        out = out * (rows.seen > 0)[:, None, :, None] if padded else out
+            out = mix(sparse, estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen), gates, rows.seen, rows.row)
         return SEAOutput(out.to(q.dtype), rows.seen, next_state, scores, cells, rows.row)
 
-    def estimate_attention(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,
-                           state: SEAState | None, padded: bool) -> tuple[Tensor, Tensor, Tensor, SEAState | None]:
+    def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,
+                           state: SEAState | None) -> tuple[Tensor, Tensor, Tensor, SEAState | None]:
         """Linear attention -> encoder -> row decoder -> CNN, for the rows of new tokens q, k, v (B, H or Hkv, T, D).
 
         Returns context (B, H, R, E), scores (B, H, R, width), gates (B, H, R, 2) before their sigmoid, and the state.
         With query_stride > 1 the gates come per estimated row as well, since they need its linear attention.
         """
-        config, (H, D) = self.config, (self.config.n_head, self.config.d_head)
-        sea, moved = config.method == "sea", padded or config.query_stride > 1
-        there = rows.key_there[:, None, :, None]
-        q, v_row = (take(q, rows.query), take(v, rows.query)) if moved else (q, v)
-        k, v = (take(k, rows.key), take(v, rows.key)) if moved else (k, v)
+        config, stride, sea = self.config, self.config.query_stride, self.config.method == "sea"
+        if rows.query is None:
+            q, v_row, lead = q[:, :, ::stride], v[:, :, ::stride], stride - 1
+        else:
+            q, v_row, lead = take(q, rows.query), take(v, rows.query), 0
+            k, v = take(k, rows.key), take(v, rows.key)
+        if not config.causal:
+            return *self._estimate_bidirectional(q, k, v, rows, softmax_scale), None
 
-        # phi(q) phi(k)^T stands for exp(q k^T * softmax_scale); q takes what k's D**-0.25 leaves, since some models
-        # scale q before they call us.
-        with no_autocast(q):
-            q, k = at_least_fp32(q) * (softmax_scale * D**0.25), at_least_fp32(k) * D**-0.25
-            if config.causal:
-                q_feat, k_feat = relu_features(q, self.projection), relu_features(k, self.projection)
-            else:
-                q_feat, k_feat = softmax_features(q, self.projection), softmax_features(k, self.projection, there)
-        v_cat = at_least_fp32(v)
-        if sea:
-            v_cat = torch.cat([self._positions(rows, state, v).to(v_cat.dtype).expand_as(v), v_cat], dim=-1)
-        past = None if state is None else state.sums
-        k_feat = k_feat * there if moved else k_feat
-        context, sums = linear_attention(q_feat, k_feat, v_cat, causal=config.causal, stride=config.query_stride, past=past)
-        next_state = SEAState(count=None, sums=sums) if config.causal else None
+        past = SEAState(None, 0, None) if state is None else state
+        position = None
+        if sea and rows.rank is None:  # ranks count from 0 or, streaming, from each sequence's own
+            rank = None if state is None else state.count[:, None] + torch.arange(v.shape[2], device=v.device)
+            position = self.position[: v.shape[2]][None] if state is None else self.position[rank]
+        elif sea:
+            position = self.position[rows.rank.clamp(0, len(self.position) - 1)]
+        context, sums = (ops if sea else torch_operations).causal_context(
+            q, k, v, position, self.projection, softmax_scale, stride=stride, lead=lead, there=rows.there, past=past.sums)
+        next_state = SEAState(count=None, n_tokens=0, sums=sums)
         if not sea:
             return context, None, None, next_state
-
-        dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else self.gate.weight.dtype
-        z = self.encoder(torch.cat([context, repeat_heads(v_row, H)], dim=-1).to(dtype))  # (B, H, R, 2D)
-        gates = self.gate(z)
-        image = rearrange(self.decoder(z), "b h t (c p) -> b (h c) t p", c=self.channels)
-        if not config.causal:
-            return context, self.cnn(image, rows.n_rows), gates, None
-        scores, next_state.conv_rows = self.cnn(image, rows.n_rows, None if state is None else state.conv_rows)
-        if config.query_stride > 1:
+        cnn = self.cnn
+        image, gates = ops.encode_rows(context, v_row, self.encoder, self.decoder, cnn.norm, self.gate)
+        scores, next_state.conv_rows = ops.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, past.conv_rows,
+                                                      rows.n_rows)
+        if stride > 1:
             if state is not None:
                 scores, gates = torch.cat([state.last_scores, scores], 2), torch.cat([state.last_gates, gates], 2)
-            last = rows.n_rows[:, None] - int(state is None)  # its index, after any row of the past
-            next_state.last_scores, next_state.last_gates = take(scores, last.clamp(min=0)), take(gates, last.clamp(min=0))
+            last = scores.shape[2] - 1 if rows.n_rows is None else rows.n_rows - int(state is None)  # after any row of the past
+            last = torch.full((len(q),), last, device=q.device) if isinstance(last, int) else last
+            last = last.clamp(min=0)[:, None]
+            next_state.last_scores, next_state.last_gates = take(scores, last), take(gates, last)
         return context, scores, gates, next_state
 
-    def _positions(self, rows: Rows, state: SEAState | None, v: Tensor) -> Tensor:
-        """Position part of v_cat, (B, 1, N, D) in the order of the keys."""
-        if not self.config.causal:
-            return interpolated_identity(rows.n_rows, v.shape[2], v.shape[3])[:, None]
-        if state is None:  # places start at stride - 1, so the ranks there are 0, 1, ...
-            return F.pad(self.position[: rows.seen.shape[1]], (0, 0, self.config.query_stride - 1, 0))[None, None]
-        stride = self.config.query_stride
-        rank = torch.arange(v.shape[2], device=v.device) - (stride - 1 - -state.count % stride)[:, None] + state.count[:, None]
-        return self.position[rank.clamp(0, len(self.position) - 1)][:, None]
+    def _estimate_bidirectional(self, q, k, v, rows: Rows, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Context, scores and gates, with every key in the sums."""
+        B, H, T, D = q.shape
+        n_rows = torch.full((B,), T, device=q.device) if rows.n_rows is None else rows.n_rows
+        there = torch.ones(B, T, dtype=torch.bool, device=q.device) if rows.there is None else rows.there
+        there = there[:, None, :, None]
+        with no_autocast(q):
+            q_feat = softmax_features(at_least_fp32(q) * (softmax_scale * D**0.25), self.projection)
+            k_feat = softmax_features(at_least_fp32(k) * D**-0.25, self.projection, there) * there
+        if self.config.method == "performer":
+            return linear_attention(q_feat, k_feat, at_least_fp32(v), causal=False)[0], None, None
+        position = interpolated_identity(n_rows, T, D)[:, None]
+        v_cat = torch.cat([position.to(k_feat.dtype).expand_as(v), v.to(k_feat.dtype)], dim=-1)
+        context, _ = linear_attention(q_feat, k_feat, v_cat, causal=False)
+        dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else self.gate.weight.dtype
+        z = self.encoder(torch.cat([context, repeat_heads(v, H)], dim=-1).to(dtype))
+        image = rearrange(self.decoder(z), "b h t (c p) -> b (h c) t p", c=self.channels)
+        return context, self.cnn(image, n_rows), self.gate(z)
 
     def _check(self, q, k, v, valid, state, kv_cached) -> None:
         config = self.config
@@ -599,6 +715,8 @@ class SEAttention(nn.Module):
         if kv_cached:
             _expect(S >= T, "k", f"at least the {T} tokens of q", S)
             _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
+            past = 0 if state is None else state.n_tokens
+            _expect(S == past + T, "k", f"{past} tokens of the state and {T} of q", S)
         else:
             _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
             _expect(state is None or state.k is not None, "state", "one that carries the KV cache (or kv_cached=True)",
@@ -607,7 +725,7 @@ class SEAttention(nn.Module):
                 None if valid is None else f"{valid.dtype} {tuple(valid.shape)}")
         total = S if kv_cached or state is None else S + state.k.shape[2]
         _expect(not config.causal or config.method == "performer" or total <= config.max_positions, "k",
-                f"at most max_positions = {config.max_positions} tokens", total)
+                f"at most max_positions = {config.max_positions} tokens, padding included", total)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -639,7 +757,8 @@ class PooledAttention:
 def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S), and which are seen."""
     visible = (torch.arange(k.shape[2], device=k.device) < seen[..., None])[:, None]  # (B, 1, T, S)
-    scores = at_least_fp32(q @ repeat_heads(k, q.shape[1]).mT) * softmax_scale
+    with no_autocast(q):
+        scores = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
     log_probs = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
     return log_probs.masked_fill(~visible, 0), visible
 
@@ -651,6 +770,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int, softmax_scale
 
     q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). Memory O(T*width + block*S).
     """
+    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen", f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     parts = []
     for i in range(0, q.shape[2], block):
@@ -675,10 +795,12 @@ def estimate_loss(scores: Tensor, pooled: PooledAttention, seen: Tensor, *, row:
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
         KL = sum A log A - sum_p A_p s_p + log Z,   sum_j (a_j - A_j)^2 = sum_p (n_p a_p^2 - 2 a_p A_p) + sum A^2
 
-    KL is averaged over the queries of all heads, MSE over their n_keys entries each; padded queries are left out.
+    KL is averaged over the queries of all heads, MSE over their n_keys entries each. Differs: padded queries are left out.
     """
     _expect(pooled.cells.shape[-1] == scores.shape[-1], "pooled", f"width {scores.shape[-1]} as scores",
             pooled.cells.shape[-1])
+    B, _, T, _ = pooled.cells.shape
+    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     s = at_least_fp32(scores if row is None else take(scores, row))  # (B, H, T, width)
     there = (seen > 0)[:, None]
     n = keys_per_cell(seen.clamp(min=1), s.shape[-1])[:, None]  # (B, 1, T, width)
@@ -696,6 +818,7 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
 
     Blocks of queries are computed again in the backward pass, so that no T x S tensor is kept. Means as in estimate_loss.
     """
+    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen", f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
 
     def part(q, k, teacher_q, teacher_k, seen):
@@ -706,7 +829,7 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
         square = ((log_s.exp() - a) * visible).square().sum(-1)
         return ((kl_weight * (a * (log_a - log_s)).sum(-1) + square / k.shape[2]) * (seen > 0)[:, None]).sum()
 
-    total = q.new_zeros((), dtype=at_least_fp32(q[:0]).dtype)
+    total = 0.0
     for i in range(0, q.shape[2], block):
         at = slice(i, i + block)
         total = total + checkpoint(part, q[:, :, at], k, teacher_q[:, :, at], teacher_k, seen[:, at], use_reentrant=False)

@@ -169,19 +169,22 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     assert {"ce", "hidden", "kd", "context", "score", "estimate"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
     assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
 
-    own.remove("--topk"), own.remove("4")  # a saved student has its own
+    for option in ("--topk", "4", "--width", "8"):  # a saved student has its own
+        own.remove(option)
     again = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--out", str(tmp_path / "eval")])
     assert math.isclose(again["sea"], results["sea"], rel_tol=1e-5)
     more = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--topk", "16", "--out", str(tmp_path / "eval")])
     assert more["sea"] != results["sea"]
-    dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)  # a plain model again
-    assert math.isfinite(dense(tokens(n=8)).logits.sum().item())
+    dense = distill.main([*own, "--load", str(out / "dense"), "--eval-only", "--out", str(tmp_path / "eval")])
+    assert math.isclose(dense["dense"], results["dense"], rel_tol=1e-5)
+    steps = [r for r in losses if r.get("name") == "dense" and "lr" in r]
+    assert [r["lr"] for r in steps] == [1e-3] * 4  # the paper's schedule is constant
 
 
 def test_no_argument_trains_its_own_teacher(tmp_path):
     """The default job in small: the real OPT, a BPE trained on the spot, Python's own documentation."""
     results = distill.main(["--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
-    assert set(results) == {"teacher", "sea before", "sea", "performer before", "performer"}
+    assert set(results) == {"teacher"} | {f"{m}{when}" for m in ("sea", "performer", "dense") for when in (" before", "")}
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")) is OPTForCausalLM
     assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
 
@@ -211,8 +214,67 @@ def test_every_new_weight_learns():
     sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights()).values()).backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
-        if ".position" not in name:  # positions past the sequence have no gradient; the others are checked as one
-            assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
+        assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
+
+
+@torch.no_grad()
+def test_losses_are_those_of_the_method():
+    """Section 6, by hand, from a model's own outputs."""
+    student, teacher = student_and_teacher()
+    x, kl = tokens(), lambda p, q: (p * (p.log() - q.log())).sum(-1).mean()
+    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+    with convert.record(student) as s, convert.record(teacher) as t:
+        a, b = (model(x, output_hidden_states=True) for model in (student, teacher))
+    mean = lambda values: torch.stack(list(values)).mean()
+    seen = torch.arange(1, SEQ + 1).expand(2, SEQ)
+    expected = {
+        "ce": 0.1 * torch.nn.functional.cross_entropy(a.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()),
+        "hidden": 5 * mean((u - v).square().mean() for u, v in zip(a.hidden_states, b.hidden_states)),
+        "kd": 0.2 * kl(b.logits.softmax(-1), a.logits.softmax(-1)),
+        "context": mean((u.out - v.out).square().mean() for u, v in zip(s, t)),
+        "score": mean(sea.score_loss(u.q, u.k, v.q, v.k, seen, 1.0) for u, v in zip(s, t)),
+        "estimate": mean(sea.estimate_loss(u.sea.scores, sea.pool_attention(v.q, v.k, seen, 8, 1.0), seen) for u, v in zip(s, t)),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def run_steps(home, out, *options):
+    """The weights of a student after a few steps, and the step records."""
+    distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(out), "--method", "sea",
+                  "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2", *options])
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return convert.load(out / "sea").state_dict(), [r for r in records if "terms" in r]
+
+
+def test_micro_batches_add_up_to_the_batch(home, tmp_path):
+    whole, _ = run_steps(home, tmp_path / "a", "--micro-batch", "2")
+    parts, _ = run_steps(home, tmp_path / "b", "--micro-batch", "1")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_schedule_clip_and_redraw(home, tmp_path):
+    weights, steps = run_steps(home, tmp_path / "a", "--schedule", "linear")
+    assert [r["lr"] for r in steps] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+    redrawn, _ = run_steps(home, tmp_path / "b", "--redraw-every", "2")
+    name = next(name for name in weights if name.endswith("projection"))
+    assert not torch.equal(redrawn[name], weights[name])
+    clipped, _ = run_steps(home, tmp_path / "c", "--clip", "1e-12")  # far below AdamW's epsilon
+    first = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
+    moved = lambda after: max((after[name] - first[name]).abs().max().item() for name in first if name in after)
+    assert moved(clipped) < moved(weights) / 10
+
+
+@torch.no_grad()
+def test_keys_per_query_counts_keys():
+    student, _ = student_and_teacher()
+    args, x = distill.parse(SMALL), tokens()
+    with convert.record(student) as records:
+        student(x[:1])
+    keys = [sea.expand_mask(r.sea.mask, r.sea.seen, SEQ).sum(-1).float().mean() for r in records]
+    assert math.isclose(distill.keys_per_query(student, x, args), torch.stack(keys).mean(), rel_tol=1e-6)
 
 
 def test_a_student_that_is_the_teacher_has_only_the_label_loss():
@@ -227,10 +289,16 @@ def test_a_student_that_is_the_teacher_has_only_the_label_loss():
 def test_perplexity_is_of_windows_without_overlap(home):
     args = distill.parse(SMALL)
     model = tiny("opt")
+    model.config.dropout = 0.5
+    for layer in model.get_decoder().layers:
+        layer.dropout = 0.5  # off while measuring
+    model.train()
     data = distill.windows(torch.arange(2, 61), 16)
     assert data.shape == (3, 16)  # the remainder is dropped
+    measured = distill.perplexity(model, data, args)
+    model.eval()
     nll = [torch.nn.functional.cross_entropy(model(w[None]).logits[0, :-1], w[1:]) for w in data]
-    assert math.isclose(distill.perplexity(model, data, args), math.exp(torch.stack(nll).mean()), rel_tol=1e-5)
+    assert math.isclose(measured, math.exp(torch.stack(nll).mean()), rel_tol=1e-5)
 
 
 def test_optimizer_groups():
@@ -269,14 +337,14 @@ def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_pat
 def test_the_papers_defaults():
     args = distill.parse(["--model", "opt-125m"])
     assert (args.steps, args.batch, args.seq_len, args.width, args.topk, args.lr, args.lr_new) == (10_000, 32, 2048, 256, 64, 2e-6, 1e-4)
-    assert args.schedule == "constant" and args.weight_decay == 0.01 and args.method == ["sea"]
+    assert args.schedule == "constant" and args.weight_decay == 0.01 and set(args.method) == {"sea", "performer", "dense"}
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--eval-only"], "--eval-only: expected --load"),
     (["--topk", "0"], "--topk: expected an integer >= 1, got 0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of --batch 6, got 4"),
-    (["--load", "x", "--method", "sea"], "--method: expected none with --load"),
+    (["--load", "x", "--width", "8"], "--width: expected none with --load"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
@@ -287,6 +355,13 @@ def test_bad_options_name_the_option(argv, message, capsys):
 def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
     with pytest.raises(SystemExit, match="--seq-len: expected at most the model's 32 positions, got 33"):
         distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--seq-len", "33", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("option, name", [("--data", "no.txt"), ("--valid-data", "no.txt"), ("--load", "no-such-student")])
+def test_missing_files_are_named_in_one_sentence(home, tmp_path, option, name):
+    argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit, match=f"^{option}: expected .*, got .*{name} "):
+        distill.main([*argv, option, str(tmp_path / name)])
 
 
 def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
