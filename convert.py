@@ -32,10 +32,11 @@ from sea import SEAConfig, SEAOutput, SEAttention
 
 @dataclass
 class Record:
-    """What one attention layer saw and gave in one forward pass: q (B, H, T, D), k (B, Hkv, S, D), out (B, H, T, D)."""
+    """What one attention layer saw and gave in one forward pass: q, out (B, H, T, D) and k, v (B, Hkv, S, D)."""
 
     q: Tensor
     k: Tensor
+    v: Tensor
     scale: float
     out: Tensor
     sea: SEAOutput | None = None  # None in a teacher
@@ -59,7 +60,7 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
                          f"{key.shape[2] - query.shape[2]} cached tokens; pass use_cache=False")
     valid = None if attention_mask is None else attention_mask.bool()
     sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling)
-    _record(module, query, key, scaling, sea.out, sea)
+    _record(module, query, key, value, scaling, sea.out, sea)
     return sea.out.transpose(1, 2).contiguous(), None
 
 
@@ -67,7 +68,7 @@ def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
     """transformers' SDPA attention, which also records what a student learns from."""
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    _record(module, query, key, scaling, out.transpose(1, 2))
+    _record(module, query, key, value, scaling, out.transpose(1, 2))
     return out, None
 
 
@@ -78,9 +79,9 @@ AttentionMaskInterface.register("sea", flash_attention_mask)
 AttentionMaskInterface.register("sea_teacher", sdpa_mask)
 
 
-def _record(module, q, k, scale, out, sea=None) -> None:
+def _record(module, q, k, v, scale, out, sea=None) -> None:
     if getattr(module, "sea_records", None) is not None:
-        module.sea_records.append(Record(q, k, q.shape[-1] ** -0.5 if scale is None else scale, out, sea))
+        module.sea_records.append(Record(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, out, sea))
 
 
 @contextmanager

@@ -24,10 +24,12 @@ sums are at least fp32, whatever the input is. "Differs" marks where we leave th
 Left out: attention dropout, cross-attention, sliding windows.
 """
 
+import importlib.util
 import math
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +152,10 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
 
 
 def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
-    """The D x D identity stretched linearly over each sequence's `seen` (B,) rows, bidirectional positions: (B, n_rows, D) fp64."""
+    """Bidirectional positions: the D x D identity, stretched linearly over each sequence's `seen` (B,) rows.
+
+    Returns (B, n_rows, D) fp64.
+    """
     row = torch.arange(n_rows, device=seen.device, dtype=torch.float64)
     x = row * (d - 1) / (seen[:, None] - 1).clamp(min=1)  # (B, n_rows)
     return F.relu(1 - (x[..., None] - torch.arange(d, device=seen.device)).abs())
@@ -431,7 +436,11 @@ class SEAState:
 
     def index_select(self, index: Tensor) -> "SEAState":
         """The state of batch entries `index`: beam search's reordering, batch expansion."""
-        pick = lambda x: x if x is None or isinstance(x, int) else tuple(map(pick, x)) if isinstance(x, tuple) else x.index_select(0, index)
+        def pick(x):
+            if isinstance(x, tuple):
+                return tuple(map(pick, x))
+            return x.index_select(0, index) if isinstance(x, Tensor) else x
+
         return SEAState(**{name: pick(x) for name, x in vars(self).items()})
 
 
@@ -513,16 +522,32 @@ def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | No
 torch_operations = sys.modules[__name__]
 
 
+def load_kernels():
+    """kernels.py beside this file; by its place if Hugging Face's package of the same name was imported before it."""
+    try:
+        import kernels
+
+        if hasattr(kernels, "select_cells"):
+            return kernels
+    except ImportError:
+        pass
+    if "sea_kernels" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("sea_kernels", Path(__file__).with_name("kernels.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["sea_kernels"] = module
+    return sys.modules["sea_kernels"]
+
+
 def operations(backend: str, q: Tensor):
-    """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises, never falls back."""
-    if backend == "torch" or (backend == "auto" and not (q.is_cuda and q.dtype != torch.float64)):
+    """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises."""
+    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256
+    if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:
-        import kernels  # may be another package of that name where kernels.py was left behind
-
-        return kernels if backend == "triton" or hasattr(kernels, "sparse_attention") else torch_operations
-    except ImportError as error:
-        _expect(backend == "auto", "backend", "kernels.py and Triton for 'triton'", error)
+        return load_kernels()
+    except (ImportError, FileNotFoundError) as error:
+        _expect(backend == "auto", "backend", "kernels.py beside sea.py, and Triton, for 'triton'", error)
         return torch_operations
 
 
@@ -622,7 +647,8 @@ class SEAttention(nn.Module):
 
         context, scores, gates, next_state = self.estimate_attention(ops, q, k_new, v_new, rows, scale, state)
         if next_state is not None:
-            next_state.count = (0 if count is None else count) + (torch.full((B,), T, device=q.device) if new is None else new.sum(1))
+            n_new = torch.full((B,), T, device=q.device) if new is None else new.sum(1)
+            next_state.count = n_new if count is None else count + n_new
             next_state.n_tokens = k.shape[2]
             if not kv_cached:
                 next_state.k, next_state.v, next_state.valid = k, v, valid

@@ -1,0 +1,349 @@
+"""Latency and memory of SEA attention, estimator included, against PyTorch's FlashAttention and cuDNN attention.
+
+    python bench.py                         T = 1k ... 256k, forward and forward + backward, strides 1 and 4
+    python bench.py --model DIR             on the queries, keys and values of a real model instead of synthetic ones
+    python bench.py --break-even            from which T SEA wins on this machine
+    python bench.py --profile 32768         where the time goes at one T
+
+One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png. Without a GPU it measures the plain
+PyTorch path at small T and says so.
+
+Inputs. With --model: text windows through the model; q, k, v of two neighbouring layers, their heads side by side, windows one after the other
+until T is reached, so that a longer sequence has the local statistics of a real one and repeats nothing but the positions
+within a window. Without: random walks, since real neighbours are alike. The estimator is then trained on those inputs for a
+moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random, which is the worst case for
+the kernels. That case is measured too, as "random masks". A position table trained at 2,048 is stretched to T.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sea
+
+TRAINED = 2048
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks)")
+    add("--data", help="text file for --model, UTF-8")
+    add("--lengths", type=int, nargs="+", default=[2**i * 1024 for i in range(9)] if cuda else [512, 1024], help="tokens")
+    add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
+    add("--heads", type=int, default=12)
+    add("--d-head", type=int, default=64)
+    add("--width", type=int, default=256, help="cells of an estimated row")
+    add("--topk", type=int, default=64, help="keys per query and head, on average")
+    add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
+    add("--forward-only", action="store_true")
+    add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
+    add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
+    add("--out", default="out", help="folder for bench.json and bench.png")
+    return p.parse_args(argv)
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def model_inputs(args, T: int, device) -> list[torch.Tensor]:
+    """q, k, v (1, H, T, D) of a model's layers on text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import convert
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device).eval()
+    model.set_attn_implementation("sea_teacher")
+    ids = tokenizer(Path(args.data).read_text(encoding="utf-8")[: 8 * T], verbose=False).input_ids
+    window = min(TRAINED, T)
+    ids = torch.tensor((ids * (T // len(ids) + 1))[:T], device=device).view(-1, window)
+    parts = []
+    for x in ids:
+        with convert.record(model) as records:
+            model(x[None], use_cache=False)
+        middle, layers = len(records) // 2, -(-args.heads // records[0].q.shape[1])
+        use = [records[(middle + i) % len(records)] for i in range(layers)]
+        repeat = lambda r, x: sea.repeat_heads(x, r.q.shape[1])
+        parts.append([torch.cat([r.q * r.scale * r.q.shape[-1] ** 0.5 for r in use], 1), torch.cat([repeat(r, r.k) for r in use], 1),
+                      torch.cat([repeat(r, r.v) for r in use], 1)])
+    return [torch.cat(x, 2)[:, : args.heads].contiguous() for x in zip(*parts)]
+
+
+def walk_inputs(args, T: int, device) -> list[torch.Tensor]:
+    """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half of theirs."""
+    generator = torch.Generator(device).manual_seed(0)
+    kernel = torch.exp(-torch.arange(512, device=device) / 100.0)
+    kernel = kernel / kernel.square().sum().sqrt()
+
+    def walk():
+        noise = torch.randn(args.heads * args.d_head, 1, T + 511, generator=generator, device=device)
+        return F.conv1d(noise, kernel[None, None]).view(1, args.heads, args.d_head, T).mT
+
+    shared, q, k, v = (walk() for _ in range(4))
+    return [x.contiguous() for x in (shared + q, shared + k, v)]
+
+
+def trained_layer(args, q, k, v, device) -> sea.SEAttention:
+    """A layer whose estimator has seen these inputs, its position table stretched to the longest T."""
+    torch.manual_seed(0)
+    config = dict(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk)
+    layer = sea.SEAttention(sea.SEAConfig(**config, max_positions=TRAINED, backend="torch")).to(device)
+    optimizer = torch.optim.AdamW(layer.parameters(), 2e-3)
+    n = min(TRAINED, q.shape[2], 2048 if q.is_cuda else 256)
+    seen = torch.arange(1, n + 1, device=device)[None]
+    for step in range(args.train_steps):
+        at = (step * n) % (q.shape[2] - n + 1)
+        x = [t[:, :, at : at + n].float() for t in (q, k, v)]
+        result = layer(*x)
+        loss = sea.estimate_loss(result.scores, sea.pool_attention(x[0], x[1], seen, args.width), seen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if args.train_steps:
+        print(f"estimator trained for {args.train_steps} steps of {n} tokens, loss {loss.item():.4f}", flush=True)
+    return layer
+
+
+def stretched(layer: sea.SEAttention, T: int, stride: int, dtype) -> sea.SEAttention:
+    config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend="auto")
+    long = sea.SEAttention(config).to(layer.position.device)
+    table = F.interpolate(layer.position.detach().T[None], size=config.max_positions, mode="linear", align_corners=True)[0].T
+    long.load_state_dict({**layer.state_dict(), "position": table})
+    return long.to(dtype)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(run, repeats: int = 20, graph: bool = True) -> float:
+    """Median time of one run. On a GPU, of a replayed CUDA graph, so that what is timed is the device, not Python; without
+    `graph` as it is, for a run that waits for the GPU and so cannot be captured."""
+    if not torch.cuda.is_available():
+        run()
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
+        return sorted(times)[1]
+    stream, replay = torch.cuda.Stream(), run
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        replay = captured.replay
+    times = []
+    replay()
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+        if sum(times) > 2000:
+            break
+    return sorted(times)[len(times) // 2]
+
+
+def peak_mib(run) -> float | None:
+    """Peak memory above what was held before, MiB."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def forward(attention, q, k, v):
+    def run():
+        with torch.no_grad():
+            attention(q, k, v)
+    return run
+
+
+def forward_backward(attention, q, k, v, do):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+
+    def run():
+        torch.autograd.grad(attention(q, k, v), (q, k, v), do)
+    return run
+
+
+def contestants(args, layer, T: int, dtype, device) -> dict:
+    """Name -> attention(q, k, v) -> out."""
+    def sdpa(backend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return run
+
+    found = {}
+    if device == "cuda":
+        found |= {"FlashAttention": sdpa(SDPBackend.FLASH_ATTENTION), "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    else:
+        found["SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for stride in args.strides:
+        module = stretched(layer, T, stride, dtype)
+        found[f"SEA stride {stride}"] = lambda q, k, v, module=module: module(q, k, v).out
+    if device == "cuda":
+        import kernels
+
+        seen = torch.arange(1, T + 1, device=device)[None]
+        n = (2 * args.heads * args.topk * args.width + seen) // (2 * seen) / (args.heads * args.width)
+        bits = [kernels.pack_mask(torch.rand(1, args.heads, t.shape[1], args.width, device=device) < t[:, None, :, None])
+                for t in n.split(8192, dim=1)]
+        cells = kernels.CellBits(torch.cat([b.bits for b in bits], 2), args.width)
+        found["random masks, sparse attention alone"] = lambda q, k, v: kernels.sparse_attention(q, k, v, cells, seen)
+    return found
+
+
+def measure(args, layer, inputs, T: int, dtype, device) -> dict:
+    q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
+    do, results = torch.randn_like(q), {}
+    for name, attention in contestants(args, layer, T, dtype, device).items():
+        runs = {"forward": forward(attention, q, k, v)}
+        if not args.forward_only:
+            runs["forward+backward"] = forward_backward(attention, q, k, v, do)
+        for kind, run in runs.items():
+            try:
+                results[f"{name} | {kind}"] = dict(ms=milliseconds(run, graph=kind == "forward"), mib=peak_mib(run))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                results[f"{name} | {kind}"] = dict(error=str(error).splitlines()[0])
+            torch.cuda.empty_cache()
+    return results
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: dict[int, dict], kind: str) -> str:
+    names = sorted({name for row in rows.values() for name in row if name.endswith(f"| {kind}")})
+    lines = [f"\n{kind}: ms (MiB above the inputs)", f"{'T':>8} " + " ".join(f"{n.split(' |')[0][:24]:>24}" for n in names)]
+    for T, row in rows.items():
+        cells = [row.get(n, {}) for n in names]
+        lines.append(f"{T:8,} " + " ".join(f"{c['ms']:12.3f} ({c['mib'] or 0:8,.0f})" .rjust(24) if "ms" in c else f"{'-':>24}" for c in cells))
+        dense = [c["ms"] for n, c in zip(names, cells) if "ms" in c and not n.startswith(("SEA", "random"))]
+        for n, c in zip(names, cells):
+            if n.startswith("SEA") and "ms" in c and dense:
+                lines.append(f"{'':8}   {n.split(' |')[0]}: {min(dense) / c['ms']:.2f}x the speed of the fastest dense")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[int, dict], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [k for k in ("forward", "forward+backward") if any(n.endswith(f"| {k}") for row in rows.values() for n in row)]
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(5 * len(kinds) + 5, 4.5), layout="constrained")
+    for axis, (kind, field) in zip(axes, [(k, "ms") for k in kinds] + [("forward", "mib")]):
+        for name in sorted({n for row in rows.values() for n in row if n.endswith(f"| {kind}")}):
+            points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
+            if points:
+                axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=":" if name.startswith("random") else "-")
+        axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=kind)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def break_even(args, layer, inputs, dtype, device) -> None:
+    """Bisection over multiples of 256 for each stride, forward."""
+    for stride in args.strides:
+        low, high = 1, max(args.lengths) // 256
+        def wins(n):
+            q, k, v = (x[:, :, : 256 * n].to(dtype) for x in inputs)
+            found = contestants(argparse.Namespace(**{**vars(args), "strides": [stride]}), layer, 256 * n, dtype, device)
+            times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith("random")}
+            return times.pop(f"SEA stride {stride}") < min(times.values())
+        if not wins(high):
+            print(f"stride {stride}: SEA does not win up to T = {256 * high:,}")
+            continue
+        while high - low > max(1, high // 32):
+            middle = (low + high) // 2
+            low, high = (low, middle) if wins(middle) else (middle, high)
+        print(f"stride {stride}: SEA's forward is faster from about T = {256 * high:,}")
+
+
+def profile(args, layer, inputs, T: int, dtype, device) -> None:
+    q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
+    for stride in args.strides:
+        module = stretched(layer, T, stride, dtype)
+        attention = lambda q, k, v: module(q, k, v).out
+        for name, run in (("forward", forward(attention, q, k, v)),
+                          ("forward+backward", forward_backward(attention, q, k, v, torch.randn_like(q)))):
+            run()
+            activities = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities) as prof:
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            events = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total if device == "cuda" else -e.self_cpu_time_total)
+            us = lambda e: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
+            print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {sum(e.count for e in events)} kernels")
+            for e in events[:14]:
+                print(f"  {us(e) / 1000:8.3f} ms {e.count:4} x {e.key[:90]}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = f"python {sys.version.split()[0]}, torch {torch.__version__}"
+    if device == "cuda":
+        import triton
+
+        versions += f", triton {triton.__version__}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    command = " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B 1, H {args.heads}, D {args.d_head}, width "
+          f"{args.width}, topk {args.topk}, causal")
+    if device == "cpu":
+        print("no GPU: this measures the plain PyTorch path")
+    longest = args.profile or max(args.lengths)
+    inputs = (model_inputs if args.model else walk_inputs)(args, longest, device)
+    layer = trained_layer(args, *inputs, device)
+    inputs = [x.to(dtype) for x in inputs]
+    if args.profile:
+        return profile(args, layer, inputs, args.profile, dtype, device)
+    if args.break_even:
+        return break_even(args, layer, inputs, dtype, device)
+    rows = {}
+    for T in args.lengths:
+        rows[T] = measure(args, layer, inputs, T, dtype, device)
+        print(f"T {T:,}: " + ", ".join(f"{n} {r['ms']:.3f} ms" for n, r in rows[T].items() if "ms" in r), flush=True)
+    for kind in ("forward", "forward+backward")[: 1 if args.forward_only else 2]:
+        print(table(rows, kind))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = dict(command=command, device=name, versions=versions, commit=commit, args=vars(args), results=rows)
+    (out / "bench.json").write_text(json.dumps(report, indent=1))
+    plot(rows, out / "bench.png", f"SEA attention, estimator included ({name})")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,748 @@
+"""kernels.py against sea.py, as laws. Without a GPU they run in Triton's interpreter, in fp32 and fp16 (its bf16 is wrong),
+and every launch is compiled for the GPU besides; with one the same laws run there, with bf16 and large examples."""
+
+import contextlib
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import kernels
+import sea
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+FEW = settings(max_examples=8 if CUDA else 20)  # on a GPU each example compiles kernels of its own
+BLOCK = 16  # tiles have at least 16 rows
+here = Path(__file__).resolve().parent
+
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def guarded():
+    """Memory that the kernels allocate is full of NaN (or a bad integer) and has bands around it that must stay so."""
+    buffers, band, real = [], 64, torch.empty
+
+    def empty(*size, dtype=None, device=None, **kwargs):
+        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        x = real(2 * band + torch.Size(size).numel(), dtype=dtype or torch.float32, device=device)
+        x.fill_(float("nan") if x.is_floating_point() else 77 if x.dtype == torch.bool else -77)
+        buffers.append(x)
+        return x[band : len(x) - band].view(size)
+
+    like = lambda x, **kwargs: empty(x.shape, dtype=x.dtype, device=x.device)
+    with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", like):
+        yield
+    for x in buffers:
+        for side in (x[:band], x[len(x) - band :]):
+            assert (side.isnan() if x.is_floating_point() else side == -77).all(), "written out of bounds"
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in other memory; what lies between them is NaN."""
+    x = x.to(DEVICE)
+    if layout == "heads last":  # as a projection's output, (B, T, H, D)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "gaps":
+        wide = x.new_full((*x.shape[:2], x.shape[2] + 2, 2 * x.shape[3] + 1), float("nan"))
+        wide[:, :, 1:-1, 1::2] = x
+        return wide[:, :, 1:-1, 1::2]
+    return x
+
+
+LAYOUTS = st.sampled_from(["contiguous", "heads last", "gaps"])
+
+
+def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor]) -> None:
+    """Outputs and gradients: error <= 2 * (error of the reference in the same dtype + eps * max|ref|), ref in fp64.
+
+    max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel. And
+    2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
+    """
+
+    def run(function, cast):
+        xs = [cast(x.detach()).requires_grad_() for x in inputs]
+        out = function(*xs)
+        out = list(out) if isinstance(out, (tuple, list)) else [out]
+        generator = torch.Generator().manual_seed(0)
+        douts = [torch.randn(x.shape, generator=generator).to(x.device, inputs[0].dtype).to(x.dtype) for x in out]
+        grads = torch.autograd.grad(out, xs, douts, allow_unused=True) if out[0].requires_grad else [None] * len(xs)
+        return out + [torch.zeros_like(x) if g is None else g for x, g in zip(xs, grads)]
+
+    exact, eager = run(reference, lambda x: x.double()), run(reference, lambda x: x)
+    with guarded():
+        got = run(kernel, lambda x: x)
+    assert len(got) == len(exact)
+    scale = max(x.abs().max() for x in exact if x.numel())
+    for i, (x, y, z) in enumerate(zip(got, eager, exact)):
+        assert x.shape == y.shape and x.dtype == y.dtype and x.isfinite().all(), (i, x.dtype, y.dtype, case)
+        error, bar = (x.double() - z).abs(), (y.double() - z).abs()
+        if not z.numel():
+            continue
+        budget = 2 * (bar.max() + (torch.finfo(inputs[0].dtype).eps + 8 * torch.finfo(torch.float32).eps) * scale)
+        assert error.max() <= budget, f"result {i}: error {error.max():.2e} > {budget:.2e}: {case}"
+
+
+TWINS = ["linear_attention", "topk_mask", "sparse_attention", "pool_attention", "causal_context", "encode_rows", "causal_cnn",
+         "select_cells", "mix_average"]
+CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_signature_is_that_of_sea(name):
+    ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(sea, name))
+    assert ours.parameters == theirs.parameters
+    assert ours.return_annotation == theirs.return_annotation or name in CLASSES
+
+
+# -- masks of cells ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 70), st.integers(1, 40), st.sampled_from([0.5, 0.0, 1.0]), st.integers(0, 9))
+@FEW
+def test_packing_loses_nothing(width, n_row, density, seed):
+    mask = (torch.rand(2, 1, n_row, width, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
+    with guarded():
+        cells = kernels.pack_mask(mask)
+    assert cells.shape == mask.shape and torch.equal(kernels.unpack_mask(cells), mask)
+    word, bit = divmod(width - 1, 32)
+    assert torch.equal((cells.bits[..., word] >> bit & 1).bool(), mask[..., -1])
+
+
+_is_kept = kernels._is_kept  # a kernel may call a global function
+
+
+@triton.jit
+def is_kept_kernel(words_ptr, t_ptr, j_ptr, out_ptr, n_key, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    kept = _is_kept(words_ptr + at * 0, tl.load(t_ptr + at), tl.load(j_ptr + at), n_key, WIDTH)
+    tl.store(out_ptr + at, kept.to(tl.int32))
+
+
+@given(st.integers(1, 2**23), st.sampled_from([1, 3, 32, 256, 1000, 1024, 4095]), st.integers(0, 99))
+@settings(max_examples=100)
+def test_cell_of_a_key_is_exact_at_any_length(t, width, seed):
+    """Also where 2*t*width passes 2^31, and at the first and last key of a cell, where rounding would show."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(1, 1, 1, width, generator=generator) < 0.5
+    p = torch.randint(width, (128,), generator=generator)
+    edges = sea.first_key_of_cell(p, torch.tensor(t), width) - torch.randint(2, (128,), generator=generator)
+    j = torch.cat([edges, torch.randint(2**23, (128,), generator=generator) % (t + t // 4 + 1)]).clamp(0)
+    cell = sea.cell_of_key(j, torch.tensor(t), width)
+    expected = mask[0, 0, 0, cell.clamp(max=width - 1)] & (j < t)
+    out = torch.empty(256, dtype=torch.int32, device=DEVICE)
+    is_kept_kernel[(1,)](kernels.pack_mask(mask.to(DEVICE)).bits, torch.full_like(j, t).int().to(DEVICE), j.int().to(DEVICE), out,
+                         2**24, WIDTH=width, BLOCK=256)
+    assert torch.equal(out.cpu().bool(), expected)
+
+
+# -- causal linear attention -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Linear:
+    """A call of linear_attention, as numbers. R rows, S keys, neither a multiple of anything."""
+
+    dtype: torch.dtype
+    R: int
+    S: int
+    stride: int
+    chunk: int
+    heads: tuple[int, int, int]  # B, Hkv, H / Hkv
+    m: int
+    E: int
+    past: bool
+    causal: bool
+    layout: str
+    seed: int
+
+    def tensors(self):
+        (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
+        rand = lambda *size: torch.rand(size, generator=generator)
+        q, k, v = rand(B, Hkv * group, self.R, self.m), rand(B, Hkv, self.S, self.m), rand(B, Hkv, self.S, self.E) * 2 - 1
+        q, k = q + 0.3, k + 0.3  # positive, as features are, and not so small that eager's 1 / den^2 overflows in fp16
+        k[:, :, :2] *= rand(B, 1, 1, 1) < 0.5  # padding: keys that are not there, so that some rows see nothing
+        past = [(rand(B, Hkv, self.m, self.E + 1) + 0.3).to(DEVICE, self.dtype)] if self.past and self.causal else []
+        return [lay_out(x.to(self.dtype), self.layout) for x in (q, k, v)] + past
+
+
+LINEAR = st.builds(Linear, dtype=st.sampled_from(DTYPES), R=st.integers(1, 2 * BLOCK + 3), S=st.integers(1, 6 * BLOCK + 3),
+                   stride=st.integers(1, 5), chunk=st.sampled_from([128, 16, 50, 5]), m=st.integers(1, 2 * BLOCK + 3),
+                   heads=st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)]), E=st.integers(1, 4 * BLOCK + 3),
+                   past=st.booleans(), causal=st.sampled_from([True, True, True, False]), layout=LAYOUTS, seed=st.integers(0, 99))
+
+
+def check_linear_attention(case):
+    options = dict(causal=case.causal, stride=case.stride, chunk=case.chunk)
+    call = lambda f: lambda q, k, v, past=None: f(q, k, v, past=past, **options)
+    as_accurate_as_eager(case, call(kernels.linear_attention), call(sea.linear_attention), case.tensors())
+
+
+@given(LINEAR)
+@example(Linear(torch.float32, 35, 35, 1, 16, (1, 1, 2), 35, 70, True, True, "gaps", 0))
+@example(Linear(torch.float32, 20, 90, 4, 128, (1, 1, 2), 5, 9, False, True, "gaps", 0))  # a chunk of several blocks of keys
+@settings(FEW)
+def test_linear_attention_matches_reference(case):
+    check_linear_attention(case)
+
+
+# -- grouped top-k -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cells:
+    """Scores of cells. `levels`: how many values they take, so that many tie; 0: any value."""
+
+    dtype: torch.dtype
+    group: str
+    B: int
+    H: int
+    R: int
+    width: int
+    topk: int
+    levels: int
+    layout: str
+    seed: int
+
+    def tensors(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = torch.randn(self.B, self.H, self.R, self.width, generator=generator)
+        scores = (scores * self.levels).round().clamp(-self.levels, self.levels) if self.levels else scores
+        seen = torch.randint(0, 5 * self.topk, (self.B, self.R), generator=generator)
+        return lay_out(scores.to(self.dtype), self.layout), seen.to(DEVICE)
+
+
+CELLS = st.builds(Cells, dtype=st.sampled_from(DTYPES), group=st.sampled_from(sea.GROUPS), B=st.integers(1, 2), H=st.integers(1, 3),
+                  R=st.integers(1, 4), width=st.integers(1, 70), topk=st.integers(1, 9), levels=st.sampled_from([0, 1, 2]),
+                  layout=LAYOUTS, seed=st.integers(0, 99))
+
+
+@given(CELLS, st.booleans())
+@example(Cells(torch.float32, "causal_batch", 1, 12, 2, 256, 7, 0, "contiguous", 0), True)
+@settings(FEW)
+def test_topk_mask_is_that_of_sea_bit_for_bit(case, is_probability):
+    """Ties and -0.0 included; any numbers rank, not only probabilities."""
+    scores, seen = case.tensors()
+    x = scores.float().softmax(-1).to(case.dtype) if is_probability else scores
+    with guarded():
+        mask = kernels.topk_mask(x, seen, case.topk, case.group)
+    assert torch.equal(mask, sea.topk_mask(x, seen, case.topk, case.group))
+    assert not mask[(seen == 0)[:, None].expand(mask.shape[:3])].any()
+
+
+def test_zeros_of_either_sign_tie():
+    x = torch.tensor([[[[-0.0, 0.0] * 20], [[0.0, -0.0, -1.0, 1.0] * 10]]], device=DEVICE)
+    seen = torch.tensor([[8]], device=DEVICE)
+    for group in ("causal_batch", "query"):
+        assert torch.equal(kernels.topk_mask(x, seen, 3, group), sea.topk_mask(x, seen, 3, group))
+
+
+@given(CELLS)
+@example(Cells(torch.float32, "causal_batch", 1, 12, 2, 256, 7, 0, "contiguous", 0))
+@settings(FEW)
+def test_fused_softmax_selects_the_same_up_to_its_rounding(case):
+    scores, seen = case.tensors()
+    probs = scores.float().softmax(-1)
+    mask = sea.topk_mask(probs, seen, case.topk, case.group)
+    fused = kernels.unpack_mask(kernels.select_cells(scores, seen, case.topk, case.group))
+    dims = {"causal_batch": (1, 3), "query": (3,), "head": (2, 3), "batch": (1, 2, 3)}[case.group]
+    assert torch.equal(mask.sum(dims), fused.sum(dims))
+    differ = mask ^ fused
+    highest, lowest = probs.masked_fill(~differ, 0).amax(dims), probs.masked_fill(~differ, 1).amin(dims)
+    assert (highest <= lowest * (1 + 1e-6)).all()
+
+
+# -- sparse attention --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sparse:
+    """A call of sparse_attention, as numbers. `density` of the cells is kept; `padded`: some queries see nothing."""
+
+    dtype: torch.dtype
+    causal: bool
+    T: int
+    extra: int  # keys of the past
+    heads: tuple[int, int, int]  # B, Hkv, H / Hkv
+    D: int
+    width: int
+    density: float
+    stride: int
+    padded: bool
+    layout: str
+    deterministic: bool
+    per_program: int  # pairs of a dk, dv program: 1 splits the work on every key block
+    seed: int
+
+    def tensors(self):
+        (B, Hkv, group), (T, S) = self.heads, (self.T, self.T + self.extra)
+        generator = torch.Generator().manual_seed(self.seed)
+        make = lambda h, n: lay_out(torch.randn(B, h, n, self.D, generator=generator).to(self.dtype), self.layout)
+        q, k, v = make(Hkv * group, T), make(Hkv, S), make(Hkv, S)
+        mask = torch.rand(B, Hkv * group, -(-T // self.stride), self.width, generator=generator) < self.density
+        mask[:, :1] &= torch.rand(B, 1, mask.shape[2], 1, generator=generator) < 0.7  # empty rows, and heads that differ
+        seen = (torch.arange(T) + 1 + self.extra if self.causal else torch.full((T,), S)).repeat(B, 1)
+        if self.padded:
+            seen[torch.rand(B, T, generator=generator) < 0.3] = 0
+        row = (torch.arange(T) // self.stride).repeat(B, 1)
+        return q, k, v, mask.to(DEVICE), seen.to(DEVICE), row.to(DEVICE) if self.stride > 1 else None
+
+
+@st.composite
+def sparse_cases(draw, size=2 * BLOCK + 3):
+    return Sparse(
+        dtype=draw(st.sampled_from(DTYPES)), causal=draw(st.booleans()), T=draw(st.integers(1, size)),
+        extra=draw(st.integers(0, size) | st.integers(100, 300)), heads=draw(st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)])),
+        D=draw(st.integers(1, 2 * BLOCK + 3)), width=draw(st.integers(1, 70)), density=draw(st.sampled_from([0.3, 1.0, 0.1, 0.0])),
+        stride=draw(st.integers(1, 5)), padded=draw(st.booleans()), layout=draw(LAYOUTS), deterministic=draw(st.booleans()),
+        per_program=draw(st.sampled_from([64, 1])), seed=draw(st.integers(0, 99)))
+
+
+def check_sparse_attention(case, change=lambda seen: seen):
+    q, k, v, mask, seen, row = case.tensors()
+    seen = change(seen)
+    with mock.patch.multiple(kernels, DETERMINISTIC=case.deterministic, PAIRS_PER_PROGRAM=case.per_program):
+        as_accurate_as_eager(case, lambda q, k, v: kernels.sparse_attention(q, k, v, mask, seen, row=row),
+                             lambda q, k, v: sea.sparse_attention(q, k, v, mask, seen, row=row), [q, k, v])
+
+
+@given(sparse_cases())
+@example(Sparse(torch.float32, True, 35, 0, (1, 1, 2), 8, 3, 0.5, 4, False, "contiguous", True, 1, 0))  # cells wider than a block
+@example(Sparse(torch.float32, True, 1, 66, (1, 1, 1), 17, 20, 0.3, 1, False, "gaps", True, 64, 1))  # decoding
+@example(Sparse(torch.float32, True, 18, 400, (1, 1, 1), 8, 3, 0.5, 9, False, "contiguous", False, 64, 2))  # runs far apart
+@example(Sparse(torch.float32, True, 9, 500, (1, 1, 1), 8, 40, 0.1, 5, False, "contiguous", True, 64, 0))
+@settings(FEW)
+def test_sparse_attention_matches_reference(case):
+    check_sparse_attention(case)
+
+
+def test_seen_in_any_order():
+    """No law says that `seen` grows: a tile's shortest query may stand anywhere."""
+    case = Sparse(torch.float32, True, 33, 120, (1, 1, 2), 16, 9, 0.1, 3, True, "contiguous", True, 64, 3)
+    check_sparse_attention(case, lambda seen: (seen * 37 % 153).clamp(min=0))
+
+
+def test_past_ignores_future():
+    q, k, v, mask, seen, row = Sparse(torch.float32, True, 35, 0, (1, 1, 1), 8, 9, 0.6, 1, False, "contiguous", True, 64, 0).tensors()
+    before = kernels.sparse_attention(q, k, v, mask, seen)
+    k[:, :, 20:], v[:, :, 20:] = 1e3, -1e3
+    after = kernels.sparse_attention(q, k, v, kernels.pack_mask(mask), seen)
+    assert torch.equal(before[:, :, :20], after[:, :, :20]) and not torch.equal(before, after)
+
+
+def test_full_mask_is_dense_attention():
+    q, k, v, mask, seen, _ = Sparse(torch.float32, True, 35, 0, (1, 1, 2), 8, 40, 1.0, 1, False, "contiguous", True, 64, 0).tensors()
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
+    torch.testing.assert_close(kernels.sparse_attention(q, k, v, torch.ones_like(mask), seen), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("argument, change", [
+    ("k", dict(k=torch.zeros(1, 3, 8, 4))), ("v", dict(v=torch.zeros(1, 1, 7, 4))), ("seen", dict(seen=torch.ones(1, 7))),
+    ("mask", dict(mask=torch.zeros(1, 2, 4, 5).bool())), ("mask", dict(mask=torch.zeros(1, 2, 8, 5))),
+    ("row", dict(row=torch.zeros(1, 7).long())), ("q", dict(q=torch.zeros(1, 2, 8))), ("q", dict(q=torch.zeros(1, 2, 8, 4).double())),
+    ("k", dict(k=torch.zeros(1, 1, 8, 4).half())),
+])
+def test_arguments_that_do_not_fit_are_named(argument, change):
+    fits = dict(q=torch.zeros(1, 2, 8, 4), k=torch.zeros(1, 1, 8, 4), v=torch.zeros(1, 1, 8, 4),
+                mask=torch.zeros(1, 2, 8, 5).bool(), seen=torch.ones(1, 8).long())
+    with pytest.raises(ValueError, match=f"^{argument}: expected .*, got "):
+        kernels.sparse_attention(**{name: x.to(DEVICE) for name, x in {**fits, **change}.items()})
+
+
+# -- teacher attention pooled to cells ---------------------------------------------------------------------------------
+
+
+def check_pool_attention(case):
+    q, k, _, mask, seen, _ = case.tensors()
+    results = lambda pooled: [pooled.cells, pooled.a_log_a, pooled.a_square]
+    as_accurate_as_eager(case, lambda q, k: results(kernels.pool_attention(q, k, seen, case.width)),
+                         lambda q, k: results(sea.pool_attention(q, k, seen, case.width)), [q, k])
+
+
+@given(sparse_cases())
+@example(Sparse(torch.float32, True, 35, 0, (1, 1, 1), 8, 2, 0.5, 1, True, "gaps", True, 1, 0))  # cells that span blocks
+@settings(FEW, max_examples=100 if CUDA else 10)  # a running sum with its own rule is slow in the interpreter
+def test_pool_attention_matches_reference(case):
+    check_pool_attention(case)
+
+
+def test_pooled_attention_is_what_the_estimate_loss_takes():
+    q, k, _, _, seen, _ = Sparse(torch.float32, True, 20, 5, (1, 1, 1), 8, 7, 0.5, 1, True, "contiguous", True, 1, 0).tensors()
+    ours, theirs = (module.pool_attention(q, k, seen, 7, 0.3) for module in (kernels, sea))
+    scores = torch.ones(1, 1, 20, 7, device=DEVICE)
+    assert ours._fields == tuple(vars(theirs)) and ours.n_keys == theirs.n_keys
+    torch.testing.assert_close(sea.estimate_loss(scores, ours, seen), sea.estimate_loss(scores, theirs, seen))
+
+
+# -- the estimator, the mix, and the whole layer -----------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    """A layer and its input, as numbers."""
+
+    dtype: torch.dtype
+    T: int
+    stride: int
+    heads: tuple[int, int, int]  # B, Hkv, H / Hkv
+    D: int
+    width: int
+    topk: int
+    padded: bool
+    layout: str
+    seed: int
+
+    def config(self, **changes):
+        _, Hkv, group = self.heads
+        fields = dict(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=self.topk, query_stride=self.stride,
+                      nbf=2, max_positions=4096)
+        return sea.SEAConfig(**{**fields, **changes})
+
+    def layer(self, **changes):
+        torch.manual_seed(self.seed)
+        layer = sea.SEAttention(self.config(**changes))
+        for parameter in layer.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        return layer.to(DEVICE)
+
+    def qkv(self):
+        (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
+        return [lay_out(torch.randn(B, h, self.T, self.D, generator=generator).to(self.dtype), self.layout)
+                for h in (Hkv * group, Hkv, Hkv)]
+
+    def valid(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        return (torch.rand(self.heads[0], self.T, generator=generator) < 0.8).to(DEVICE) if self.padded else None
+
+
+LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=st.integers(1, 5),
+                   heads=st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)]), D=st.integers(2, BLOCK + 3),
+                   width=st.integers(1, 5 * BLOCK + 3), topk=st.integers(1, 9), padded=st.booleans(), layout=LAYOUTS,
+                   seed=st.integers(0, 99))
+FEWER = settings(max_examples=4 if CUDA else 8)
+
+
+def check_causal_context(case):
+    q, k, v = case.qkv()
+    rows, there, (_, Hkv, _) = q[:, :, :: case.stride], case.valid(), case.heads
+    generator = torch.Generator().manual_seed(case.seed)
+    position = torch.randn(1, case.T, case.D, generator=generator).to(DEVICE, case.dtype)
+    projection = sea.orthogonal_features(case.D, 5, generator).to(DEVICE)
+    past = [torch.rand(len(q), Hkv, 5, 2 * case.D + 1, generator=generator).to(DEVICE, case.dtype)] if case.seed % 2 else []
+
+    def call(f):
+        def run(q, k, v, position, past=None):
+            context, sums = f(q, k, v, position, projection, case.D**-0.5, stride=case.stride, lead=case.stride - 1,
+                              there=there, past=past if past is None or past.dtype == torch.float64 else past.float())
+            return context.to(q.dtype), sums
+        return run
+    as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context), [rows, k, v, position, *past])
+
+
+def check_estimator(case):
+    """encode_rows, causal_cnn and mix_average, on what the reference gives each of them."""
+    q, k, v = case.qkv()
+    layer, generator = case.layer().to(case.dtype), torch.Generator().manual_seed(case.seed)
+    B, H, T, D = q.shape
+    context = torch.randn(B, H, T, 2 * D, generator=generator).to(DEVICE, case.dtype)
+    image = torch.randn(B, 2 * H, T, layer.cnn.norm.weight.shape[0], generator=generator).to(DEVICE, case.dtype)
+    gates = torch.randn(B, H, -(-T // case.stride), 2, generator=generator).to(DEVICE, case.dtype)
+    past = torch.randn(2, B, 2 * H, 4, image.shape[3], generator=generator).to(DEVICE, case.dtype)
+    seen, row = (torch.arange(T, device=DEVICE).expand(B, T) for _ in range(2))
+    seen, row, valid = seen + 1, row // case.stride, case.valid()
+    if valid is not None:
+        seen = valid.cumsum(1) * valid
+
+    def encode(f):
+        def run(context, v):
+            own = layer.double() if v.dtype == torch.float64 else layer.to(case.dtype)
+            image, gates = f(context, v, own.encoder, own.decoder, own.cnn.norm, own.gate)
+            return image, gates.to(v.dtype)
+        return run
+
+    def cnn(f):
+        def run(image, *past):
+            own = (layer.double() if image.dtype == torch.float64 else layer.to(case.dtype)).cnn
+            scores, last = f(image, own.conv1, own.conv2, own.up, own.norm_out, past or None,
+                             None if valid is None else valid.sum(1))
+            return scores, *last
+        return run
+
+    mix = lambda f: lambda sparse, v, gates: f(sparse, v, gates, seen, row, valid)
+    as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
+    as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *(past if case.seed % 2 else ())])
+    as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates])
+
+
+def check_layer(case, *, rtol=2e-4):
+    """Both backends in fp32: the same cells, outputs, states and gradients of everything; and any split gives the whole."""
+    ours, theirs = case.layer(backend="triton"), case.layer(backend="torch")
+    results = []
+    for layer in (ours, theirs):
+        xs = [x.detach().requires_grad_() for x in case.qkv()]
+        result = layer(*xs, valid=case.valid())
+        generator = torch.Generator().manual_seed(1)
+        # a loss on scores, too; those of rows that belong to no query are anything
+        used = torch.zeros(*result.scores.shape[:3], 1, device=DEVICE).index_fill_(2, result.row[0], 1.0) * (case.valid() is None)
+        loss = sum((x * torch.randn(x.shape, generator=generator).to(DEVICE)).sum() for x in (result.out, result.scores * used))
+        loss.backward()
+        grads = {name: p.grad for name, p in layer.named_parameters()} | dict(zip("qkv", (x.grad for x in xs)))
+        state = {name: x for name, x in vars(result.state).items() if isinstance(x, torch.Tensor) and name in ("sums", "v_sum")}
+        results.append({"out": result.out, "mask": result.mask, **state, **{f"d{name}": g for name, g in grads.items()}})
+    assert torch.equal(results[0].pop("mask"), results[1].pop("mask")), case
+    for name, expected in results[1].items():
+        if expected is not None and expected.numel():
+            scale = expected.abs().max().clamp(min=1.0)
+            error = (results[0][name] - expected).abs().max() / scale
+            assert error <= rtol, f"{name}: {error:.1e}: {case}"
+    if not case.padded and case.T > 1:
+        cut, (q, k, v) = case.T // 2, case.qkv()
+        with torch.no_grad():
+            head = ours(*(x[:, :, :cut] for x in (q, k, v)))
+            tail = ours(*(x[:, :, cut:] for x in (q, k, v)), state=head.state)
+        torch.testing.assert_close(torch.cat([head.out, tail.out], 2), results[0]["out"], rtol=1e-3, atol=1e-4)
+
+
+@given(LAYERS)
+@example(Layer(torch.float32, 70, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
+@settings(FEWER)
+def test_causal_context_matches_reference(case):
+    check_causal_context(case)
+
+
+@given(LAYERS)
+@example(Layer(torch.float16, 35, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
+@settings(FEWER)
+def test_encode_cnn_and_mix_match_reference(case):
+    check_estimator(case)
+
+
+@given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
+@settings(max_examples=4)
+def test_layer_is_the_same_on_both_backends(case):
+    check_layer(case)
+
+
+def test_a_backend_that_cannot_run_raises():
+    q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    layer = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")).double()
+    with pytest.raises(ValueError, match="^q: expected float32, float16 or bfloat16, got torch.float64"):
+        layer(q, q, q)
+    performer = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="auto", method="performer")).double()
+    assert performer(q, q, q).out.isfinite().all()
+
+
+def test_sea_alone_runs_and_says_what_triton_needs(tmp_path):
+    """sea.py copied away, without kernels.py beside it."""
+    (tmp_path / "sea.py").write_text((here / "sea.py").read_text())
+    code = """
+import torch, sea
+q = torch.randn(1, 1, 4, 8)
+run = lambda backend: sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend=backend))(q, q, q).out
+run("auto"), run("torch")
+try:
+    run("triton")
+except ValueError as error:
+    assert str(error).startswith("backend: expected kernels.py beside sea.py, and Triton, for 'triton', got "), error
+else:
+    raise AssertionError("fell back")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + code], cwd=tmp_path,
+                          env={name: x for name, x in os.environ.items() if name != "PYTHONPATH"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
+
+ORDERS = ["import kernels; from kernels import CUDAProperties; from kernels.layer.mode import Mode",
+          "from kernels.layer.mode import Mode; import kernels; from kernels import CUDAProperties",
+          "import importlib.util; assert importlib.util.find_spec('kernels'); from kernels import CUDAProperties, Mode"]
+
+
+def run_python(code: str, *folders: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, *folders)))}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A package `kernels` as pip would install it, that imports itself in every way."""
+    files = {"kernels/__init__.py": "from .utils import CUDAProperties\nfrom kernels.layer import Mode, kernelize",
+             "kernels/utils.py": "class CUDAProperties: pass",
+             "kernels/layer/__init__.py": "from .mode import Mode\ndef kernelize():\n    from kernels import CUDAProperties\n"
+                                          "    from ..utils import CUDAProperties as again\n    assert again is CUDAProperties",
+             "kernels/layer/mode.py": "class Mode: pass",
+             "kernels-0.16.9.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.16.9\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_hugging_face_kernels_is_found_behind_ours(order, hugging_face):
+    run_python(order + "; import kernels, kernels.layer.mode; assert kernels.__file__.endswith('kernels.py'); "
+               "kernels.sparse_attention; kernels.kernelize(); from kernels import Mode; assert Mode is kernels.layer.mode.Mode; "
+               "assert not hasattr(kernels, 'no_such_name')", hugging_face)
+
+
+def test_without_hugging_face_kernels_a_missing_name_is_an_attribute_error():
+    with mock.patch("importlib.metadata.distribution", side_effect=kernels.importlib.metadata.PackageNotFoundError):
+        assert not hasattr(kernels, "CUDAProperties") and not hasattr(kernels, "__path__")
+
+
+@pytest.mark.parametrize("order", ["import kernels; from transformers import OPTForCausalLM",
+                                   "from transformers import OPTForCausalLM; import kernels"])
+def test_transformers_can_be_imported_beside_ours(order):
+    pytest.importorskip("transformers")
+    run_python(order + "; assert kernels.__file__.endswith('kernels.py') and kernels.sparse_attention")
+
+
+# -- on a GPU only -----------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, extra, width, D, stride", [(4096, 0, 256, 64, 4), (4096, 0, 1024, 128, 1), (1, 4999, 256, 64, 1),
+                                                        (100, 4900, 256, 80, 4), (2048, 0, 128, 32, 1)])
+def test_large_sparse_attention_matches_reference(dtype, T, extra, width, D, stride):
+    check_sparse_attention(Sparse(dtype, True, T, extra, (1, 2, 2), D, width, 0.05, stride, False, "heads last", True, 64, 0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, extra, width, D", [(2048, 0, 256, 64), (700, 1300, 1000, 128), (1, 4999, 128, 80)])
+def test_large_pool_attention_matches_reference(dtype, T, extra, width, D):
+    check_pool_attention(Sparse(dtype, True, T, extra, (1, 2, 2), D, width, 0.05, 1, True, "heads last", True, 64, 0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 4])
+def test_large_linear_attention_matches_reference(dtype, stride):
+    check_linear_attention(Linear(dtype, 2048 // stride, 2048, stride, 128, (1, 2, 2), 33, 128, True, True, "heads last", 0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 4])
+def test_large_estimator_matches_reference(dtype, stride):
+    case = Layer(dtype, 1100, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1)
+    check_causal_context(case)
+    check_estimator(case)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H, width", [(12, 256), (12, 1024), (32, 1000)])
+def test_large_selection_is_that_of_sea_bit_for_bit(dtype, H, width):
+    scores, _ = Cells(dtype, "causal_batch", 1, H, 512, width, 64, 0, "heads last", 0).tensors()
+    for seen in (torch.arange(512, device=DEVICE)[None], torch.arange(512, device=DEVICE)[None] * 100):
+        for group in ("causal_batch", "query"):
+            assert torch.equal(kernels.topk_mask(scores, seen, 64, group), sea.topk_mask(scores, seen, 64, group))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_bit_equal_from_run_to_run(dtype):
+    case = Sparse(dtype, True, 4096, 0, (1, 2, 2), 64, 256, 0.05, 4, False, "contiguous", True, 64, 0)
+    q, k, v, mask, seen, row = case.tensors()
+    mask[..., :2] = True  # keys that every query visits
+
+    def run():
+        xs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = kernels.sparse_attention(*xs, mask, seen, row=row)
+        return [out, *torch.autograd.grad(out, xs, torch.ones_like(out))]
+
+    first = run()
+    for _ in range(3):
+        assert all(map(torch.equal, first, run()))
+
+
+# -- every launch compiles for the GPU ---------------------------------------------------------------------------------
+
+
+def launches(capability):
+    """Calls that between them launch every kernel with the options really used."""
+    B, H, Hkv, T, S = 1, 4, 2, 64, 96
+    shapes = [(torch.bfloat16, 64, 256, 4)]
+    if capability == 90:  # the other dtypes and sizes once: fp32 takes a minute to compile
+        shapes += [(torch.float16, 64, 256, 4), (torch.float32, 64, 256, 4), (torch.bfloat16, 128, 1024, 1)]
+    for dtype, D, width, stride in shapes:
+        q, k, v = (torch.ones(B, h, n, D, dtype=dtype, requires_grad=True) for h, n in ((H, T), (Hkv, S), (Hkv, S)))
+        seen, R = torch.full((B, T), S), T // stride
+        row = None if stride == 1 else torch.arange(T)[None] // stride
+        scores, cells = torch.ones(B, H, R, width, dtype=dtype), torch.ones(B, H, R, width, dtype=torch.bool)
+        kernels.select_cells(scores, seen[:, :R], 64, "causal_batch")
+        kernels.select_cells(scores, seen[:, :R], 64, "query")
+        kernels.pool_attention(q, k, seen, width)
+        with torch.no_grad():
+            config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
+            for valid in (None, torch.ones(B, S, dtype=torch.bool)):
+                sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
+        for kernels.DETERMINISTIC in (True, False):
+            yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
+        if dtype != torch.float16 and D == 64:
+            features = [torch.ones(B, h, n, 33, dtype=dtype, requires_grad=True) for h, n in ((H, R), (Hkv, S))]
+            yield kernels.linear_attention(*features, torch.cat([v, v], -1), stride=stride)
+        if dtype == torch.bfloat16:
+            torch.set_float32_matmul_precision("high")
+            kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
+
+
+def compile_launches(capability: int) -> int:
+    """Compile, by Triton's own launch path, for a GPU that need not be there. Returns the number of cubins."""
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    run, cubins = triton.runtime.jit.JITFunction.run, set()
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assert compiled.metadata.shared <= (163 if capability == 80 else 227) * 1024, (self.__name__, compiled.metadata.shared)
+        cubins.add(compiled.asm["cubin"])
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    kernels._check_tensor = lambda *args: None  # CPU tensors will do
+    torch.empty, kernels.PAIRS_PER_PROGRAM = torch.ones, 1  # nothing is computed, so sizes that depend on data come from here
+    torch.empty_like = lambda x, **kwargs: torch.ones_like(x)
+    for out in launches(capability):
+        out = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if out:
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+    return len(cubins)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_launch_compiles_without_a_gpu(capability):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = f"import test_kernels; print(test_kernels.compile_launches({capability}), 'cubins')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "cubins" in done.stdout, done.stderr[-3000:]
