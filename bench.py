@@ -8,11 +8,12 @@
 One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png. Without a GPU it measures the plain
 PyTorch path at small T and says so.
 
-Inputs. With --model: text windows through the model; q, k, v of two neighbouring layers, their heads side by side, windows one after the other
-until T is reached, so that a longer sequence has the local statistics of a real one and repeats nothing but the positions
-within a window. Without: random walks, since real neighbours are alike. The estimator is then trained on those inputs for a
-moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random, which is the worst case for
-the kernels. That case is measured too, as "random masks". A position table trained at 2,048 is stretched to T.
+Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side by side, windows one
+after the other until T is reached, so that a longer sequence has the local statistics of a real one and repeats nothing but
+the positions within a window. Without: random walks, since real neighbours are alike. The estimator is then trained on those
+inputs for a moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
+which is the worst case for the kernels. That case is measured too, as "random masks". A position table trained at 2,048 is
+stretched to T.
 """
 
 import argparse
@@ -75,8 +76,8 @@ def model_inputs(args, T: int, device) -> list[torch.Tensor]:
         middle, layers = len(records) // 2, -(-args.heads // records[0].q.shape[1])
         use = [records[(middle + i) % len(records)] for i in range(layers)]
         repeat = lambda r, x: sea.repeat_heads(x, r.q.shape[1])
-        parts.append([torch.cat([r.q * r.scale * r.q.shape[-1] ** 0.5 for r in use], 1), torch.cat([repeat(r, r.k) for r in use], 1),
-                      torch.cat([repeat(r, r.v) for r in use], 1)])
+        heads = [(r.q * r.scale * r.q.shape[-1] ** 0.5, repeat(r, r.k), repeat(r, r.v)) for r in use]  # q as D**-0.5 wants it
+        parts.append([torch.cat(x, 1) for x in zip(*heads)])
     return [torch.cat(x, 2)[:, : args.heads].contiguous() for x in zip(*parts)]
 
 
@@ -241,7 +242,8 @@ def table(rows: dict[int, dict], kind: str) -> str:
     lines = [f"\n{kind}: ms (MiB above the inputs)", f"{'T':>8} " + " ".join(f"{n.split(' |')[0][:24]:>24}" for n in names)]
     for T, row in rows.items():
         cells = [row.get(n, {}) for n in names]
-        lines.append(f"{T:8,} " + " ".join(f"{c['ms']:12.3f} ({c['mib'] or 0:8,.0f})" .rjust(24) if "ms" in c else f"{'-':>24}" for c in cells))
+        show = lambda c: f"{c['ms']:.3f} ({c['mib'] or 0:8,.0f})" if "ms" in c else "-"
+        lines.append(f"{T:8,} " + " ".join(f"{show(c):>24}" for c in cells))
         dense = [c["ms"] for n, c in zip(names, cells) if "ms" in c and not n.startswith(("SEA", "random"))]
         for n, c in zip(names, cells):
             if n.startswith("SEA") and "ms" in c and dense:
@@ -261,7 +263,8 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
         for name in sorted({n for row in rows.values() for n in row if n.endswith(f"| {kind}")}):
             points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
             if points:
-                axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=":" if name.startswith("random") else "-")
+                style = ":" if name.startswith("random") else "-"
+                axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=style)
         axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=kind)
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
@@ -270,21 +273,22 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
 
 
 def break_even(args, layer, inputs, dtype, device) -> None:
-    """Bisection over multiples of 256 for each stride, forward."""
+    """Bisection for each stride, forward, to 3 % of T."""
+    def wins(stride, T):
+        q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
+        found = contestants(argparse.Namespace(**{**vars(args), "strides": [stride]}), layer, T, dtype, device)
+        times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith("random")}
+        return times.pop(f"SEA stride {stride}") < min(times.values())
+
     for stride in args.strides:
-        low, high = 1, max(args.lengths) // 256
-        def wins(n):
-            q, k, v = (x[:, :, : 256 * n].to(dtype) for x in inputs)
-            found = contestants(argparse.Namespace(**{**vars(args), "strides": [stride]}), layer, 256 * n, dtype, device)
-            times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith("random")}
-            return times.pop(f"SEA stride {stride}") < min(times.values())
-        if not wins(high):
-            print(f"stride {stride}: SEA does not win up to T = {256 * high:,}")
+        low, high = 1, max(args.lengths)
+        if not wins(stride, high):
+            print(f"stride {stride}: SEA does not win up to T = {high:,}")
             continue
         while high - low > max(1, high // 32):
             middle = (low + high) // 2
-            low, high = (low, middle) if wins(middle) else (middle, high)
-        print(f"stride {stride}: SEA's forward is faster from about T = {256 * high:,}")
+            low, high = (low, middle) if wins(stride, middle) else (middle, high)
+        print(f"stride {stride}: SEA's forward is faster from about T = {high:,}")
 
 
 def profile(args, layer, inputs, T: int, dtype, device) -> None:
@@ -300,9 +304,10 @@ def profile(args, layer, inputs, T: int, dtype, device) -> None:
                 run()
                 if device == "cuda":
                     torch.cuda.synchronize()
-            events = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total if device == "cuda" else -e.self_cpu_time_total)
             us = lambda e: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
-            print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {sum(e.count for e in events)} kernels")
+            events = sorted(prof.key_averages(), key=us, reverse=True)
+            count = sum(e.count for e in events)
+            print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {count} kernels")
             for e in events[:14]:
                 print(f"  {us(e) / 1000:8.3f} ms {e.count:4} x {e.key[:90]}")
 
@@ -317,7 +322,8 @@ def main(argv: list[str] | None = None) -> dict:
         import triton
 
         versions += f", triton {triton.__version__}"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
     print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B 1, H {args.heads}, D {args.d_head}, width "
           f"{args.width}, topk {args.topk}, causal")

@@ -537,6 +537,28 @@ def test_layer_is_the_same_on_both_backends(case):
     check_layer(case)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_distillation_is_the_same_on_both_backends(stride):
+    """Weights in fp32, autocast to half precision: the losses and gradients of a training step, to rounding."""
+    import convert
+    import distill
+    from test_distill import tiny, tokens
+
+    results = []
+    for backend in ("torch", "triton"):
+        teacher = tiny("opt").to(DEVICE).requires_grad_(False)
+        teacher.set_attn_implementation("sea_teacher")
+        student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=4, backend=backend, query_stride=stride)
+        with torch.autocast(DEVICE, torch.bfloat16 if CUDA else torch.float16):
+            terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights())
+        sum(terms.values()).backward()
+        results.append((terms, torch.cat([p.grad.flatten() for p in student.parameters()])))
+    (terms, grads), (our_terms, our_grads) = results
+    for name, value in terms.items():
+        torch.testing.assert_close(our_terms[name], value, rtol=2e-2, atol=1e-3, msg=lambda m: f"{name}: {m}")
+    assert (our_grads - grads).norm() <= 0.05 * grads.norm()
+
+
 def test_a_backend_that_cannot_run_raises():
     q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
     layer = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")).double()
@@ -550,7 +572,9 @@ def test_sea_alone_runs_and_says_what_triton_needs(tmp_path):
     """sea.py copied away, without kernels.py beside it."""
     (tmp_path / "sea.py").write_text((here / "sea.py").read_text())
     code = """
-import torch, sea
+import sys, torch
+sys.modules["kernels"] = None  # nor installed anywhere
+import sea
 q = torch.randn(1, 1, 4, 8)
 run = lambda backend: sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend=backend))(q, q, q).out
 run("auto"), run("torch")
@@ -561,9 +585,24 @@ except ValueError as error:
 else:
     raise AssertionError("fell back")
 """
-    done = subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + code], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + code], cwd=tmp_path,
                           env={name: x for name, x in os.environ.items() if name != "PYTHONPATH"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"]])
+def test_bench_measures(tmp_path, capsys, options):
+    import bench
+
+    small = ["--lengths", "64", "128", "--train-steps", "1", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "4"]
+    report = bench.main([*small, "--out", str(tmp_path), *options])
+    printed = capsys.readouterr().out
+    assert CUDA or "this measures the plain PyTorch path" in printed
+    if options:
+        assert "stride 4" in printed
+        return
+    assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "bench.json").exists()
 
 
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
