@@ -70,6 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         defaults = (DEFAULTS[job][name.replace("-", "_")] for job in ("paper", "tiny"))
         choices = ("constant", "linear") if name == "schedule" else None
         add(f"--{name}", type=kind, choices=choices, help=f"{text} {note.format(*defaults)}")
+    add("--backend", choices=sea.BACKENDS, help="of SEA's attention: plain PyTorch, the kernels, or the kernels where they fit "
+        "(none: torch)")
     add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
@@ -83,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.eval_only and not args.load:
         p.error("--eval-only: expected --load DIR with it, the student to measure")
-    for name in ("width", "nbf", "query_stride"):
+    for name in ("width", "nbf", "query_stride", "backend"):
         if args.load and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')}: expected none with --load, since the saved student has its own")
     for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
@@ -506,7 +508,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch.manual_seed(args.seed)
             student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
-                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name)
+                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name, backend=args.backend or "torch")
                 convert.attach(student, **options, query_stride=(args.query_stride or 1) if name == "sea" else 1)
         student.to(args.device)
         before = after = perplexity(student, valid, args)

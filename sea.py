@@ -5,7 +5,7 @@ estimates each attention row in `width` cells with linear attention and a small 
 top-k, attends only to the keys under them, and learns all this by distilling the teacher's attention. This file is the
 readable reference: every step of the paper is one function, in the paper's order, for every dtype and device, with
 autograd. Copy it away and it works: it needs torch and einops only. Its sparse attention looks at all keys and masks them,
-so that it is easy to check; kernels.py, used on a GPU where it lies beside this file, does the work that SEA saves.
+so that it is easy to check; kernels.py beside it, with backend="auto" or "triton", does only the work that SEA needs.
 
     name     paper   meaning
     B, H, T  N,H,T   batch, query heads, queries (new tokens)
@@ -67,7 +67,7 @@ class SEAConfig:
     max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
     method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
     seed: int = 0  # of the random features
-    backend: str = "auto"  # "torch", "triton", or "auto": kernels.py where it is there and the tensors are on a GPU
+    backend: str = "torch"  # or "triton": kernels.py, or "auto": kernels.py on a GPU where it lies beside this file and fits
 
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
@@ -223,7 +223,7 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
                 gate: nn.Linear) -> tuple[Tensor, Tensor]:
     """Steps 3, 4 and 8: z = encoder([c ; v]), the row decoder's image, normed for the CNN, and the gates.
 
-    context (B, H, R, 2D), v (B, Hkv, R, D) -> image (B, 2H, R, P), P = ceil(width / 4), and gates (B, H, R, 2) before their
+    context (B, H, R, 2D), v (B, Hkv, R, D) -> image (B, 2H, R, P), P = ceil(width / 4) or at least 4, and gates (B, H, R, 2) before their
     sigmoid.
     """
     dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else gate.weight.dtype
@@ -539,9 +539,11 @@ def load_kernels():
     return sys.modules["sea_kernels"]
 
 
-def operations(backend: str, q: Tensor):
+def operations(config: SEAConfig, q: Tensor):
     """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises."""
-    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256
+    backend, power = config.backend, lambda n: 2 ** (n - 1).bit_length()
+    fits = q.is_cuda and q.dtype != torch.float64 and config.d_head <= 256 and config.query_stride <= 16
+    fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:
@@ -640,7 +642,7 @@ class SEAttention(nn.Module):
                 past_valid = ones(state.k) if state.valid is None else state.valid
                 valid = torch.cat([past_valid, ones(k) if valid is None else valid], dim=1)
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
-        ops = operations(config.backend, q)
+        ops = operations(config, q)
         new = None if valid is None else valid[:, -T:]
         count = None if state is None else state.count
         rows = choose_rows((B, T), new, count, config.query_stride, config.causal, q.device)

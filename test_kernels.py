@@ -568,6 +568,16 @@ def test_a_backend_that_cannot_run_raises():
     assert performer(q, q, q).out.isfinite().all()
 
 
+@pytest.mark.parametrize("change", [dict(query_stride=17), dict(d_head=257), dict(n_head=33, width=1024)])
+def test_auto_leaves_what_the_kernels_cannot_do(change):
+    """Only the choice is looked at, so that it needs no GPU."""
+    on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
+    config = dict(n_head=12, d_head=64, backend="auto")
+    assert sea.operations(sea.SEAConfig(**config), on_gpu) is kernels
+    assert sea.operations(sea.SEAConfig(**{**config, **change}), on_gpu) is sea
+    assert sea.operations(sea.SEAConfig(**config), torch.zeros(1)) is sea
+
+
 def test_sea_alone_runs_and_says_what_triton_needs(tmp_path):
     """sea.py copied away, without kernels.py beside it."""
     (tmp_path / "sea.py").write_text((here / "sea.py").read_text())
