@@ -31,6 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sea
 
 TRAINED = 2048
+REFERENCE = 16384  # the plain PyTorch path computes all scores: beyond this T it is not worth the wait
+PYTORCH = "plain PyTorch path of SEA"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,8 +118,8 @@ def trained_layer(args, q, k, v, device) -> sea.SEAttention:
     return layer
 
 
-def stretched(layer: sea.SEAttention, T: int, stride: int, dtype) -> sea.SEAttention:
-    config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend="auto")
+def stretched(layer: sea.SEAttention, T: int, stride: int, dtype, backend: str = "auto") -> sea.SEAttention:
+    config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend=backend)
     long = sea.SEAttention(config).to(layer.position.device)
     table = F.interpolate(layer.position.detach().T[None], size=config.max_positions, mode="linear", align_corners=True)[0].T
     long.load_state_dict({**layer.state_dict(), "position": table})
@@ -128,8 +130,8 @@ def stretched(layer: sea.SEAttention, T: int, stride: int, dtype) -> sea.SEAtten
 
 
 def milliseconds(run, repeats: int = 20, graph: bool = True) -> float:
-    """Median time of one run. On a GPU, of a replayed CUDA graph, so that what is timed is the device, not Python; without
-    `graph` as it is, for a run that waits for the GPU and so cannot be captured."""
+    """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device, not Python; without
+    `graph` as it is, for a run that checkpoints and so cannot be captured."""
     if not torch.cuda.is_available():
         run()
         times = []
@@ -138,22 +140,20 @@ def milliseconds(run, repeats: int = 20, graph: bool = True) -> float:
             run()
             times.append(1000 * (time.perf_counter() - start))
         return sorted(times)[1]
-    stream, replay = torch.cuda.Stream(), run
+    stream, captured, times = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(3 if graph else 1):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     if graph:
-        captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             run()
-        replay = captured.replay
-    times = []
-    replay()
+        run = captured.replay
+    run()
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        replay()
+        run()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
@@ -182,12 +182,19 @@ def forward(attention, q, k, v):
     return run
 
 
-def forward_backward(attention, q, k, v, do):
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+def forward_backward(attention, q, k, v):
+    """As training needs it: from all outputs, SEA's scores among them, to q, k, v and all weights."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    douts = [torch.randn_like(x) for x in outputs(attention(*inputs))]
+    weights = list(attention.parameters()) if isinstance(attention, torch.nn.Module) else []
 
     def run():
-        torch.autograd.grad(attention(q, k, v), (q, k, v), do)
+        torch.autograd.grad(outputs(attention(*inputs)), inputs + weights, douts)
     return run
+
+
+def outputs(result) -> list[torch.Tensor]:
+    return [result.out, result.scores] if isinstance(result, sea.SEAOutput) else [result]
 
 
 def contestants(args, layer, T: int, dtype, device) -> dict:
@@ -204,8 +211,9 @@ def contestants(args, layer, T: int, dtype, device) -> dict:
     else:
         found["SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     for stride in args.strides:
-        module = stretched(layer, T, stride, dtype)
-        found[f"SEA stride {stride}"] = lambda q, k, v, module=module: module(q, k, v).out
+        found[f"SEA stride {stride}"] = stretched(layer, T, stride, dtype)
+    if device == "cuda" and T <= REFERENCE:
+        found[PYTORCH] = stretched(layer, T, args.strides[0], dtype, "torch")
     if device == "cuda":
         import kernels
 
@@ -220,14 +228,14 @@ def contestants(args, layer, T: int, dtype, device) -> dict:
 
 def measure(args, layer, inputs, T: int, dtype, device) -> dict:
     q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
-    do, results = torch.randn_like(q), {}
+    results = {}
     for name, attention in contestants(args, layer, T, dtype, device).items():
         runs = {"forward": forward(attention, q, k, v)}
         if not args.forward_only:
-            runs["forward+backward"] = forward_backward(attention, q, k, v, do)
+            runs["forward+backward"] = forward_backward(attention, q, k, v)
         for kind, run in runs.items():
             try:
-                results[f"{name} | {kind}"] = dict(ms=milliseconds(run, graph=kind == "forward"), mib=peak_mib(run))
+                results[f"{name} | {kind}"] = dict(ms=milliseconds(run, graph=name != PYTORCH), mib=peak_mib(run))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 results[f"{name} | {kind}"] = dict(error=str(error).splitlines()[0])
             torch.cuda.empty_cache()
@@ -244,7 +252,7 @@ def table(rows: dict[int, dict], kind: str) -> str:
         cells = [row.get(n, {}) for n in names]
         show = lambda c: f"{c['ms']:.3f} ({c['mib'] or 0:8,.0f})" if "ms" in c else "-"
         lines.append(f"{T:8,} " + " ".join(f"{show(c):>24}" for c in cells))
-        dense = [c["ms"] for n, c in zip(names, cells) if "ms" in c and not n.startswith(("SEA", "random"))]
+        dense = [c["ms"] for n, c in zip(names, cells) if "ms" in c and not n.startswith(("SEA", "random", "plain"))]
         for n, c in zip(names, cells):
             if n.startswith("SEA") and "ms" in c and dense:
                 lines.append(f"{'':8}   {n.split(' |')[0]}: {min(dense) / c['ms']:.2f}x the speed of the fastest dense")
@@ -263,7 +271,7 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
         for name in sorted({n for row in rows.values() for n in row if n.endswith(f"| {kind}")}):
             points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
             if points:
-                style = ":" if name.startswith("random") else "-"
+                style = ":" if name.startswith(("random", "plain")) else "-"
                 axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=style)
         axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=kind)
         axis.grid(alpha=0.3, which="both")
@@ -277,7 +285,7 @@ def break_even(args, layer, inputs, dtype, device) -> None:
     def wins(stride, T):
         q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
         found = contestants(argparse.Namespace(**{**vars(args), "strides": [stride]}), layer, T, dtype, device)
-        times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith("random")}
+        times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith(("random", "plain"))}
         return times.pop(f"SEA stride {stride}") < min(times.values())
 
     for stride in args.strides:
@@ -295,9 +303,7 @@ def profile(args, layer, inputs, T: int, dtype, device) -> None:
     q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
     for stride in args.strides:
         module = stretched(layer, T, stride, dtype)
-        attention = lambda q, k, v: module(q, k, v).out
-        for name, run in (("forward", forward(attention, q, k, v)),
-                          ("forward+backward", forward_backward(attention, q, k, v, torch.randn_like(q)))):
+        for name, run in (("forward", forward(module, q, k, v)), ("forward+backward", forward_backward(module, q, k, v))):
             run()
             activities = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
             with torch.profiler.profile(activities=activities) as prof:

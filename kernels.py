@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Gradients of k and v: True adds them up in a fixed order, bit-equal from run to run; False uses atomic additions, which
-# need no sorted lists and no wait for the GPU.
+# Gradients of k and v: True adds them up in a fixed order, bit-equal from run to run; False uses atomic additions.
 DETERMINISTIC = True
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; with -inf, exp2 of (-inf) - (-inf) would be nan
@@ -120,255 +119,6 @@ def unpack_mask(cells: CellBits) -> Tensor:
     """CellBits -> bool (B, H, R, width)."""
     on = (cells.bits[..., None] >> torch.arange(32, device=cells.bits.device, dtype=torch.int32)) & 1
     return on.flatten(-2)[..., : cells.width].bool()
-
-
-# -- causal linear attention -------------------------------------------------------------------------------------------
-#
-# c_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) over the keys j < (i+1) * stride. Rows and keys are cut into chunks: what
-# came in earlier chunks enters through a state, the sum of k_j v_j^T (m x E), the rest of the chunk directly. The output
-# and all gradients are the same product with other factors, so one kernel computes the four of them, with g = dc / den and
-# g_den = -rowsum(g c):
-#
-#            x   y   z   over               state                        extra
-#     c den  q   k   v   keys before row    sum k v^T    of chunks before
-#     dq     g   v   k   keys before row    its transpose                g_den of the row: s += g_den_i
-#     dk     v   g   q   rows after key     sum g q^T    of chunks after g_den of the row: s += g_den_i
-#     dv     k   q   g   rows after key     its transpose
-
-
-def _linear_attention_tiles() -> dict:
-    """Tile sizes (>= 16) and launch options. Dots are as exact as torch's own fp32 matmuls are set to be."""
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return dict(PRECISION=precision, BLOCK_X=32, BLOCK_Y=32, BLOCK_C=32, BLOCK_F=64, num_warps=4, num_stages=2)
-
-
-@triton.jit
-def _load_rows(ptr, stride, at, mask, cols, n_col):
-    """Rows `at`, columns `cols` of one head, fp32, 0 where masked: (rows, cols)."""
-    ptr += at[:, None].to(tl.int64) * stride[2] + cols[None, :] * stride[3]
-    return tl.load(ptr, mask=mask[:, None] & (cols < n_col)[None, :], other=0.0).to(tl.float32)
-
-
-# sums[n] = sum over the rows of chunk n of x y^T, and weighted[n] = that of x w (w = 1 if None).
-# One program: BLOCK_C x BLOCK_F of one chunk; grid (n_chunk, B * H, tiles of C x F).
-#   x (B, H, L, C), y (B, H, L, F) any strides; w (B, H, L) fp32 contiguous
-#   sums (B, H, n, C, F), weighted (B, H, n, C) fp32, the batch and head strides given, contiguous within
-# Reads x and y once or a few times; eager copies them, padded and with a column of ones. Reference: k.mT @ v in
-# sea.linear_attention.
-@triton.jit
-def _chunk_sums_kernel(x_ptr, y_ptr, w_ptr, sums_ptr, weighted_ptr, x_stride, y_stride, sums_stride, weighted_stride, H,
-                       n_row, CHUNK: tl.constexpr, C: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
-                       BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr):
-    chunk, pid_bh, pid_cf = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    cols_c = pid_cf // tl.cdiv(F, BLOCK_F) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cols_f = pid_cf % tl.cdiv(F, BLOCK_F) * BLOCK_F + tl.arange(0, BLOCK_F)
-    x_ptr += b * x_stride[0] + h * x_stride[1]
-    y_ptr += b * y_stride[0] + h * y_stride[1]
-    acc, acc_w = tl.zeros((BLOCK_C, BLOCK_F), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, CHUNK, BLOCK_Y):
-        local = start + tl.arange(0, BLOCK_Y)
-        at = chunk * CHUNK + local
-        mask = (local < CHUNK) & (at < n_row)
-        x = _load_rows(x_ptr, x_stride, at, mask, cols_c, C)  # (BLOCK_Y, BLOCK_C)
-        y = _load_rows(y_ptr, y_stride, at, mask, cols_f, F)  # (BLOCK_Y, BLOCK_F)
-        acc += tl.dot(tl.trans(x), y, input_precision=PRECISION)
-        if w_ptr is None:
-            acc_w += tl.sum(x, axis=0)
-        else:
-            w = tl.load(w_ptr + pid_bh.to(tl.int64) * n_row + at, mask=mask, other=0.0)
-            acc_w += tl.sum(x * w[:, None], axis=0)
-    sums_ptr += b * sums_stride[0] + h * sums_stride[1] + chunk.to(tl.int64) * C * F
-    tl.store(sums_ptr + cols_c[:, None] * F + cols_f[None, :], acc, mask=(cols_c < C)[:, None] & (cols_f < F)[None, :])
-    if pid_cf % tl.cdiv(F, BLOCK_F) == 0:
-        weighted_ptr += b * weighted_stride[0] + h * weighted_stride[1] + chunk.to(tl.int64) * C
-        tl.store(weighted_ptr + cols_c, acc_w, mask=cols_c < C)
-
-
-# out = (x y^T + extra, masked) z + x state, the table above; with den: out / den, den = rowsum of the same + x state_extra.
-# One program: BLOCK_X rows of x in one chunk, BLOCK_F columns; grid (n_chunk * blocks of a chunk, B * Hx, blocks of F).
-#   x (B, Hx, x_len, C); y (B, Hy, y_len, C), z (B, Hy, y_len, F), any strides: one of Hx, Hy is H, the other Hkv
-#   extra (B, H, R) fp32 contiguous, or None; den (B, Hx, x_len) fp32 contiguous, or None
-#   state (B, Hkv, n, C, F), state_extra (B, Hkv, n, C if den else F) or None, fp32, any strides
-#   out (B, Hx, x_len, F) contiguous
-# fp32 throughout. Nothing of size chunk x chunk or with a column of ones is written, as eager does. Deterministic.
-# Reference: sea.linear_attention and autograd through it.
-@triton.jit
-def _causal_product_kernel(x_ptr, y_ptr, z_ptr, extra_ptr, state_ptr, state_extra_ptr, out_ptr, den_ptr, x_stride, y_stride,
-                           z_stride, state_stride, state_extra_stride, HX, x_len, y_len, STRIDE: tl.constexpr,
-                           REVERSE: tl.constexpr, X_CHUNK: tl.constexpr, Y_CHUNK: tl.constexpr, X_PER_Y: tl.constexpr,
-                           Y_PER_X: tl.constexpr, C: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
-                           BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr):
-    pid_x, pid_bh, pid_f = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, h = (pid_bh // HX).to(tl.int64), (pid_bh % HX).to(tl.int64)
-    chunk, first_x = pid_x // tl.cdiv(X_CHUNK, BLOCK_X), pid_x % tl.cdiv(X_CHUNK, BLOCK_X) * BLOCK_X
-    local_x = first_x + tl.arange(0, BLOCK_X)
-    at_x, cols_f = chunk * X_CHUNK + local_x, pid_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask_x = (local_x < X_CHUNK) & (at_x < x_len)
-    of_x = pid_bh.to(tl.int64) * x_len + at_x
-    x_ptr += b * x_stride[0] + h * x_stride[1]
-    acc, den = tl.zeros((BLOCK_X, BLOCK_F), tl.float32), tl.zeros((BLOCK_X,), tl.float32)
-
-    # -- other chunks
-    state_ptr += b * state_stride[0] + h // X_PER_Y * state_stride[1] + chunk.to(tl.int64) * state_stride[2]
-    if state_extra_ptr is not None:
-        state_extra_ptr += b * state_extra_stride[0] + h // X_PER_Y * state_extra_stride[1]
-        state_extra_ptr += chunk.to(tl.int64) * state_extra_stride[2]
-    for start in range(0, C, BLOCK_C):
-        cols_c = start + tl.arange(0, BLOCK_C)
-        x = _load_rows(x_ptr, x_stride, at_x, mask_x, cols_c, C)  # (BLOCK_X, BLOCK_C)
-        state = tl.load(state_ptr + cols_c[:, None] * state_stride[3] + cols_f[None, :] * state_stride[4],
-                        mask=(cols_c < C)[:, None] & (cols_f < F)[None, :], other=0.0)  # (BLOCK_C, BLOCK_F)
-        acc += tl.dot(x, state, input_precision=PRECISION)
-        if den_ptr is not None:
-            weight = tl.load(state_extra_ptr + cols_c * state_extra_stride[3], mask=cols_c < C, other=0.0)
-            den += tl.sum(x * weight[None, :], axis=1)
-    if extra_ptr is not None:
-        state = tl.load(state_extra_ptr + cols_f * state_extra_stride[3], mask=cols_f < F, other=0.0)
-        if REVERSE:
-            acc += state[None, :]
-        else:
-            acc += tl.load(extra_ptr + of_x, mask=mask_x, other=0.0)[:, None] * state[None, :]
-
-    # -- the same chunk
-    if REVERSE:
-        first_y, end_y = first_x // STRIDE // BLOCK_Y * BLOCK_Y, Y_CHUNK
-    else:
-        first_y, end_y = 0, tl.minimum(Y_CHUNK, (first_x + BLOCK_X) * STRIDE)
-    for g in range(Y_PER_X):
-        hy = h // X_PER_Y * Y_PER_X + g
-        y_head, z_head = y_ptr + b * y_stride[0] + hy * y_stride[1], z_ptr + b * z_stride[0] + hy * z_stride[1]
-        for start_y in range(first_y, end_y, BLOCK_Y):
-            local_y = start_y + tl.arange(0, BLOCK_Y)
-            at_y = chunk * Y_CHUNK + local_y
-            mask_y = (local_y < Y_CHUNK) & (at_y < y_len)
-            s = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-            for start in range(0, C, BLOCK_C):
-                cols_c = start + tl.arange(0, BLOCK_C)
-                x = _load_rows(x_ptr, x_stride, at_x, mask_x, cols_c, C)  # (BLOCK_X, BLOCK_C)
-                y = _load_rows(y_head, y_stride, at_y, mask_y, cols_c, C)  # (BLOCK_Y, BLOCK_C)
-                s += tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            if REVERSE:
-                before = local_x[:, None] < (local_y[None, :] + 1) * STRIDE
-                if extra_ptr is not None:
-                    of_y = (b * HX * Y_PER_X + hy) * y_len + at_y
-                    s += tl.load(extra_ptr + of_y, mask=mask_y, other=0.0)[None, :]
-            else:
-                before = local_y[None, :] < (local_x[:, None] + 1) * STRIDE
-                if extra_ptr is not None:
-                    s += tl.load(extra_ptr + of_x, mask=mask_x, other=0.0)[:, None]
-            s = tl.where(before & mask_y[None, :], s, 0.0)
-            den += tl.sum(s, axis=1)
-            z = _load_rows(z_head, z_stride, at_y, mask_y, cols_f, F)  # (BLOCK_Y, BLOCK_F)
-            acc += tl.dot(s, z, input_precision=PRECISION)
-    # -- write back
-    if den_ptr is not None:
-        acc = acc / tl.where(den == 0, 1.0, den)[:, None]
-        tl.store(den_ptr + of_x, den, mask=mask_x & (pid_f == 0))
-    tl.store(out_ptr + of_x[:, None] * F + cols_f[None, :], acc.to(out_ptr.dtype.element_ty),
-             mask=mask_x[:, None] & (cols_f < F)[None, :])
-
-
-def _chunk_sums(x: Tensor, y: Tensor, w: Tensor | None, chunk: int, sums: Tensor, weighted: Tensor) -> None:
-    """Fill sums (B, H, n, C, F) and weighted (B, H, n, C), slices of contiguous tensors."""
-    (B, H, n_row, C), F, n_chunk = x.shape, y.shape[3], sums.shape[2]
-    tiles = _linear_attention_tiles()
-    tiles.pop("BLOCK_X")
-    n_tile = triton.cdiv(C, tiles["BLOCK_C"]) * triton.cdiv(F, tiles["BLOCK_F"])
-    _chunk_sums_kernel[(n_chunk, B * H, n_tile)](x, y, w, sums, weighted, x.stride(), y.stride(), sums.stride()[:2],
-                                                 weighted.stride()[:2], H, n_row, CHUNK=chunk, C=C, F=F, **tiles)
-
-
-def _causal_product(x, y, z, extra, state, state_extra, out, den, chunks: tuple[int, int], stride: int, reverse: bool) -> None:
-    (B, HX, x_len, C), HY, y_len, F = x.shape, y.shape[1], y.shape[2], z.shape[3]
-    tiles, (x_chunk, y_chunk) = _linear_attention_tiles(), chunks
-    grid = (state.shape[2] * triton.cdiv(x_chunk, tiles["BLOCK_X"]), B * HX, triton.cdiv(F, tiles["BLOCK_F"]))
-    _causal_product_kernel[grid](
-        x, y, z, extra, state, state_extra, out, den, x.stride(), y.stride(), z.stride(), state.stride(),
-        (0, 0, 0, 0) if state_extra is None else state_extra.stride(), HX, x_len, y_len, STRIDE=stride, REVERSE=reverse,
-        X_CHUNK=x_chunk, Y_CHUNK=y_chunk, X_PER_Y=max(1, HX // HY), Y_PER_X=max(1, HY // HX), C=C, F=F, **tiles)
-
-
-def _states(k, v, past, rows, n_chunk):
-    """The state before each chunk of keys and after the last: (B, Hkv, n+1, m, E), and that of ones (B, Hkv, n+1, m)."""
-    B, Hkv, _, m, E = *k.shape, v.shape[3]
-    state = torch.empty(B, Hkv, n_chunk + 1, m, E, dtype=torch.float32, device=k.device)
-    state_k = torch.empty(B, Hkv, n_chunk + 1, m, dtype=torch.float32, device=k.device)
-    state[:, :, 0] = 0 if past is None else past[..., :-1]
-    state_k[:, :, 0] = 0 if past is None else past[..., -1]
-    _chunk_sums(k, v, None, rows, state[:, :, 1:], state_k[:, :, 1:])
-    return state.cumsum_(2), state_k.cumsum_(2)
-
-
-def _linear_attention_fwd(q, k, v, past, stride, rows, n_chunk):
-    (B, H, R, m), E = q.shape, v.shape[3]
-    state, state_k = _states(k, v, past, rows * stride, n_chunk)
-    c = torch.empty(B, H, R, E, dtype=q.dtype, device=q.device)
-    den = torch.empty(B, H, R, dtype=torch.float32, device=q.device)
-    _causal_product(q, k, v, None, state[:, :, :-1], state_k[:, :, :-1], c, den, (rows, rows * stride), stride, False)
-    return c, den, torch.cat([state[:, :, -1], state_k[:, :, -1, :, None]], -1).to(v.dtype)
-
-
-def _linear_attention_bwd(q, k, v, past, c, den, dc, dsums, stride, rows, n_chunk):
-    (B, H, R, m), (Hkv, E) = q.shape, (v.shape[1], v.shape[3])
-    g = (dc.float() / den.where(den != 0, 1)[..., None]).contiguous()  # (B, H, R, E)
-    g_den = -(g * c).sum(-1)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    state, state_k = _states(k, v, past, rows * stride, n_chunk)
-    _causal_product(g, v, k, g_den, state[:, :, :-1].mT, state_k[:, :, :-1], dq, None, (rows, rows * stride), stride, False)
-
-    # -- the same sums of queries, from the end: after each chunk, for the keys before
-    after = torch.empty(B, H, n_chunk, m, E, dtype=torch.float32, device=q.device)
-    after_den = torch.empty(B, H, n_chunk, m, dtype=torch.float32, device=q.device)
-    _chunk_sums(q, g, g_den, rows, after, after_den)
-    last = dsums.float()
-    after = torch.cat([last[:, :, None, :, :-1], after.view(B, Hkv, -1, n_chunk, m, E).sum(2).flip(2)], 2).cumsum(2).flip(2)
-    after_den = torch.cat([last[:, :, None, :, -1], after_den.view(B, Hkv, -1, n_chunk, m).sum(2).flip(2)], 2).cumsum(2).flip(2)
-    _causal_product(v, g, q, g_den, after[:, :, 1:].mT, after_den[:, :, 1:], dk, None, (rows * stride, rows), stride, True)
-    _causal_product(k, q, g, None, after[:, :, 1:], None, dv, None, (rows * stride, rows), stride, True)
-    dpast = None if past is None else torch.cat([after[:, :, 0], after_den[:, :, 0, :, None]], -1).to(past.dtype)
-    return dq, dk, dv, dpast
-
-
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, past, *constants):
-        c, den, sums = _linear_attention_fwd(q, k, v, past, *constants)
-        ctx.save_for_backward(q, k, v, past, c, den)
-        ctx.constants = constants
-        return c, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dc, dsums):
-        return *_linear_attention_bwd(*ctx.saved_tensors, dc, dsums, *ctx.constants), None, None, None
-
-
-def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, *, causal: bool = True, stride: int = 1,
-                     past: Tensor | None = None, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """sea.linear_attention. Sums and products are fp32; if not causal, two matmuls are all, and torch does them."""
-    for name, x in (("q_feat", q_feat), ("k_feat", k_feat), ("v", v)):
-        _check_tensor(name, x, 4, "(B, heads, tokens, m or E)")
-        _expect(x.dtype == q_feat.dtype, name, f"dtype {q_feat.dtype} as q_feat", x.dtype)
-        _expect(x.device == q_feat.device, name, f"device {q_feat.device} as q_feat", x.device)
-    (B, H, R, m), (Hkv, S), E = q_feat.shape, k_feat.shape[1:3], v.shape[3]
-    _expect(k_feat.shape[0] == B and k_feat.shape[3] == m, "k_feat", f"a batch of {B} and {m} features as q_feat",
-            tuple(k_feat.shape))
-    _expect(H % Hkv == 0, "k_feat", f"a number of heads that divides q_feat's {H}", Hkv)
-    _expect(v.shape[:3] == k_feat.shape[:3], "v", f"shape {(B, Hkv, S, 'E')} as k_feat", tuple(v.shape))
-    _expect(isinstance(stride, int) and stride >= 1, "stride", "an integer >= 1", stride)
-    _expect(isinstance(chunk, int) and chunk >= 1, "chunk", "an integer >= 1", chunk)
-    if not causal:
-        with torch.autocast(v.device.type, enabled=False):
-            sums = k_feat.mT @ F.pad(v, (0, 1), value=1.0)  # (B, Hkv, m, E+1)
-            c = q_feat @ sums.repeat_interleave(H // Hkv, dim=1)
-            return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1), sums
-    _expect(past is None or past.shape == (B, Hkv, m, E + 1), "past", f"shape {(B, Hkv, m, E + 1)}",
-            None if past is None else tuple(past.shape))
-    rows = max(1, chunk // stride)
-    n_chunk = max(-(-R // rows), -(-S // (rows * stride)))
-    with torch.cuda.device_of(v):
-        return _LinearAttention.apply(q_feat, k_feat, v, past, stride, rows, n_chunk)
 
 
 # -- grouped top-k -----------------------------------------------------------------------------------------------------
@@ -482,6 +232,7 @@ def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
 
 
 PAIRS_PER_PROGRAM = 64  # (tile, key block) pairs that one program of the dk, dv kernel adds up, at least
+VISITORS = 256  # tiles that it looks through at a time
 
 
 @triton.jit
@@ -527,10 +278,11 @@ def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
 #   runs (B * H * n_tile, max_runs + 1, 2) int32: first block and end of each run, ascending, disjoint, not touching; the
 #   last entry is only ever read ahead
 #   steps (B * H * n_tile,) int32: blocks in all
+#   union (B * H * n_tile, words + 2) int32, or None: the words of the tile's union of cells, its shortest and longest seen
 # A cell p of the union covers keys lo(p) of the tile's shortest query to lo(p+1) of its longest. Adjacent cells always
 # join, so max_runs = cdiv(width, 2) is enough: 8 bytes of runs for 2 cells of a tile. Reads the bits once.
 @triton.jit
-def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, H, T, R, n_key, max_runs, WIDTH: tl.constexpr,
+def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H, T, R, n_key, max_runs, WIDTH: tl.constexpr,
                  WORDS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     pid_m, pid_bh = tl.program_id(0), tl.program_id(1)
     tile = pid_bh * tl.num_programs(0) + pid_m
@@ -551,6 +303,11 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, H, T, R, n_ke
     word = tl.reduce(tl.load(words_ptr, mask=used, other=0), 0, _or)  # (BLOCK_W,)
     last = tl.reduce(tl.load(words_ptr - 1, mask=used & (offs_w > 0)[None, :], other=0), 0, _or)
     before = (word << 1) | ((last >> 31) & 1)
+    if union_ptr is not None:
+        union_ptr += tile.to(tl.int64) * (WORDS + 2)
+        tl.store(union_ptr + offs_w, word, mask=offs_w < WORDS)
+        tl.store(union_ptr + WORDS, t_min)
+        tl.store(union_ptr + WORDS + 1, t_max)
     p = tl.arange(0, BLOCK_W * 32)
     on = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,))
     on_before = tl.reshape((before[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,))
@@ -701,49 +458,71 @@ def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, se
     tl.store(dq_ptr + at[:, None] * D + offs_d[None, :], dq, mask=mask_md)
 
 
-# The plan, written out: which key block each step of each tile visits.
-# One program: one tile; grid (B * H * n_tile,). ends (B * H * n_tile,) int64: running sum of steps
-#   -> blocks (P,) int64: list of the key block, (b * Hkv + hkv) * n_block + block; tiles (P,) int32. P = sum of steps
 @triton.jit
-def _pairs_kernel(runs_ptr, steps_ptr, ends_ptr, blocks_ptr, tiles_ptr, n_tile, n_block, max_runs, GROUP: tl.constexpr):
-    tile = tl.program_id(0)
-    steps = tl.load(steps_ptr + tile)
-    at = tl.load(ends_ptr + tile) - steps
-    first = (tile // n_tile // GROUP).to(tl.int64) * n_block  # heads of one batch entry are neighbours, so b * H + h will do
-    runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
-    block, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
-    for i in range(steps):
-        tl.store(blocks_ptr + at + i, first + block)
-        tl.store(tiles_ptr + at + i, tile)
-        runs_ptr, block, end = _next_block(runs_ptr, block, end)
+def _visits(union_ptr, tile, there, block, n_key, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which tiles have a cell in their union that reaches into this key block. Yes without a look where a block may hold
+    more than 32 cells, among the first few hundred queries: too many visits cost time and change nothing."""
+    union_ptr += tile.to(tl.int64) * (WORDS + 2)
+    t_min, t_max = tl.load(union_ptr + WORDS, mask=there, other=0), tl.load(union_ptr + WORDS + 1, mask=there, other=0)
+    there &= block * BLOCK_N < t_max
+    first, _ = _cell_of_key(t_max, block * BLOCK_N, WIDTH)
+    last, _ = _cell_of_key(t_min, tl.minimum(block * BLOCK_N + BLOCK_N, n_key) - 1, WIDTH)
+    last = tl.minimum(last, WIDTH - 1)
+    near = there & (last - first < 32)
+    low = tl.load(union_ptr + (first >> 5), mask=near, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    high = tl.load(union_ptr + (last >> 5), mask=near & (last >> 5 > first >> 5), other=0).to(tl.int64)
+    cells = (((high << 32) | low) >> (first & 31)) << (63 - (last - first))  # from `first` to `last`
+    return there & ((last - first >= 32) | (near & (cells != 0)))
+
+
+# How many tiles visit each key block, and which is the first.
+# One program: one key block of one key/value head; grid (n_block, B * Hkv). union as in _plan_kernel
+#   -> counts, firsts (B * Hkv, n_block) int32, among the GROUP * n_tile tiles of the heads that share it
+# Looks at every tile: quadratic in T, but 512 (query, key) pairs cost one look at three words.
+@triton.jit
+def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+                         WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    block, pid_bh, of_group = tl.program_id(0), tl.program_id(1), GROUP * n_tile
+    count, first = 0, of_group
+    for start in range(0, of_group, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        visits = _visits(union_ptr, pid_bh * of_group + tile, tile < of_group, block, n_key, WIDTH, WORDS, BLOCK_N)
+        count += tl.sum(visits.to(tl.int32), axis=0)
+        first = tl.minimum(first, tl.min(tl.where(visits, tile, of_group), axis=0))
+    tl.store(counts_ptr + pid_bh * tl.num_programs(0) + block, count)
+    tl.store(firsts_ptr + pid_bh * tl.num_programs(0) + block, first)
 
 
 # dk = ds^T q * softmax_scale, dv = p^T do, over the tiles that visit a key block, in the order of the tiles.
-# One program: one key block and at most `per_program` of its tiles; grid (programs,). A block with few tiles is written at
-# once; that with many (every query visits a sink) by several programs, to `part`, summed by _sum_parts_kernel.
-#   list_of (programs,) int64: whose work a program shares; tiles (P,) int32, those of list l at begins[l] to ends[l];
-#   part_ends (lists,) int64: running sum of the programs of each list; slots (lists,) int64: the same, of lists with several
+# One program: one key block and at most `per_program` of its tiles; grid (bound on the programs,). A block with few tiles is
+# written at once; that with many (every query visits a sink) by several programs, to `part`, summed by _sum_parts_kernel.
+#   counts, firsts (lists,) as above, list (b * Hkv + hkv) * n_block + block; list_of (programs,) int64: whose work a program
+#   shares; part_ends (lists,) int64: running sum of the programs of each list; slots (lists,) int64: the same, of lists with
+#   several; per_program_ptr int64; tiles (programs, BLOCK_T) int32: scratch
 #   part (slots, 2, BLOCK_N, BLOCK_D) fp32; dk, dv (B, Hkv, S, D) contiguous
-# fp32: p, dp, ds, accumulators. Deterministic. Reference: autograd through sea.sparse_attention.
+# fp32: p, dp, ds, accumulators. Deterministic; no count has to reach the CPU, so that a CUDA graph can hold it.
+# Reference: autograd through sea.sparse_attention.
 @triton.jit
-def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr, list_of_ptr,
-                                  tiles_ptr, begins_ptr, ends_ptr, part_ends_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr,
-                                  q_stride, k_stride, v_stride, do_stride, H, T, R, n_key, n_tile, n_block, n_list,
-                                  per_program, qk_scale, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
+def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr, union_ptr,
+                                  counts_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, per_program_ptr, tiles_ptr,
+                                  part_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride, do_stride, H, T, R, n_key, n_tile,
+                                  n_block, n_list, qk_scale, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
                                   WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                  BLOCK_D: tl.constexpr):
+                                  BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
     pid = tl.program_id(0)
     lst = tl.load(list_of_ptr + pid)
-    if lst >= n_list:  # the grid is a bound, so that no count has to reach the CPU
+    if lst >= n_list:  # the grid is a bound
         return
-    b, hkv, block = lst // n_block // (H // GROUP), lst // n_block % (H // GROUP), lst % n_block
-    begin, end = tl.load(begins_ptr + lst), tl.load(ends_ptr + lst)
-    n_part = tl.maximum((end - begin + per_program - 1) // per_program, 1)
-    nth = pid - (tl.load(part_ends_ptr + lst) - n_part)
-    begin, end = begin + nth * per_program, tl.minimum(begin + (nth + 1) * per_program, end)
+    pid_bhkv, block = (lst // n_block).to(tl.int32), (lst % n_block).to(tl.int32)
+    b, hkv = (pid_bhkv // (H // GROUP)).to(tl.int64), pid_bhkv % (H // GROUP)
+    per_program, count = tl.load(per_program_ptr).to(tl.int32), tl.load(counts_ptr + lst)
+    n_part = tl.maximum((count + per_program - 1) // per_program, 1)
+    nth = (pid - (tl.load(part_ends_ptr + lst) - n_part)).to(tl.int32)
+    begin, end = nth * per_program, tl.minimum((nth + 1) * per_program, count)
+    tiles_ptr += pid.to(tl.int64) * BLOCK_T
 
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    j = (block * BLOCK_N).to(tl.int32) + tl.arange(0, BLOCK_N)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_d = offs_d < D
     mask_n = (j < n_key)[:, None] & mask_d[None, :]
     # (BLOCK_N, BLOCK_D)
@@ -751,34 +530,46 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
     v_ptr += b * v_stride[0] + hkv * v_stride[1] + j[:, None].to(tl.int64) * v_stride[2] + offs_d[None, :] * v_stride[3]
     k, v = tl.load(k_ptr, mask=mask_n, other=0.0), tl.load(v_ptr, mask=mask_n, other=0.0)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for i in range(begin, end):
-        tile = tl.load(tiles_ptr + i)
-        pid_bh, h, m = tile // n_tile, (tile // n_tile % H).to(tl.int64), tile % n_tile * BLOCK_M + offs_m
-        mask_m = m < T
-        mask_md = mask_m[:, None] & mask_d[None, :]
-        at = pid_bh.to(tl.int64) * T + m
-        t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
-        row = m if row_ptr is None else tl.load(row_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
-        words_ptr = bits_ptr + (pid_bh.to(tl.int64) * R + row) * WORDS
-        # (BLOCK_M, BLOCK_D)
-        q = tl.load(q_ptr + b * q_stride[0] + h * q_stride[1] + m[:, None].to(tl.int64) * q_stride[2]
-                    + offs_d[None, :] * q_stride[3], mask=mask_md, other=0.0)
-        do = tl.load(do_ptr + b * do_stride[0] + h * do_stride[1] + m[:, None].to(tl.int64) * do_stride[2]
-                     + offs_d[None, :] * do_stride[3], mask=mask_md, other=0.0)
-        lse = tl.load(lse_ptr + at, mask=mask_m, other=float("inf"))
-        delta = tl.load(delta_ptr + at, mask=mask_m, other=0.0)
-        # -- probabilities again, (BLOCK_N, BLOCK_M)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
-        keep = _is_kept(words_ptr[None, :], t[None, :], j[:, None], n_key, WIDTH)
-        p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk += tl.dot(ds, q, input_precision="ieee")
+    start, before = tl.load(firsts_ptr + lst), 0
+    while (start < GROUP * n_tile) & (before < end):
+        # -- list the next visitors, those from the begin-th to the end-th
+        at = start + tl.arange(0, BLOCK_T)
+        visitor = pid_bhkv * GROUP * n_tile + at
+        visits = _visits(union_ptr, visitor, at < GROUP * n_tile, block, n_key, WIDTH, WORDS, BLOCK_N)
+        place = before + tl.cumsum(visits.to(tl.int32), axis=0) - 1
+        skip = tl.maximum(begin, before)
+        tl.debug_barrier()  # everyone has read the list before
+        tl.store(tiles_ptr + place - skip, visitor, mask=visits & (place >= skip) & (place < end))
+        tl.debug_barrier()
+        start, before = start + BLOCK_T, before + tl.sum(visits.to(tl.int32), axis=0)
+        for i in range(0, tl.minimum(before, end) - skip):
+            tile = tl.load(tiles_ptr + i)
+            pid_bh, h, m = tile // n_tile, (tile // n_tile % H).to(tl.int64), tile % n_tile * BLOCK_M + offs_m
+            mask_m = m < T
+            mask_md = mask_m[:, None] & mask_d[None, :]
+            of_query = pid_bh.to(tl.int64) * T + m
+            t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+            row = m if row_ptr is None else tl.load(row_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+            words_ptr = bits_ptr + (pid_bh.to(tl.int64) * R + row) * WORDS
+            # (BLOCK_M, BLOCK_D)
+            q = tl.load(q_ptr + b * q_stride[0] + h * q_stride[1] + m[:, None].to(tl.int64) * q_stride[2]
+                        + offs_d[None, :] * q_stride[3], mask=mask_md, other=0.0)
+            do = tl.load(do_ptr + b * do_stride[0] + h * do_stride[1] + m[:, None].to(tl.int64) * do_stride[2]
+                         + offs_d[None, :] * do_stride[3], mask=mask_md, other=0.0)
+            lse = tl.load(lse_ptr + of_query, mask=mask_m, other=float("inf"))
+            delta = tl.load(delta_ptr + of_query, mask=mask_m, other=0.0)
+            # -- probabilities again, (BLOCK_N, BLOCK_M)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+            keep = _is_kept(words_ptr[None, :], t[None, :], j[:, None], n_key, WIDTH)
+            p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
+            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dk += tl.dot(ds, q, input_precision="ieee")
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
-        at_kv = ((b * (H // GROUP) + hkv) * n_key + j[:, None]) * D + offs_d[None, :]
+        at_kv = (pid_bhkv.to(tl.int64) * n_key + j[:, None]) * D + offs_d[None, :]
         tl.store(dk_ptr + at_kv, dk.to(dk_ptr.dtype.element_ty), mask=mask_n)
         tl.store(dv_ptr + at_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_n)
     else:
@@ -791,10 +582,10 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
 # dk, dv of the key blocks that several programs shared: the sum of their parts, in order. Pointers as above.
 # One program: one key block; grid (lists,).
 @triton.jit
-def _sum_parts_kernel(begins_ptr, ends_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_block, per_program,
-                      D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    lst = tl.program_id(0)
-    n_part = (tl.load(ends_ptr + lst) - tl.load(begins_ptr + lst) + per_program - 1) // per_program
+def _sum_parts_kernel(counts_ptr, slots_ptr, per_program_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_block, D: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    lst, per_program = tl.program_id(0), tl.load(per_program_ptr)
+    n_part = (tl.load(counts_ptr + lst) + per_program - 1) // per_program
     if n_part <= 1:
         return
     slot = tl.load(slots_ptr + lst) - n_part
@@ -811,14 +602,14 @@ def _sum_parts_kernel(begins_ptr, ends_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr,
     tl.store(dv_ptr + at_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_n)
 
 
-def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict):
+def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict, union: Tensor | None = None):
     """runs, steps, order, max_runs: the key blocks that each tile visits, and the tiles with most work first."""
     B, H, R, words = bits.shape
     T, n_tile = seen.shape[1], triton.cdiv(seen.shape[1], tiles["BLOCK_M"])
     max_runs = min(-(-width // 2), triton.cdiv(n_key, tiles["BLOCK_N"]))
     runs = torch.empty(B * H * n_tile, max_runs + 1, 2, dtype=torch.int32, device=bits.device)
     steps = torch.empty(B * H * n_tile, dtype=torch.int32, device=bits.device)
-    _plan_kernel[(n_tile, B * H)](bits, seen, row, runs, steps, H, T, R, n_key, max_runs, WIDTH=width, WORDS=words,
+    _plan_kernel[(n_tile, B * H)](bits, seen, row, runs, steps, union, H, T, R, n_key, max_runs, WIDTH=width, WORDS=words,
                                   BLOCK_W=triton.next_power_of_2(words), BLOCK_M=tiles["BLOCK_M"], BLOCK_N=tiles["BLOCK_N"],
                                   num_warps=min(max(triton.next_power_of_2(words) // 8, 1), 8))
     # By powers of two and stable, so that neighbours, which visit the same keys, stay together in the caches.
@@ -843,7 +634,8 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     (B, H, T, D), (Hkv, S), R = q.shape, k.shape[1:3], bits.shape[2]
     tiles = _attention_tiles(q.dtype, D)
     n_tile, n_block = triton.cdiv(T, tiles["BLOCK_M"]), triton.cdiv(S, tiles["BLOCK_N"])
-    runs, steps, order, max_runs = _plan(bits, seen, row, width, S, tiles)  # cheaper again than kept since the forward
+    union = torch.empty(B * H * n_tile, bits.shape[3] + 2, dtype=torch.int32, device=q.device) if DETERMINISTIC else None
+    runs, steps, order, max_runs = _plan(bits, seen, row, width, S, tiles, union)  # cheaper again than kept since the forward
     sizes = dict(GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
     qk_scale = softmax_scale * math.log2(math.e)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
@@ -855,31 +647,25 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     if not DETERMINISTIC:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-    # -- transpose the plan: a stable sort of the (key block, tile) pairs, linear in T
-    ends = steps.cumsum(0)
-    n_pair = int(ends[-1])  # waits for the GPU: the number of pairs depends on the data, and no useful bound is known
-    blocks = torch.empty(n_pair, dtype=torch.int64, device=q.device)
-    of_pair = torch.empty(n_pair, dtype=torch.int32, device=q.device)
-    _pairs_kernel[(len(steps),)](runs, steps, ends, blocks, of_pair, n_tile, n_block, max_runs, GROUP=H // Hkv, num_warps=1)
-    blocks, index = blocks.sort(stable=True)
-    n_list = B * Hkv * n_block
-    ends = torch.searchsorted(blocks, torch.arange(n_list, device=q.device), right=True)
-    begins = F.pad(ends[:-1], (1, 0))
+    n_list, of_lists = B * Hkv * n_block, dict(GROUP=H // Hkv, WIDTH=width, WORDS=bits.shape[3], BLOCK_N=tiles["BLOCK_N"])
+    counts, firsts = (torch.empty(n_list, dtype=torch.int32, device=q.device) for _ in range(2))
+    _count_visits_kernel[(n_block, B * Hkv)](union, counts, firsts, n_tile, S, BLOCK_T=256, **of_lists)
 
-    # -- several programs for a key block that many tiles visit; the parts of all of them need at most 8192 slots
-    per_program = max(PAIRS_PER_PROGRAM, n_pair // 4096)
-    n_part = ((ends - begins + per_program - 1) // per_program).clamp(min=1)
+    # -- several programs for a key block that many tiles visit: `extra` at most, and twice as many slots for their parts
+    extra = min(1024, triton.cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
+    per_program = (counts.sum() + extra - 1).div(extra, rounding_mode="floor").clamp(min=PAIRS_PER_PROGRAM)
+    n_part = ((counts + per_program - 1) // per_program).clamp(min=1)
     part_ends, slots = n_part.cumsum(0), (n_part * (n_part > 1)).cumsum(0)
-    program = torch.arange(n_list + n_pair // per_program, device=q.device)
+    program = torch.arange(n_list + extra, device=q.device)
     list_of = torch.searchsorted(part_ends, program, right=True)
-    part = torch.empty(2 * (n_pair // per_program), 2, tiles["BLOCK_N"], sizes["BLOCK_D"], dtype=torch.float32, device=q.device)
+    part = torch.empty(2 * extra, 2, tiles["BLOCK_N"], sizes["BLOCK_D"], dtype=torch.float32, device=q.device)
+    scratch = torch.empty(len(program), VISITORS, dtype=torch.int32, device=q.device)
     _sparse_attention_dkdv_kernel[(len(program),)](
-        q, k, v, do, bits, seen, row, lse, delta, list_of, of_pair[index], begins, ends, part_ends, slots, part, dk, dv,
-        q.stride(), k.stride(), v.stride(), do.stride(), H, T, R, S, n_tile, n_block, n_list, per_program, qk_scale,
-        softmax_scale, **sizes)
-    if len(part):
-        _sum_parts_kernel[(n_list,)](begins, ends, slots, part, dk, dv, S, n_block, per_program, D=D,
-                                     BLOCK_N=tiles["BLOCK_N"], BLOCK_D=sizes["BLOCK_D"])
+        q, k, v, do, bits, seen, row, lse, delta, union, counts, firsts, list_of, part_ends, slots, per_program, scratch, part,
+        dk, dv, q.stride(), k.stride(), v.stride(), do.stride(), H, T, R, S, n_tile, n_block, n_list, qk_scale, softmax_scale,
+        BLOCK_T=VISITORS, **sizes)
+    _sum_parts_kernel[(n_list,)](counts, slots, per_program, part, dk, dv, S, n_block, D=D, BLOCK_N=tiles["BLOCK_N"],
+                                 BLOCK_D=sizes["BLOCK_D"])
     return dq, dk, dv
 
 
@@ -1029,47 +815,60 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int, softmax_scale
     return PooledAttention(cells, a_log_a, a_square, S)
 
 
-# -- the estimator and the mix -----------------------------------------------------------------------------------------
+# -- running sums ------------------------------------------------------------------------------------------------------
+
+
+# out[i] = first + x[0] + ... + x[i-1] for i = 0 ... n; REVERSE: first + x[i] + ... + x[n-1].
+# One program: BLOCK_E columns of one group, BLOCK_N rows at a time, in order; grid (cdiv(E, BLOCK_E), N).
+# x (N, n, E), first (N, E) or None for 0 -> out (N, n + 1, E), fp32, contiguous. Reads and writes once, where eager pads,
+# sums, concatenates and copies. Reference: torch.cumsum.
+@triton.jit
+def _running_sums_kernel(x_ptr, first_ptr, out_ptr, n, E, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    group = tl.program_id(1).to(tl.int64)
+    offs_n, e = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    x_ptr += group * n * E + e
+    out_ptr += group * (n + 1) * E + e
+    if first_ptr is None:
+        total = tl.zeros((BLOCK_E,), tl.float32)
+    else:
+        total = tl.load(first_ptr + group * E + e, mask=e < E, other=0.0)
+    if REVERSE:
+        tl.store(out_ptr + n.to(tl.int64) * E, total, mask=e < E)
+    else:
+        tl.store(out_ptr, total, mask=e < E)
+    for start in range(0, n, BLOCK_N):
+        i = start + offs_n
+        if REVERSE:
+            at, at_out = n - 1 - i, n - 1 - i
+        else:
+            at, at_out = i, i + 1
+        mask = (i < n)[:, None] & (e < E)[None, :]
+        x = tl.load(x_ptr[None, :] + at[:, None].to(tl.int64) * E, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_E)
+        tl.store(out_ptr[None, :] + at_out[:, None].to(tl.int64) * E, tl.cumsum(x, axis=0) + total[None, :], mask=mask)
+        total += tl.sum(x, axis=0)
+
+
+def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
+    """x (N, n, ...), first (N, ...) -> (N, n + 1, ...), fp32: sums of what comes before each place, or from it on."""
+    x, (N, n), E = x.contiguous(), x.shape[:2], x[0, 0].numel()
+    first = None if first is None else first.float().contiguous()
+    out = torch.empty(N, n + 1, *x.shape[2:], dtype=torch.float32, device=x.device)
+    _running_sums_kernel[(triton.cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=128, BLOCK_E=16, num_warps=4)
+    return out
+
+
+# -- estimator: causal linear attention --------------------------------------------------------------------------------
 #
-
-# Each op has a kernel forward; its backward runs the same formula in PyTorch again and differentiates that. So a training
-# step keeps the inputs of each op and nothing else.
-
-
-class _Recomputed(torch.autograd.Function):
-    """fast(*tensors) forward; backward differentiates formula(*tensors), the same in PyTorch. Nothing else is kept."""
-
-    @staticmethod
-    def forward(ctx, fast, formula, *tensors):
-        ctx.formula = formula
-        ctx.save_for_backward(*tensors)
-        return fast(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        tensors = [x if x is None else x.detach().requires_grad_(need)
-                   for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:])]
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
-        precision = torch.get_float32_matmul_precision()
-        if tensors[0].dtype != torch.float32:  # half-precision inputs leave no more than tf32 to keep
-            torch.set_float32_matmul_precision("high")
-        try:
-            with torch.enable_grad():
-                outputs = ctx.formula(*tensors)
-            pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
-            found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return None, None, *(next(found) if x is not None and x.requires_grad else None for x in tensors)
-
-
-def _running_sum(x: Tensor, block: int = 64) -> Tensor:
-    """cumsum over dim 2 of (B, H, T, D), in two levels: torch's own takes T steps one after the other."""
-    T = x.shape[2]
-    x = F.pad(x, (0, 0, 0, -T % block)).unflatten(2, (-1, block)).cumsum(3)
-    before = F.pad(x[:, :, :-1, -1].cumsum(2), (0, 0, 1, 0))
-    return (x + before[:, :, :, None]).flatten(2, 3)[:, :, :T]
+# c_i = sum_j (phi(q_i) . phi(k_j)) vcat_j / den_i over the keys j < (i+1) * stride, vcat = [pos ; v]. Rows and keys are cut
+# into chunks, chunks into segments. A program walks the chunks of one segment and holds the sum of all earlier phi(k)
+# [vcat ; 1]^T (m x (2D+1)); keys of the same chunk enter through a product of row and key features. Backward, with
+# g = dc / den and g_den = -(g . c):
+#
+#     dphi(q_i)  = sum_j (g_i . vcat_j + g_den_i) phi(k_j)     the same walk, with the same sums
+#     dphi(k_j)  = sum_i (g_i . vcat_j + g_den_i) phi(q_i)     the walk from the end, with sums of phi(q) [g ; g_den]^T
+#     dvcat_j    = sum_i (phi(q_i) . phi(k_j)) g_i
+#
+# so nothing is kept for it but the sums before each segment and den.
 
 
 def _power_of_2(n: int) -> int:
@@ -1095,264 +894,561 @@ def _vector(ptr, offs, mask):
 
 
 @triton.jit
-def _normed(x, gain, bias, there, N: tl.constexpr):
-    """LayerNorm over the second axis, of which N columns are `there`: (rows, BLOCK), fp32."""
-    x = tl.where(there[None, :], x - (tl.sum(tl.where(there[None, :], x, 0.0), axis=1) / N)[:, None], 0.0)
-    return x * tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None] * gain[None, :] + bias[None, :]
+def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
+    """W as w + w_rest, (BLOCK_D, BLOCK_F) each: two bf16 products are as good as one in fp32, if x is bf16 to begin with."""
+    d, f = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_F)[None, :]
+    w_all = tl.load(w_ptr + d * M + f, mask=(d < D) & (f < M), other=0.0)
+    w = w_all.to(DOT)
+    return w, (w_all - w.to(tl.float32)).to(DOT)
 
 
 @triton.jit
-def _features(x, w, w_rest, scale, in_m, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """relu(x W * scale) + 1e-3, 0 in the padding: (BLOCK, BLOCK_D) @ (BLOCK_D, BLOCK_F) -> (BLOCK, BLOCK_F) fp32.
-
-    W is w + w_rest: two bf16 products are as good as one in fp32, and x is bf16 to begin with.
-    """
+def _features(x, w, w_rest, scale, M: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """relu(x W * scale) + 1e-3, 0 in the padding: (BLOCK, BLOCK_D) -> (BLOCK, BLOCK_F) fp32."""
     f = tl.dot(x.to(DOT), w, input_precision=PRECISION)
     if DOT == tl.bfloat16:
         f += tl.dot(x, w_rest)
-    return tl.where(in_m, tl.maximum(f * scale, 0.0) + 1e-3, 0.0)
+    return tl.where((tl.arange(0, BLOCK_F) < M)[None, :], tl.maximum(f * scale, 0.0) + 1e-3, 0.0)
+
+
+@triton.jit
+def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, in_chunk, N, k_scale,
+          D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
+          PRECISION: tl.constexpr):
+    """phi(k) fp32, v and pos of the keys j (int64) of one head, 0 where there is no key."""
+    offs_d = tl.arange(0, BLOCK_D)
+    there = in_chunk & (j >= 0) & (j < N)
+    if there_ptr is not None:
+        there &= tl.load(there_ptr + j, mask=there, other=0) != 0
+    at = there[:, None] & (offs_d < D)[None, :]
+    k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], at)
+    v = _tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], at).to(DOT)
+    pos = _tile(pos_ptr, j, offs_d, pos_strides[1], 1, at).to(DOT)
+    f = tl.where(there[:, None], _features(k, w, w_rest, k_scale, M, BLOCK_F, DOT, PRECISION), 0.0)
+    return f, v, pos
 
 
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
 # One program: one segment (n_chunk chunks of CHUNK keys) of one key/value head; grid (n_segment, B * Hkv).
-# k, v (B, Hkv, N, D), pos (1 or B, N, D), w (D, m) fp32 -> sums (B*Hkv, n_segment, m, 2D) fp32, norm (.., m) fp32.
-# Key j stands at place j + lead. Sums stay in registers; reads each key once. Reference: sea.causal_context.
+#   k, v (B, Hkv, N, D), any strides; pos (1 or B, N, D); w (D, m) fp32; there (B, N) int8 or None
+#   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
+# Key j stands at place j + lead. fp32: features and sums, which stay in registers. Reads each key once.
+# Reference: sea.causal_context.
 @triton.jit
-def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, norm_ptr, k_strides, v_strides, pos_strides,
-                         HKV, N, lead, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
-                         HAS_THERE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-                         DOT: tl.constexpr, PRECISION: tl.constexpr):
+def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_strides, v_strides, pos_strides, HKV, N, lead,
+                         n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+                         BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     segment, n_segment = tl.program_id(0), tl.num_programs(0)
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h = pid_bh // HKV, pid_bh % HKV
     offs_c, offs_d, offs_f = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    in_d, in_m = offs_d[None, :] < D, offs_f[None, :] < M
-    w_all = tl.load(w_ptr + offs_d[:, None] * M + offs_f[None, :], mask=(offs_d[:, None] < D) & in_m, other=0.0)
-    w = w_all.to(DOT)
-    w_rest = (w_all - w.to(tl.float32)).to(DOT)
-    sum_pos = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-    sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    v_ptr += b * v_strides[0] + h * v_strides[1]
+    pos_ptr += b * pos_strides[0]
+    if there_ptr is not None:
+        there_ptr += b * N
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     norm = tl.zeros((BLOCK_F,), tl.float32)
     for i in range(0, n_chunk):
-        j = (segment * n_chunk + i) * CHUNK + offs_c - lead
-        there = (j >= 0) & (j < N) & (offs_c < CHUNK)
-        if HAS_THERE:
-            there &= tl.load(there_ptr + b * N + j, mask=there, other=0) != 0
-        at, j = there[:, None] & in_d, j.to(tl.int64)
-        # (BLOCK_C, BLOCK_D)
-        k = _tile(k_ptr + b * k_strides[0] + h * k_strides[1], j, offs_d, k_strides[2], k_strides[3], at)
-        v = _tile(v_ptr + b * v_strides[0] + h * v_strides[1], j, offs_d, v_strides[2], v_strides[3], at)
-        pos = _tile(pos_ptr + b * pos_strides[0], j, offs_d, pos_strides[1], 1, at)
-        f = tl.where(there[:, None], _features(k, w, w_rest, k_scale, in_m, DOT, PRECISION), 0.0)  # (BLOCK_C, BLOCK_F)
+        j = ((segment * n_chunk + i) * CHUNK + offs_c - lead).to(tl.int64)
+        f, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, offs_c < CHUNK,
+                          N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
         f_dot = tl.trans(f.to(DOT))
-        sum_pos += tl.dot(f_dot, pos.to(DOT), input_precision=PRECISION)
-        sum_v += tl.dot(f_dot, v.to(DOT), input_precision=PRECISION)
+        sum_pos += tl.dot(f_dot, pos, input_precision=PRECISION)
+        sum_v += tl.dot(f_dot, v, input_precision=PRECISION)
         norm += tl.sum(f, axis=0)
-    at = pid_bh * n_segment + segment
-    out = sums_ptr + (at * M + offs_f[:, None]) * 2 * D + offs_d[None, :]
-    in_sum = (offs_f[:, None] < M) & in_d
-    tl.store(out, sum_pos, mask=in_sum)
-    tl.store(out + D, sum_v, mask=in_sum)
-    tl.store(norm_ptr + at * M + offs_f, norm, mask=offs_f < M)
+    sums_ptr += ((pid_bh * n_segment + segment) * M + offs_f) * (2 * D + 1)
+    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
+    tl.store(sums_ptr[:, None] + offs_d[None, :], sum_pos, mask=in_sum)
+    tl.store(sums_ptr[:, None] + D + offs_d[None, :], sum_v, mask=in_sum)
+    tl.store(sums_ptr + 2 * D, norm, mask=offs_f < M)
 
 
-# c_i = phi(q_i) sums / (phi(q_i) norm), sums over the keys before (i+1)*stride.
-# One program: one segment of one query head, walking its chunks of ROWS rows and ROWS*stride keys with the sums in
-# registers; earlier segments come as one sum each. Grid (n_segment, B * H).
-# q (B, H, R, D); sums (B*Hkv, n_segment + 1, m, 2D), norm (.., m) fp32: what precedes each segment
-# -> context (B, H, R, 2D). Reads q, k, v, pos once, writes 2D numbers a row. Reference: sea.causal_context.
+# c_i = phi(q_i) sums / den_i.
+# One program: one segment of one query head, walking its chunks of CHUNK // STRIDE rows; grid (n_segment, B * H).
+#   q (B, H, R, D), any strides; k, v, pos, w, there as above; sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each
+#   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
+# fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers a row. Reference: sea.causal_context.
 @triton.jit
-def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, norm_ptr, context_ptr, q_strides, k_strides,
+def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, context_ptr, den_ptr, q_strides, k_strides,
                     v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk, q_scale, k_scale, D: tl.constexpr,
-                    M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, HAS_THERE: tl.constexpr,
-                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-                    DOT: tl.constexpr, PRECISION: tl.constexpr):
+                    M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     segment, n_segment = tl.program_id(0), tl.num_programs(0)
     pid_bh = tl.program_id(1).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    kv = h // GROUP
+    b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    in_d, in_m = offs_d[None, :] < D, offs_f[None, :] < M
-    w_all = tl.load(w_ptr + offs_d[:, None] * M + offs_f[None, :], mask=(offs_d[:, None] < D) & in_m, other=0.0)
-    w = w_all.to(DOT)
-    w_rest = (w_all - w.to(tl.float32)).to(DOT)
-    at = (b * (H // GROUP) + kv) * (n_segment + 1) + segment  # the last is the sum of all
-    before = sums_ptr + (at * M + offs_f[:, None]) * 2 * D + offs_d[None, :]
-    in_sum = (offs_f[:, None] < M) & in_d
-    sum_pos = tl.load(before, mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
-    sum_v = tl.load(before + D, mask=in_sum, other=0.0)
-    norm = tl.load(norm_ptr + at * M + offs_f, mask=offs_f < M, other=0.0)
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    pos_ptr += b * pos_strides[0]
+    if there_ptr is not None:
+        there_ptr += b * N
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
+    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
+    sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
+    sum_v = tl.load(sums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
+    norm = tl.load(sums_ptr + 2 * D, mask=offs_f < M, other=0.0)
     earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + i
-        j = chunk * CHUNK + offs_c - lead
-        there = (j >= 0) & (j < N) & (offs_c < CHUNK)
-        if HAS_THERE:
-            there &= tl.load(there_ptr + b * N + j, mask=there, other=0) != 0
-        at_k, j = there[:, None] & in_d, j.to(tl.int64)
-        # (BLOCK_C, BLOCK_D)
-        k = _tile(k_ptr + b * k_strides[0] + kv * k_strides[1], j, offs_d, k_strides[2], k_strides[3], at_k)
-        v = _tile(v_ptr + b * v_strides[0] + kv * v_strides[1], j, offs_d, v_strides[2], v_strides[3], at_k).to(DOT)
-        pos = _tile(pos_ptr + b * pos_strides[0], j, offs_d, pos_strides[1], 1, at_k).to(DOT)
-        f_k = tl.where(there[:, None], _features(k, w, w_rest, k_scale, in_m, DOT, PRECISION), 0.0)  # (BLOCK_C, BLOCK_F)
-
-        row = chunk * (CHUNK // STRIDE) + offs_r
+        j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+        row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
-        row = row.to(tl.int64)
-        q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
-        q = _tile(q_head, row, offs_d, q_strides[2], q_strides[3], in_row[:, None] & in_d)  # (BLOCK_R, BLOCK_D)
-        f_q = _features(q, w, w_rest, q_scale, in_m, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
-        f_dot = f_k.to(DOT)
-        q_dot = f_q.to(DOT)
-        same = tl.where(earlier, tl.dot(q_dot, tl.trans(f_dot), input_precision=PRECISION), 0.0)  # (BLOCK_R, BLOCK_C)
-        total = tl.sum(f_q * norm[None, :], axis=1) + tl.sum(same, axis=1)
-        total = tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing gives 0
+        at = in_row[:, None] & (offs_d < D)[None, :]
+        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
+        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+        q_dot, k_dot = f_q.to(DOT), f_k.to(DOT)
+        same = tl.where(earlier, tl.dot(q_dot, tl.trans(k_dot), input_precision=PRECISION), 0.0)  # (BLOCK_R, BLOCK_C)
+        den = tl.sum(f_q * norm[None, :], axis=1) + tl.sum(same, axis=1)
+        den = tl.where(den == 0.0, 1.0, den)  # a row that sees nothing gives 0
         same = same.to(DOT)
         c_pos = tl.dot(q_dot, sum_pos.to(DOT), input_precision=PRECISION) + tl.dot(same, pos, input_precision=PRECISION)
         c_v = tl.dot(q_dot, sum_v.to(DOT), input_precision=PRECISION) + tl.dot(same, v, input_precision=PRECISION)
-        out = context_ptr + (pid_bh * R + row[:, None]) * 2 * D + offs_d[None, :]
-        tl.store(out, c_pos / total, mask=in_row[:, None] & in_d)
-        tl.store(out + D, c_v / total, mask=in_row[:, None] & in_d)
+        row += pid_bh * R
+        tl.store(context_ptr + row[:, None] * 2 * D + offs_d[None, :], c_pos / den[:, None], mask=at)
+        tl.store(context_ptr + row[:, None] * 2 * D + D + offs_d[None, :], c_v / den[:, None], mask=at)
+        tl.store(den_ptr + row, den, mask=in_row)
 
-        sum_pos += tl.dot(tl.trans(f_dot), pos, input_precision=PRECISION)
-        sum_v += tl.dot(tl.trans(f_dot), v, input_precision=PRECISION)
+        k_dot = tl.trans(k_dot)
+        sum_pos += tl.dot(k_dot, pos, input_precision=PRECISION)
+        sum_v += tl.dot(k_dot, v, input_precision=PRECISION)
         norm += tl.sum(f_k, axis=0)
 
 
-CONTEXT = dict(keys=64, programs=528, num_warps=4, num_stages=1)  # keys a chunk (or 16 rows), programs to fill the GPU with
+# dq, and the sums that the keys' gradients need.
+# One program: the segment and walk of _context_kernel.
+#   context, dcontext (B, H, R, 2D), den (B, H, R): contiguous
+#   dq (B, H, R, D), g_den (B, H, R) fp32, contiguous; dsums (B * H, n_segment, m, 2D+1) fp32: the segment's sum of
+#   phi(q)^T [g ; g_den]
+# fp32: features, sums, g. Reference: autograd through sea.causal_context.
+@triton.jit
+def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, context_ptr, dcontext_ptr, den_ptr, dq_ptr,
+                       g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk,
+                       q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+                       BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+                       DOT: tl.constexpr, PRECISION: tl.constexpr):
+    segment, n_segment = tl.program_id(0), tl.num_programs(0)
+    pid_bh = tl.program_id(1).to(tl.int64)
+    b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
+    offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    pos_ptr += b * pos_strides[0]
+    if there_ptr is not None:
+        there_ptr += b * N
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
+    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
+    sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
+    sum_v = tl.load(sums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
+    norm = tl.load(sums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+    dsum_pos, dsum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    dnorm = tl.zeros((BLOCK_F,), tl.float32)
+    earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
+    for i in range(0, n_chunk):
+        chunk = segment * n_chunk + i
+        j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+        row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
+        in_row = (row < R) & (offs_r < CHUNK // STRIDE)
+        at = in_row[:, None] & (offs_d < D)[None, :]
+        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
+        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+        row += pid_bh * R
+        # -- g and g_den
+        den = tl.load(den_ptr + row, mask=in_row, other=1.0)[:, None]
+        g_pos = _tile(dcontext_ptr, row, offs_d, 2 * D, 1, at).to(tl.float32) / den  # (BLOCK_R, BLOCK_D)
+        g_v = _tile(dcontext_ptr + D, row, offs_d, 2 * D, 1, at).to(tl.float32) / den
+        g_den = -tl.sum(g_pos * _tile(context_ptr, row, offs_d, 2 * D, 1, at).to(tl.float32)
+                        + g_v * _tile(context_ptr + D, row, offs_d, 2 * D, 1, at).to(tl.float32), axis=1)
+        tl.store(g_den_ptr + row, g_den, mask=in_row)
+        g_pos, g_v = g_pos.to(DOT), g_v.to(DOT)
+        # -- dphi(q), (BLOCK_R, BLOCK_F)
+        df = tl.dot(g_pos, tl.trans(sum_pos.to(DOT)), input_precision=PRECISION) + g_den[:, None] * norm[None, :]
+        df += tl.dot(g_v, tl.trans(sum_v.to(DOT)), input_precision=PRECISION)
+        same = tl.dot(g_pos, tl.trans(pos), input_precision=PRECISION) + g_den[:, None]  # (BLOCK_R, BLOCK_C)
+        same = tl.where(earlier, same + tl.dot(g_v, tl.trans(v), input_precision=PRECISION), 0.0)
+        k_dot = f_k.to(DOT)
+        df += tl.dot(same.to(DOT), k_dot, input_precision=PRECISION)
+        df = tl.where(f_q > 1e-3, df * q_scale, 0.0)  # through relu
+        tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], tl.dot(df.to(DOT), tl.trans(w), input_precision=PRECISION), mask=at)
+
+        k_dot, q_dot = tl.trans(k_dot), tl.trans(f_q.to(DOT))
+        sum_pos += tl.dot(k_dot, pos, input_precision=PRECISION)
+        sum_v += tl.dot(k_dot, v, input_precision=PRECISION)
+        norm += tl.sum(f_k, axis=0)
+        dsum_pos += tl.dot(q_dot, g_pos, input_precision=PRECISION)
+        dsum_v += tl.dot(q_dot, g_v, input_precision=PRECISION)
+        dnorm += tl.sum(f_q * g_den[:, None], axis=0)
+    dsums_ptr += ((pid_bh * n_segment + segment) * M + offs_f) * (2 * D + 1)
+    tl.store(dsums_ptr[:, None] + offs_d[None, :], dsum_pos, mask=in_sum)
+    tl.store(dsums_ptr[:, None] + D + offs_d[None, :], dsum_v, mask=in_sum)
+    tl.store(dsums_ptr + 2 * D, dnorm, mask=offs_f < M)
 
 
-def _causal_context_fwd(q, k, v, position, projection, past, there, softmax_scale, stride, lead):
+# dk, dv, dpos.
+# One program: one segment of one key/value head, walking its chunks from the last; grid (n_segment, B * Hkv).
+#   dsums (B * Hkv, n_segment + 1, m, 2D+1) fp32: sum of phi(q)^T [g ; g_den] from each segment on
+#   dk, dv (B, Hkv, N, D), dpos the same, fp32: contiguous
+# fp32: features, sums, g. In a fixed order. Reference: autograd through sea.causal_context.
+@triton.jit
+def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_ptr, dcontext_ptr, den_ptr, g_den_ptr, dk_ptr,
+                         dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk, q_scale,
+                         k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+                         DOT: tl.constexpr, PRECISION: tl.constexpr):
+    segment, n_segment = tl.program_id(0), tl.num_programs(0)
+    pid_bh, HKV = tl.program_id(1).to(tl.int64), H // GROUP
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    pos_ptr += b * pos_strides[0]
+    if there_ptr is not None:
+        there_ptr += b * N
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    dsums_ptr += ((pid_bh * (n_segment + 1) + segment + 1) * M + offs_f) * (2 * D + 1)
+    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
+    dsum_pos = tl.load(dsums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
+    dsum_v = tl.load(dsums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
+    dnorm = tl.load(dsums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+    earlier = offs_c[:, None] < (offs_r[None, :] + 1) * STRIDE  # (BLOCK_C, BLOCK_R)
+    for i in range(0, n_chunk):
+        chunk = segment * n_chunk + n_chunk - 1 - i
+        j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+        k_dot = f_k.to(DOT)
+        # -- rows of later chunks, (BLOCK_C, BLOCK_F) and (BLOCK_C, BLOCK_D)
+        sum_pos, sum_v = dsum_pos.to(DOT), dsum_v.to(DOT)
+        df = tl.dot(pos, tl.trans(sum_pos), input_precision=PRECISION) + dnorm[None, :]
+        df += tl.dot(v, tl.trans(sum_v), input_precision=PRECISION)
+        dpos = tl.dot(k_dot, sum_pos, input_precision=PRECISION)
+        dv = tl.dot(k_dot, sum_v, input_precision=PRECISION)
+        # -- rows of this chunk
+        row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
+        in_row = (row < R) & (offs_r < CHUNK // STRIDE)
+        at = in_row[:, None] & (offs_d < D)[None, :]
+        for n in range(0, GROUP):
+            h = kv * GROUP + n
+            q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2], q_strides[3], at)
+            f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+            of_row = (b * H + h) * R + row
+            den = tl.load(den_ptr + of_row, mask=in_row, other=1.0)[:, None]
+            g_den = tl.load(g_den_ptr + of_row, mask=in_row, other=0.0)
+            g_pos = (_tile(dcontext_ptr, of_row, offs_d, 2 * D, 1, at).to(tl.float32) / den).to(DOT)  # (BLOCK_R, BLOCK_D)
+            g_v = (_tile(dcontext_ptr + D, of_row, offs_d, 2 * D, 1, at).to(tl.float32) / den).to(DOT)
+            q_dot = f_q.to(DOT)
+            same = tl.dot(pos, tl.trans(g_pos), input_precision=PRECISION) + g_den[None, :]  # (BLOCK_C, BLOCK_R)
+            same = tl.where(earlier, same + tl.dot(v, tl.trans(g_v), input_precision=PRECISION), 0.0)
+            df += tl.dot(same.to(DOT), q_dot, input_precision=PRECISION)
+            same = tl.where(earlier, tl.dot(k_dot, tl.trans(q_dot), input_precision=PRECISION), 0.0).to(DOT)
+            dpos += tl.dot(same, g_pos, input_precision=PRECISION)
+            dv += tl.dot(same, g_v, input_precision=PRECISION)
+            q_dot = tl.trans(q_dot)
+            dsum_pos += tl.dot(q_dot, g_pos, input_precision=PRECISION)
+            dsum_v += tl.dot(q_dot, g_v, input_precision=PRECISION)
+            dnorm += tl.sum(f_q * g_den[:, None], axis=0)
+        df = tl.where(f_k > 1e-3, df * k_scale, 0.0)  # through relu; a key that is not there has no features
+        dk = tl.dot(df.to(DOT), tl.trans(w), input_precision=PRECISION)
+        at = ((offs_c < CHUNK) & (j >= 0) & (j < N))[:, None] & (offs_d < D)[None, :]
+        out = (pid_bh * N + j)[:, None] * D + offs_d[None, :]
+        tl.store(dk_ptr + out, dk, mask=at)
+        tl.store(dv_ptr + out, dv, mask=at)
+        tl.store(dpos_ptr + out, dpos, mask=at)
+
+
+# Keys a chunk, and programs to fill the GPU with; warps forward and backward.
+CONTEXT = dict(keys=64, programs=528, warps=4, warps_backward=8)
+
+
+def _context_launch(q, k, v, position, projection, there, softmax_scale, stride, lead):
+    """What all four kernels share: n_segment, the leading arguments, and the keywords of keys, and of keys and rows."""
     (B, H, R, D), (Hkv, N), M = q.shape, k.shape[1:3], projection.shape[1]
-    rows = _power_of_2(CONTEXT["keys"] // stride)
+    rows = max(1, CONTEXT["keys"] // stride)
     chunk = rows * stride
     n_chunks = max(triton.cdiv(R, rows), triton.cdiv(N + lead, chunk))
     n_chunk = max(1, n_chunks * B * Hkv // CONTEXT["programs"])
-    n_segment = triton.cdiv(n_chunks, n_chunk)
-    position, w = position.contiguous(), projection.float().contiguous()
     there = None if there is None else there.contiguous().view(torch.int8)
-    sums, norm = (torch.empty(B * Hkv, n_segment, M, *e, dtype=torch.float32, device=q.device) for e in ((2 * D,), ()))
-    common = dict(D=D, M=M, CHUNK=chunk, HAS_THERE=there is not None, BLOCK_C=_power_of_2(chunk), BLOCK_D=_power_of_2(D),
-                  BLOCK_F=_power_of_2(M), num_warps=CONTEXT["num_warps"], num_stages=CONTEXT["num_stages"],
-                  **_dot_type(q.dtype))
-    pos_strides = (position.stride(0) * (len(position) > 1), position.stride(1))
-    strides = dict(k_strides=k.stride(), v_strides=v.stride(), pos_strides=pos_strides)
-    k_scale = D**-0.25
-    _context_sums_kernel[(n_segment, B * Hkv)](k, v, position, w, there, sums, norm, **strides, HKV=Hkv, N=N, lead=lead,
-                                               n_chunk=n_chunk, k_scale=k_scale, **common)
-    past = q.new_zeros(B, Hkv, M, 2 * D + 1, dtype=torch.float32) if past is None else past.float()
-    # what precedes each segment, and all
-    sums = torch.cat([past.flatten(0, 1)[:, None, :, :-1], sums], 1)
-    sums = _running_sum(sums.flatten(2)[None], 8)[0].unflatten(2, (M, 2 * D)).contiguous()
-    norm = torch.cat([past.flatten(0, 1)[:, None, :, -1], norm], 1).cumsum(1)
-    context = torch.empty(B, H, R, 2 * D, dtype=q.dtype, device=q.device)
-    _context_kernel[(n_segment, B * H)](q, k, v, position, w, there, sums, norm, context, q_strides=q.stride(), **strides,
-                                        H=H, GROUP=H // Hkv, R=R, N=N, lead=lead, n_chunk=n_chunk,
-                                        q_scale=softmax_scale * D**0.25,
-                                        k_scale=k_scale, STRIDE=stride, BLOCK_R=rows, **common)
-    return context, torch.cat([sums[:, -1], norm[:, -1, :, None]], -1).view(past.shape)
+    inputs = (k, v, position, projection.float().contiguous(), there)
+    of_keys = dict(k_strides=k.stride(), v_strides=v.stride(), pos_strides=(position.stride(0) * (len(position) > 1), position.stride(1)),
+                   N=N, lead=lead, n_chunk=n_chunk, k_scale=D**-0.25, D=D, M=M, CHUNK=chunk, BLOCK_C=_power_of_2(chunk),
+                   BLOCK_D=_power_of_2(D), BLOCK_F=_power_of_2(M), num_stages=1, **_dot_type(q.dtype))
+    of_all = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // Hkv, R=R, q_scale=softmax_scale * D**0.25, STRIDE=stride,
+                  BLOCK_R=_power_of_2(rows))
+    return triton.cdiv(n_chunks, n_chunk), inputs, of_keys, of_all
 
 
-def _causal_context_formula(q, k, v, position, projection, past, there, softmax_scale, stride, lead):
-    D, w = q.shape[-1], projection.float()
-    q_feat = torch.relu((q.float() * (softmax_scale * D**0.25)) @ w) + 1e-3
-    k_feat = torch.relu((k.float() * D**-0.25) @ w) + 1e-3
-    if there is not None:
-        k_feat, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k_feat, v))
-    v_cat = torch.cat([position[:, None].float().expand_as(v), v.float()], dim=-1)
-    k_feat, v_cat = F.pad(k_feat, (0, 0, lead, 0)), F.pad(v_cat, (0, 0, lead, 0))
-    context, sums = linear_attention(q_feat, k_feat, v_cat, stride=stride, past=past)
-    return context.to(q.dtype), sums
+class _CausalContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, position, past, projection, *constants):
+        (B, H, R, D), Hkv, M = q.shape, k.shape[1], projection.shape[1]
+        position = position.contiguous()
+        n_segment, inputs, of_keys, of_all = _context_launch(q, k, v, position, projection, *constants)
+        sums = torch.empty(B * Hkv, n_segment, M, 2 * D + 1, dtype=torch.float32, device=q.device)
+        _context_sums_kernel[(n_segment, B * Hkv)](*inputs, sums, HKV=Hkv, num_warps=CONTEXT["warps"], **of_keys)
+        sums = _running_sums(sums, None if past is None else past.flatten(0, 1))  # what precedes each segment, and all
+        context = torch.empty(B, H, R, 2 * D, dtype=q.dtype, device=q.device)
+        den = torch.empty(B, H, R, dtype=torch.float32, device=q.device)
+        _context_kernel[(n_segment, B * H)](q, *inputs, sums, context, den, num_warps=CONTEXT["warps"], **of_all)
+        ctx.save_for_backward(q, k, v, position, projection, sums, context, den)
+        ctx.constants = constants
+        return context, sums[:, -1].view(B, Hkv, M, 2 * D + 1).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dcontext, dsums_out):
+        q, k, v, position, projection, sums, context, den = ctx.saved_tensors
+        (B, H, R, D), (Hkv, N), M = q.shape, k.shape[1:3], projection.shape[1]
+        n_segment, inputs, _, of_all = _context_launch(q, k, v, position, projection, *ctx.constants)
+        of_all.update(num_warps=CONTEXT["warps_backward"])
+        dcontext = dcontext.contiguous()
+        dq, g_den = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(den)
+        dsums = torch.empty(B * H, n_segment, M, 2 * D + 1, dtype=torch.float32, device=q.device)
+        _context_dq_kernel[(n_segment, B * H)](q, *inputs, sums, context, dcontext, den, dq, g_den, dsums, **of_all)
+        if H != Hkv:
+            dsums = dsums.view(B * Hkv, H // Hkv, n_segment, M, 2 * D + 1).sum(1)
+        dsums = _running_sums(dsums, dsums_out.flatten(0, 1), reverse=True)
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        dpos = torch.empty(B, Hkv, N, D, dtype=torch.float32, device=q.device)
+        _context_dkdv_kernel[(n_segment, B * Hkv)](q, *inputs, dsums, dcontext, den, g_den, dk, dv, dpos, **of_all)
+        dpos = dpos.sum((0, 1))[None] if len(position) == 1 else dpos.sum(1)
+        dpast = dsums[:, 0].view(dsums_out.shape) if ctx.needs_input_grad[4] else None
+        return dq, dk, dv, dpos.to(position.dtype), dpast, *[None] * 5
 
 
 def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, projection: Tensor, softmax_scale: float, *,
                    stride: int = 1, lead: int = 0, there: Tensor | None = None,
                    past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sea.causal_context, in the dtype of q. No gradient reaches the projection, which is drawn and not trained."""
     _expect(position is not None, "position", "a table, the Performer has no kernel", None)
-    _expect(stride <= 16, "stride", "at most 16, a chunk of 16 rows and their keys has to fit", stride)
+    _expect(stride <= 64, "stride", "at most 64, a row and its keys have to fit into a chunk", stride)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
-    rest = (there, softmax_scale, stride, lead)
-    return _Recomputed.apply(lambda *x: _causal_context_fwd(*x, *rest), lambda *x: _causal_context_formula(*x, *rest),
-                             q, k, v, position, projection, past)
+    with torch.cuda.device_of(q):
+        return _CausalContext.apply(q, k, v, position, past, projection, there, float(softmax_scale), stride, lead)
+
+
+# -- estimator: from the context to cells ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _standardized(x, there, N: tl.constexpr):
+    """x with mean 0 and variance 1 over the second axis, of which N columns are `there`, and 1 / deviation: fp32."""
+    x = tl.where(there[None, :], x - (tl.sum(tl.where(there[None, :], x, 0.0), axis=1) / N)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def _normed(x, gain, bias, there, N: tl.constexpr):
+    """LayerNorm over the second axis, of which N columns are `there`: (rows, BLOCK), fp32."""
+    x, _ = _standardized(x, there, N)
+    return x * gain[None, :] + bias[None, :]
+
+
+@triton.jit
+def _through_norm(dy, x, rstd, gain, there, N: tl.constexpr):
+    """Gradient of a LayerNorm's input from that of its output, x being standardized."""
+    dx = tl.where(there[None, :], dy * gain[None, :], 0.0)
+    return tl.where(there[None, :], rstd[:, None] * (dx - (tl.sum(dx, axis=1) / N)[:, None]
+                                                     - x * (tl.sum(dx * x, axis=1) / N)[:, None]), 0.0)
+
+
+@triton.jit
+def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, in_row, v_strides, D: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr):
+    """[c ; v] W1 + b1: W1^T (3D, 2D) in three parts of D rows, for the two halves of c and for v. (BLOCK_R, BLOCK_Z) fp32."""
+    offs_d, offs_z = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z)
+    dtype = c_ptr.dtype.element_ty
+    at = in_row[:, None] & (offs_d < D)[None, :]
+    z = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
+    for i in tl.static_range(3):
+        if i < 2:
+            x = _tile(c_ptr + i * D, row, offs_d, 2 * D, 1, at)  # (BLOCK_R, BLOCK_D)
+        else:
+            x = _tile(v_ptr, row, offs_d, v_strides[2], v_strides[3], at)
+        w1 = _tile(w1_ptr + i * D, offs_d, offs_z, 1, 3 * D, (offs_d < D)[:, None] & (offs_z < 2 * D)[None, :])
+        z += tl.dot(x, w1.to(dtype), input_precision=PRECISION)  # (BLOCK_R, BLOCK_D) @ (BLOCK_D, BLOCK_Z)
+    return z + _vector(b1_ptr, offs_z, offs_z < 2 * D)[None, :]
 
 
 # z = GELU(LayerNorm([c ; v] W1 + b1)); gates = z Wg + bg; image = LayerNorm(z W2 + b2) per channel.
-# One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R), B * H). LayerNorms and GELU in fp32.
-# context (B, H, R, 2D), v (B, Hkv, R, D), w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D)
-# -> image (B, 2H, R, P), gates (B, H, R, 2). Reads 3D numbers a row and writes 2P; z never leaves the registers.
-# Reference: sea.encode_rows.
+# One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R), B * H).
+#   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and vectors b bias
+#   of a linear layer, g and e gain and bias of a norm, any dtype
+#   image (B, 2H, R, P), gates (B, H, R, 2) fp32, contiguous
+# fp32: norms and GELU. Reads 3D numbers a row and writes 2P; z never leaves the registers. Reference: sea.encode_rows.
 @triton.jit
 def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, e2_ptr, wg_ptr, bg_ptr,
                    image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_d, offs_z, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
-    in_row, in_z, in_p = (row < R)[:, None], offs_z < 2 * D, offs_p < P
-    in_d = offs_d < D
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_z, offs_p = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
+    in_row, in_z, in_p = row < R, offs_z < 2 * D, offs_p < P
     dtype = context_ptr.dtype.element_ty
-    row = row.to(tl.int64)
-    c = context_ptr + pid_bh * R * 2 * D
-    v_head = v_ptr + b * v_strides[0] + (h // GROUP) * v_strides[1]
-    at, at_w = in_row & in_d[None, :], in_d[:, None] & in_z[None, :]
-    # -- the first layer: W1^T (3D, 2D) in three parts of D rows, for the two halves of c and for v; (BLOCK_R, BLOCK_Z)
-    z = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
-    for i in tl.static_range(3):
-        if i < 2:
-            x = _tile(c + i * D, row, offs_d, 2 * D, 1, at)  # (BLOCK_R, BLOCK_D)
-        else:
-            x = _tile(v_head, row, offs_d, v_strides[2], v_strides[3], at)
-        w1 = _tile(w1_ptr + i * D, offs_d, offs_z, 1, 3 * D, at_w).to(dtype)  # (BLOCK_D, BLOCK_Z)
-        z += tl.dot(x, w1, input_precision=PRECISION)
-    z += _vector(b1_ptr, offs_z, in_z)[None, :]
+    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr + b * v_strides[0] + (h // GROUP) * v_strides[1], w1_ptr, b1_ptr,
+                     row, in_row, v_strides, D, BLOCK_R, BLOCK_D, BLOCK_Z, PRECISION)
     z = _normed(z, _vector(g1_ptr, offs_z, in_z), _vector(e1_ptr, offs_z, in_z), in_z, 2 * D)
     z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # GELU
     # -- gates
     for i in tl.static_range(2):
         gate = tl.sum(z * _vector(wg_ptr + i * 2 * D, offs_z, in_z)[None, :], axis=1) + tl.load(bg_ptr + i).to(tl.float32)
-        tl.store(gates_ptr + (pid_bh * R + row) * 2 + i, gate, mask=row < R)
+        tl.store(gates_ptr + (pid_bh * R + row) * 2 + i, gate, mask=in_row)
     # -- row decoder and the norm before the CNN, a channel at a time
     for i in tl.static_range(2):
         w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, in_z[:, None] & in_p[None, :])  # (BLOCK_Z, BLOCK_P)
         x = tl.dot(z.to(dtype), w2.to(dtype), input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, in_p)[None, :]
         x = _normed(x, _vector(g2_ptr, offs_p, in_p), _vector(e2_ptr, offs_p, in_p), in_p, P)
         image = image_ptr + (b * 2 * H + 2 * h + i) * R * P
-        tl.store(image + row[:, None] * P + offs_p[None, :], x, mask=in_row & in_p[None, :])
+        tl.store(image + row[:, None] * P + offs_p[None, :], x, mask=in_row[:, None] & in_p[None, :])
+
+
+# The gradients of all that: of the inputs, and what those of the weights are products and sums of.
+# One program: the rows of _encode_kernel, whose z is computed again.
+#   dimage, dgates: as image and gates, or None for 0
+#   dcontext (B, H, R, 2D), dv (B, H, R, D) per query head; z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the
+#   gradients before the two norms; sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, g1, e1 (2D),
+#   b2 (2P), g2, e2 (P)
+# fp32: norms, GELU and sums. Reference: autograd through sea.encode_rows.
+@triton.jit
+def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, wg_ptr, dimage_ptr,
+                       dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr, v_strides, H, GROUP, R,
+                       D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+                       BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
+    pid_bh = tl.program_id(1).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_d, offs_z, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
+    in_row, in_d, in_z, in_p = row < R, offs_d < D, offs_z < 2 * D, offs_p < P
+    at_z = in_row[:, None] & in_z[None, :]
+    dtype = context_ptr.dtype.element_ty
+    of_row = pid_bh * R + row
+    sums_ptr += (pid_bh * tl.num_programs(0) + tl.program_id(0)) * (6 * D + 4 * P)
+    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr + b * v_strides[0] + (h // GROUP) * v_strides[1], w1_ptr, b1_ptr,
+                      row, in_row, v_strides, D, BLOCK_R, BLOCK_D, BLOCK_Z, PRECISION)
+    z1, rstd = _standardized(z1, in_z, 2 * D)
+    gain = _vector(g1_ptr, offs_z, in_z)
+    y = z1 * gain[None, :] + _vector(e1_ptr, offs_z, in_z)[None, :]
+    half = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
+    z = (y * half).to(dtype)
+    tl.store(z_ptr + of_row[:, None] * 2 * D + offs_z[None, :], z, mask=at_z)
+    # -- dz, (BLOCK_R, BLOCK_Z)
+    dz = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
+    if dgates_ptr is not None:
+        for i in tl.static_range(2):
+            dgate = tl.load(dgates_ptr + of_row * 2 + i, mask=in_row, other=0.0).to(tl.float32)
+            dz += dgate[:, None] * _vector(wg_ptr + i * 2 * D, offs_z, in_z)[None, :]
+    if dimage_ptr is not None:
+        dgain, dbias = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
+        for i in tl.static_range(2):
+            w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, in_z[:, None] & in_p[None, :]).to(dtype)
+            x = tl.dot(z, w2, input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, in_p)[None, :]
+            x, rstd_x = _standardized(x, in_p, P)
+            at = in_row[:, None] & in_p[None, :]
+            dy = _tile(dimage_ptr + (b * 2 * H + 2 * h + i) * R * P, row, offs_p, P, 1, at).to(tl.float32)
+            dgain += tl.sum(dy * x, axis=0)
+            dbias += tl.sum(dy, axis=0)
+            dx = _through_norm(dy, x, rstd_x, _vector(g2_ptr, offs_p, in_p), in_p, P)
+            tl.store(dx_ptr + of_row[:, None] * 2 * P + i * P + offs_p[None, :], dx, mask=at)
+            tl.store(sums_ptr + 6 * D + i * P + offs_p, tl.sum(dx, axis=0), mask=in_p)
+            dz += tl.dot(dx.to(dtype), tl.trans(w2), input_precision=PRECISION)
+        tl.store(sums_ptr + 6 * D + 2 * P + offs_p, dgain, mask=in_p)
+        tl.store(sums_ptr + 6 * D + 3 * P + offs_p, dbias, mask=in_p)
+    # -- through GELU and the norm before it
+    dy = dz * (half + y * 0.3989422804014327 * tl.exp(-0.5 * y * y))
+    dy = tl.where(at_z, dy, 0.0)
+    dz1 = _through_norm(dy, z1, rstd, gain, in_z, 2 * D)
+    tl.store(sums_ptr + offs_z, tl.sum(dz1, axis=0), mask=in_z)
+    tl.store(sums_ptr + 2 * D + offs_z, tl.sum(dy * z1, axis=0), mask=in_z)
+    tl.store(sums_ptr + 4 * D + offs_z, tl.sum(dy, axis=0), mask=in_z)
+    dz1 = dz1.to(dtype)
+    tl.store(dz1_ptr + of_row[:, None] * 2 * D + offs_z[None, :], dz1, mask=at_z)
+    # -- the inputs, D columns at a time
+    for i in tl.static_range(3):
+        w1 = _tile(w1_ptr + i * D, offs_z, offs_d, 3 * D, 1, in_z[:, None] & in_d[None, :])  # (BLOCK_Z, BLOCK_D)
+        dx = tl.dot(dz1, w1.to(dtype), input_precision=PRECISION)
+        at = in_row[:, None] & in_d[None, :]
+        if i < 2:
+            tl.store(dcontext_ptr + of_row[:, None] * 2 * D + i * D + offs_d[None, :], dx, mask=at)
+        else:
+            tl.store(dv_ptr + of_row[:, None] * D + offs_d[None, :], dx, mask=at)
 
 
 ENCODE = dict(BLOCK_R=64, num_warps=4)
+ENCODE_BACKWARD = dict(BLOCK_R=32, num_warps=4)
 
 
-def _encode_rows_fwd(context, v, *weights):
-    (B, H, R, D2), P = context.shape, weights[6].shape[0]
-    context, weights = context.contiguous(), [w.contiguous() for w in weights]
-    image = torch.empty(B, 2 * H, R, P, dtype=context.dtype, device=context.device)
-    gates = torch.empty(B, H, R, 2, dtype=torch.float32, device=context.device)
-    tiles = ENCODE if context.dtype != torch.float32 else dict(BLOCK_R=16, num_warps=4)
-    _encode_kernel[(triton.cdiv(R, tiles["BLOCK_R"]), B * H)](
-        context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P,
-        BLOCK_D=_power_of_2(D2 // 2), BLOCK_Z=_power_of_2(D2), BLOCK_P=_power_of_2(P), PRECISION="ieee", **tiles)
-    return image, gates
+def _encode_launch(context, v, P, tiles):
+    """Grid and keywords of both kernels."""
+    B, H, R, D = *context.shape[:3], context.shape[3] // 2
+    tiles = tiles if context.dtype != torch.float32 else dict(BLOCK_R=16, num_warps=4)
+    return (triton.cdiv(R, tiles["BLOCK_R"]), B * H), dict(
+        v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D, P=P, BLOCK_D=_power_of_2(D), BLOCK_Z=_power_of_2(2 * D),
+        BLOCK_P=_power_of_2(P), PRECISION="ieee", **tiles)
 
 
-def _encode_rows_formula(context, v, w1, b1, gain1, bias1, w2, b2, gain2, bias2, wg, bg):
-    H, dtype = context.shape[1], context.dtype
-    z = torch.cat([context, v.repeat_interleave(H // v.shape[1], 1)], -1)
-    z = F.layer_norm(F.linear(z, w1.to(dtype), b1.to(dtype)).float(), b1.shape, gain1.float(), bias1.float())
-    z = F.gelu(z).to(dtype)  # (B, H, R, 2D)
-    x = F.linear(z, w2.to(dtype), b2.to(dtype)).unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)
-    image = F.layer_norm(x.float(), gain2.shape, gain2.float(), bias2.float()).to(dtype)
-    return image, F.linear(z, wg.to(dtype), bg.to(dtype)).float()
+class _EncodeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, context, v, *weights):
+        (B, H, R, _), P, context = context.shape, weights[6].shape[0], context.contiguous()
+        weights = [w.contiguous() for w in weights]
+        image = torch.empty(B, 2 * H, R, P, dtype=context.dtype, device=context.device)
+        gates = torch.empty(B, H, R, 2, dtype=torch.float32, device=context.device)
+        grid, constants = _encode_launch(context, v, P, ENCODE)
+        _encode_kernel[grid](context, v, *weights, image, gates, **constants)
+        ctx.save_for_backward(context, v, *weights)
+        ctx.set_materialize_grads(False)
+        return image, gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dimage, dgates):
+        context, v, *weights = ctx.saved_tensors
+        w1, b1, g1, e1, w2, b2, g2, e2, wg, bg = weights
+        (B, H, R, D2), Hkv, P = context.shape, v.shape[1], g2.shape[0]
+        D = D2 // 2
+        dimage, dgates = (x if x is None else x.contiguous() for x in (dimage, dgates))
+        grid, constants = _encode_launch(context, v, P, ENCODE_BACKWARD)
+        new = lambda *size, dtype=context.dtype: torch.empty(*size, dtype=dtype, device=v.device)
+        dcontext, dv, z, dz1, dx = (new(B, H, R, n) for n in (2 * D, D, 2 * D, 2 * D, 2 * P))
+        sums = new(grid[0] * grid[1], 6 * D + 4 * P, dtype=torch.float32)
+        _encode_bwd_kernel[grid](context, v, w1, b1, g1, e1, w2, b2, g2, wg, dimage, dgates, dcontext, dv, z, dz1, dx, sums,
+                                 **constants)
+        # -- weights: products over all rows
+        rows = lambda x: x.reshape(-1, x.shape[-1])
+        v_rows = rows(v if H == Hkv else v.repeat_interleave(H // Hkv, 1))
+        grads = {"w1": torch.cat([rows(dz1).T @ rows(context), rows(dz1).T @ v_rows], 1)}
+        total = sums[:, : 6 * D if dimage is None else None].sum(0)
+        grads |= zip(("b1", "g1", "e1"), total[: 6 * D].split(2 * D))
+        if dimage is not None:
+            grads |= {"w2": rows(dx).T @ rows(z)} | dict(zip(("b2", "g2", "e2"), total[6 * D :].split((2 * P, P, P))))
+        if dgates is not None:
+            grads |= {"wg": rows(dgates).T.to(z.dtype) @ rows(z), "bg": rows(dgates).sum(0)}
+        dv = dv if H == Hkv else dv.view(B, Hkv, H // Hkv, R, D).sum(2)
+        names = ("w1", "b1", "g1", "e1", "w2", "b2", "g2", "e2", "wg", "bg")
+        return dcontext, dv, *(grads[name].to(w.dtype) if name in grads else None for name, w in zip(names, weights))
 
 
 def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear, norm: nn.LayerNorm,
                 gate: nn.Linear) -> tuple[Tensor, Tensor]:
+    """sea.encode_rows, in the dtype of context; gates are fp32."""
     _check_tensor("context", context, 4, "(B, H, R, 2D)")
     weights = [w for layer in (encoder[0], encoder[1], decoder, norm, gate) for w in (layer.weight, layer.bias)]
-    return _Recomputed.apply(_encode_rows_fwd, _encode_rows_formula, context, v, *weights)
+    with torch.cuda.device_of(v):
+        return _EncodeRows.apply(context, v, *weights)
 
 
 # out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with UP also scores = LayerNorm(1x1 conv of it to 4 cells).
@@ -1402,39 +1498,65 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, out_
 CONV = (dict(places=256, num_warps=4), dict(places=128, num_warps=4))  # the first convolution, and the second with its end
 
 
-def _causal_cnn_fwd(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2, n_rows):
-    (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
-    x, last_rows, up = image.contiguous(), [], up.to(dtype).reshape(4 * H, C).contiguous()
-    for i, (w, b, past) in enumerate(((w1, b1, past1), (w2, b2, past2))):
-        lead = 0 if past is None else past.shape[2]
-        x = x if past is None else torch.cat([past.to(dtype), x], 2)
-        last_rows.append(_last_rows(x, n_rows, lead))
-        taps = w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous()
-        out = torch.empty((B, C, R, P) if i == 0 else (B, H, R, width), dtype=dtype, device=x.device)
-        block_p, tiles = _power_of_2(P), CONV[i]
-        block_t = max(1, (64 if dtype == torch.float32 else tiles["places"]) // block_p)
-        _conv_kernel[(triton.cdiv(R, block_t), B)](
-            x, taps, b, up, up_bias, gain, bias, out, R=R, P=P, lead=lead, WIDTH=width, C=C, H=H, UP=i == 1, BLOCK_T=block_t,
-            BLOCK_P=block_p, BLOCK_C=_power_of_2(C), BLOCK_H=triton.next_power_of_2(max(4, H)), PRECISION="ieee",
-            num_warps=tiles["num_warps"])
-        x = out
-    return x, *last_rows
+class _CausalCNN(torch.autograd.Function):
+    """Backward computes the same in PyTorch again and differentiates that: the convolutions are cuDNN's. Keeps the inputs."""
+
+    @staticmethod
+    def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2):
+        (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
+        ctx.save_for_backward(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2)
+        ctx.n_rows = n_rows
+        x, last_rows, up = image.contiguous(), [], up.to(dtype).reshape(4 * H, C).contiguous()
+        for i, (w, b, past) in enumerate(((w1, b1, past1), (w2, b2, past2))):
+            lead = 0 if past is None else HISTORY
+            x = x if past is None else torch.cat([past.to(dtype), x], 2)
+            last_rows.append(_last_rows(x, n_rows, lead))
+            taps = w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous()
+            out = torch.empty((B, C, R, P) if i == 0 else (B, H, R, width), dtype=dtype, device=x.device)
+            block_p, tiles = _power_of_2(P), CONV[i]
+            block_t = max(1, (64 if dtype == torch.float32 else tiles["places"]) // block_p)
+            _conv_kernel[(triton.cdiv(R, block_t), B)](
+                x, taps, b, up, up_bias, gain, bias, out, R=R, P=P, lead=lead, WIDTH=width, C=C, H=H, UP=i == 1,
+                BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_C=_power_of_2(C), BLOCK_H=triton.next_power_of_2(max(4, H)),
+                PRECISION="ieee", num_warps=tiles["num_warps"])
+            x = out
+        return x, *last_rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        tensors = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        precision = torch.get_float32_matmul_precision()
+        if tensors[0].dtype != torch.float32:  # half-precision inputs leave no more than tf32 to keep
+            torch.set_float32_matmul_precision("high")
+        try:
+            with torch.enable_grad():
+                outputs = _causal_cnn_formula(*tensors, ctx.n_rows)
+            found = iter(torch.autograd.grad(outputs, [x for x in tensors if x is not None], grads))
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return None, *(None if x is None else next(found) for x in tensors)
+
+
+HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
 
 def _last_rows(x, n_rows, lead):
-    """The 4 rows (as many as a 3-row convolution of dilation 2 looks back) before row n_rows; zeros before the first."""
+    """The HISTORY rows before row n_rows; zeros before the first."""
+    if n_rows is None and x.shape[2] >= HISTORY:
+        return x[:, :, -HISTORY:].clone()
+    x = x if lead else F.pad(x, (0, 0, HISTORY, 0))
     if n_rows is None:
-        return F.pad(x[:, :, -4:], (0, 0, max(0, 4 - x.shape[2]), 0)).clone()
-    at = (n_rows[:, None] + torch.arange(4, device=x.device))[:, None, :, None]
-    x = x if lead else F.pad(x, (0, 0, 4, 0))
+        return x[:, :, -HISTORY:]
+    at = (n_rows[:, None] + torch.arange(HISTORY, device=x.device))[:, None, :, None]
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _causal_cnn_formula(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2, n_rows):
     x, last_rows, dtype = image, [], image.dtype
     for w, b, past in ((w1, b1, past1), (w2, b2, past2)):
-        x = F.pad(x, (0, 0, 4, 0)) if past is None else torch.cat([past.to(dtype), x], 2)
-        last_rows.append(_last_rows(x, n_rows, 4))
+        x = F.pad(x, (0, 0, HISTORY, 0)) if past is None else torch.cat([past.to(dtype), x], 2)
+        last_rows.append(_last_rows(x, n_rows, HISTORY))
         x = F.relu(F.conv2d(x, w.to(dtype), b.to(dtype), dilation=2, padding=(0, 2)))
     y = F.conv2d(x, up.to(dtype), up_bias.to(dtype))  # (B, 4H, R, P)
     y = y.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2).flatten(-2)[..., : gain.shape[0]].float()
@@ -1444,81 +1566,170 @@ def _causal_cnn_formula(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, p
 def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d, norm: nn.LayerNorm,
                past: tuple[Tensor, Tensor] | None = None,
                n_rows: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """sea.causal_cnn, in the dtype of image."""
     _check_tensor("image", image, 4, "(B, 2H, R, P)")
     weights = [w for layer in (conv1, conv2, up, norm) for w in (layer.weight, layer.bias)]
-    scores, *last_rows = _Recomputed.apply(lambda *x: _causal_cnn_fwd(*x, n_rows),
-                                           lambda *x: _causal_cnn_formula(*x, n_rows),
-                                           image, *weights, *(past or (None, None)))
+    with torch.cuda.device_of(image):
+        scores, *last_rows = _CausalCNN.apply(n_rows, image, *weights, *(past or (None, None)))
     return scores, tuple(last_rows)
+
+
+# -- mix ---------------------------------------------------------------------------------------------------------------
 
 
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys <= i.
 # One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks before, given,
-# and a product with a triangle of ones inside the block. sparse (B, H, T, D), gates (B, H, R, 2) before the sigmoid,
-# before (B, Hkv, n_block + 1, D) fp32, seen (B, T) and row (B, T) int32 -> out (B, H, T, D). Reference: sea.mix_average.
+# and a product with a triangle of ones inside the block.
+#   sparse (B, H, T, D) contiguous, v (B, Hkv, T, D) any strides, before (B * Hkv, n_block + 1, D) fp32; gates (B, H, R, 2)
+#   before the sigmoid; seen and row (B, T) int, valid (B, T) int8 or None
+#   out (B, H, T, D) contiguous
+# fp32: all but the product, of exact ones. Reads and writes once. Reference: sea.mix_average.
 @triton.jit
 def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, valid_ptr, out_ptr, v_strides, H, GROUP, T, R,
-                D: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                PRECISION: tl.constexpr):
+                D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_t, n_block = tl.program_id(0), tl.num_programs(0)
     pid_bh = tl.program_id(1).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    kv = h // GROUP
-    i, d = pid_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
+    i, d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     in_t = i < T
     at = in_t[:, None] & (d < D)[None, :]
-    i64 = i.to(tl.int64)
-    v = _tile(v_ptr + b * v_strides[0] + kv * v_strides[1], i64, d, v_strides[2], v_strides[3], at)  # (BLOCK_T, BLOCK_D)
-    if HAS_VALID:
-        v = tl.where((tl.load(valid_ptr + b * T + i, mask=in_t, other=0) != 0)[:, None], v, 0.0)
-    ones = (tl.arange(0, BLOCK_T)[:, None] >= tl.arange(0, BLOCK_T)[None, :]).to(v.dtype)
-    mean = tl.dot(ones, v, input_precision=PRECISION)  # exact ones: no rounding of v
-    mean += _vector(before_ptr + ((b * (H // GROUP) + kv) * (n_block + 1) + pid_t) * D, d, d < D)[None, :]
     seen = tl.load(seen_ptr + b * T + i, mask=in_t, other=0)
-    mean = mean / tl.maximum(seen, 1).to(tl.float32)[:, None]
-    row = tl.load(row_ptr + b * T + i, mask=in_t, other=0).to(tl.int64)
+    before_ptr += ((b * (H // GROUP) + kv) * (n_block + 1) + pid_t) * D
+    mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr, valid_ptr, v_strides, i, b * T + i, in_t, at,
+                         seen, D, BLOCK_T, BLOCK_D)
+    row = tl.load(row_ptr + b * T + i, mask=in_t, other=0)
     gate = gates_ptr + (pid_bh * R + row) * 2
     s_prob = tl.sigmoid(tl.load(gate, mask=in_t, other=0.0).to(tl.float32))[:, None]
     s_mix = tl.sigmoid(tl.load(gate + 1, mask=in_t, other=0.0).to(tl.float32))[:, None]
-    sparse = _tile(sparse_ptr + pid_bh * T * D, i64, d, D, 1, at).to(tl.float32)
+    sparse = _tile(sparse_ptr + pid_bh * T * D, i, d, D, 1, at).to(tl.float32)
     out = s_mix * s_prob * sparse + (1.0 - s_mix) * mean
-    out = tl.where((seen > 0)[:, None], out, 0.0)
-    tl.store(out_ptr + (pid_bh * T + i64[:, None]) * D + d[None, :], out, mask=at)
+    tl.store(out_ptr + (pid_bh * T + i[:, None]) * D + d[None, :], tl.where((seen > 0)[:, None], out, 0.0), mask=at)
+
+
+@triton.jit
+def _running_mean(v_ptr, before_ptr, valid_ptr, v_strides, i, of_query, in_t, at, seen, D: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
+    """Mean of v over the keys <= i of one head: (BLOCK_T, BLOCK_D) fp32."""
+    d = tl.arange(0, BLOCK_D)
+    v = _tile(v_ptr, i, d, v_strides[2], v_strides[3], at)
+    if valid_ptr is not None:
+        v = tl.where((tl.load(valid_ptr + of_query, mask=in_t, other=0) != 0)[:, None], v, 0.0)
+    triangle = (tl.arange(0, BLOCK_T)[:, None] >= tl.arange(0, BLOCK_T)[None, :]).to(v.dtype)
+    sums = tl.dot(triangle, v, input_precision="ieee") + _vector(before_ptr, d, d < D)[None, :]
+    return sums / tl.maximum(seen, 1).to(tl.float32)[:, None]
+
+
+# With w_i = (1 - s_mix) * do / seen: dsparse = s_mix s_prob do, dv_j = sum over i >= j of w_i, and the gates' gradients.
+# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv). Two launches:
+# the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second dv.
+#   do (B, H, T, D) any strides; dsparse (B, H, T, D), dgates (B, H, T, 2) fp32, per query; w_sums (B * Hkv, n_block, D) fp32;
+#   after (B * Hkv, n_block + 1, D) fp32: sum of w from each block on; dv (B, Hkv, T, D): all contiguous
+# fp32: all but the product. Reference: autograd through sea.mix_average.
+@triton.jit
+def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, valid_ptr, do_ptr, dsparse_ptr, dgates_ptr,
+                    w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R, D: tl.constexpr,
+                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_t, n_block = tl.program_id(0), tl.num_programs(0)
+    pid_bh, HKV = tl.program_id(1).to(tl.int64), H // GROUP
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    i, d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
+    in_t = i < T
+    at = in_t[:, None] & (d < D)[None, :]
+    seen = tl.load(seen_ptr + b * T + i, mask=in_t, other=0)
+    row = tl.load(row_ptr + b * T + i, mask=in_t, other=0)
+    if after_ptr is None:
+        mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr + (pid_bh * (n_block + 1) + pid_t) * D,
+                             valid_ptr, v_strides, i, b * T + i, in_t, at, seen, D, BLOCK_T, BLOCK_D)
+    w = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for n in range(0, GROUP):
+        of_head = b * H + kv * GROUP + n
+        do = _tile(do_ptr + b * do_strides[0] + (kv * GROUP + n) * do_strides[1], i, d, do_strides[2], do_strides[3], at)
+        do = tl.where((seen > 0)[:, None], do.to(tl.float32), 0.0)
+        gate = gates_ptr + (of_head * R + row) * 2
+        s_mix = tl.sigmoid(tl.load(gate + 1, mask=in_t, other=0.0).to(tl.float32))
+        w += (1.0 - s_mix)[:, None] * do
+        if after_ptr is None:
+            s_prob = tl.sigmoid(tl.load(gate, mask=in_t, other=0.0).to(tl.float32))
+            sparse = _tile(sparse_ptr + of_head * T * D, i, d, D, 1, at).to(tl.float32)
+            tl.store(dsparse_ptr + (of_head * T + i)[:, None] * D + d[None, :], (s_mix * s_prob)[:, None] * do, mask=at)
+            do_sparse, do_mean = tl.sum(do * sparse, axis=1), tl.sum(do * mean, axis=1)
+            dgate = dgates_ptr + (of_head * T + i) * 2
+            tl.store(dgate, s_mix * do_sparse * s_prob * (1.0 - s_prob), mask=in_t)
+            tl.store(dgate + 1, (s_prob * do_sparse - do_mean) * s_mix * (1.0 - s_mix), mask=in_t)
+    w /= tl.maximum(seen, 1).to(tl.float32)[:, None]
+    if after_ptr is None:
+        tl.store(w_sums_ptr + (pid_bh * n_block + pid_t) * D + d, tl.sum(w, axis=0), mask=d < D)
+    else:
+        dtype = dv_ptr.dtype.element_ty
+        triangle = (tl.arange(0, BLOCK_T)[:, None] <= tl.arange(0, BLOCK_T)[None, :]).to(dtype)
+        dv = tl.dot(triangle, w.to(dtype), input_precision="ieee")
+        dv += _vector(after_ptr + (pid_bh * (n_block + 1) + pid_t + 1) * D, d, d < D)[None, :]
+        if valid_ptr is not None:
+            dv = tl.where((tl.load(valid_ptr + b * T + i, mask=in_t, other=0) != 0)[:, None], dv, 0.0)
+        tl.store(dv_ptr + (pid_bh * T + i)[:, None] * D + d[None, :], dv, mask=at)
+
+
+# out[r] = sum of x over the queries of row r, neighbours since `row` does not fall.
+# One program: BLOCK rows of one head, a query of each at a time; grid (cdiv(R, BLOCK), B * H).
+# x (B, H, T, 2), ends (B, R) int: the first query after row r -> out (B, H, R, 2), fp32, contiguous. In a fixed order.
+@triton.jit
+def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK: tl.constexpr):
+    pid_bh, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ends_ptr += pid_bh // H * R + r
+    end = tl.load(ends_ptr, mask=r < R, other=0)
+    begin = tl.load(ends_ptr - 1, mask=(r < R) & (r > 0), other=0)
+    two = tl.arange(0, 2)[None, :]
+    total = tl.zeros((BLOCK, 2), tl.float32)
+    for n in range(0, tl.max(end - begin, axis=0)):
+        at = begin + n
+        total += tl.load(x_ptr + (pid_bh * T + at)[:, None] * 2 + two, mask=(at < end)[:, None], other=0.0)
+    tl.store(out_ptr + (pid_bh * R + r)[:, None] * 2 + two, total, mask=(r < R)[:, None])
 
 
 MIX = dict(BLOCK_T=64, num_warps=4)
 
 
-def _mix_average_fwd(sparse, v, gates, past, seen, row, valid):
-    (B, H, T, D), Hkv, block = sparse.shape, v.shape[1], MIX["BLOCK_T"]
-    n_block = triton.cdiv(T, block)
-    x = v if valid is None else v.masked_fill(~valid[:, None, :, None], 0)
-    x = x if T % block == 0 else F.pad(x, (0, 0, 0, n_block * block - T))
-    sums = x.unflatten(2, (n_block, block)).sum(3, dtype=torch.float32)
-    past = torch.zeros_like(sums[:, :, 0]) if past is None else past.float()
-    # (B, Hkv, n_block + 1, D), what precedes each block, and all
-    sums = _running_sum(torch.cat([past[:, :, None], sums], 2), 32).contiguous()
-    out = torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
-    valid = None if valid is None else valid.contiguous().view(torch.int8)
-    seen, row = (x.int().contiguous() for x in (seen, row))
-    _mix_kernel[(n_block, B * H)](sparse.contiguous(), v, sums, gates.contiguous(), seen, row, valid, out,
-                                  v_strides=v.stride(), H=H, GROUP=H // Hkv, T=T, R=gates.shape[2], D=D,
-                                  HAS_VALID=valid is not None, BLOCK_D=_power_of_2(D), PRECISION="ieee", **MIX)
-    return out, sums[:, :, -1]
+class _MixAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sparse, v, gates, past, seen, row, valid):
+        (B, H, T, D), Hkv, block = sparse.shape, v.shape[1], MIX["BLOCK_T"]
+        sparse, gates, seen, row = (x.contiguous() for x in (sparse, gates, seen, row))
+        n_block = triton.cdiv(T, block)
+        x = v if valid is None else v.masked_fill(~valid[:, None, :, None], 0)
+        x = x if T % block == 0 else F.pad(x, (0, 0, 0, n_block * block - T))
+        sums = x.unflatten(2, (n_block, block)).sum(3, dtype=torch.float32).flatten(0, 1)
+        before = _running_sums(sums, None if past is None else past.flatten(0, 1))  # what precedes each block, and all
+        valid = None if valid is None else valid.contiguous().view(torch.int8)
+        out = torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
+        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, valid, out, v_strides=v.stride(), H=H, GROUP=H // Hkv,
+                                      T=T, R=gates.shape[2], D=D, BLOCK_D=_power_of_2(D), **MIX)
+        ctx.save_for_backward(sparse, v, gates, before, seen, row, valid)
+        return out, before[:, -1].view(B, Hkv, D).clone()
 
-
-def _mix_average_formula(sparse, v, gates, past, seen, row, valid):
-    sums = _running_sum((v if valid is None else v.masked_fill(~valid[:, None, :, None], 0)).float())
-    sums = sums if past is None else sums + past[:, :, None]
-    average = (sums / seen[:, None, :, None].clamp(min=1)).repeat_interleave(sparse.shape[1] // v.shape[1], 1)
-    gates = gates.float().sigmoid().gather(2, row.long()[:, None, :, None].expand(-1, gates.shape[1], -1, 2))
-    out = gates[..., 1:] * gates[..., :1] * sparse + (1 - gates[..., 1:]) * average
-    return (out * (seen > 0)[:, None, :, None]).to(sparse.dtype), sums[:, :, -1]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dsum):
+        sparse, v, gates, before, seen, row, valid = ctx.saved_tensors
+        (B, H, T, D), Hkv, R = sparse.shape, v.shape[1], gates.shape[2]
+        n_block = before.shape[1] - 1
+        new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=v.device)
+        dsparse, dv = new(B, H, T, D, dtype=sparse.dtype), new(B, Hkv, T, D, dtype=v.dtype)
+        per_query, w_sums, dgates = new(B, H, T, 2), new(B * Hkv, n_block, D), new(B, H, R, 2)
+        after, grid = None, (n_block, B * Hkv)
+        for _ in range(2):
+            _mix_bwd_kernel[grid](sparse, v, before, gates, seen, row, valid, do, dsparse, per_query, w_sums, after, dv,
+                                  v_strides=v.stride(), do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D,
+                                  BLOCK_D=_power_of_2(D), **MIX)
+            after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
+        ends = torch.searchsorted(row, torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous(), right=True)
+        _sum_rows_kernel[(triton.cdiv(R, 64), B * H)](per_query, ends, dgates, H, T, R, BLOCK=64)
+        dpast = after[:, 0].view(dsum.shape) if ctx.needs_input_grad[3] else None
+        return dsparse, dv, dgates.to(gates.dtype), dpast, None, None, None
 
 
 def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor, valid: Tensor | None = None,
                 past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from one query to the next."""
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
-    rest = (seen, row, valid)
-    return _Recomputed.apply(lambda *x: _mix_average_fwd(*x, *rest), lambda *x: _mix_average_formula(*x, *rest),
-                             sparse, v, gates, past)
+    with torch.cuda.device_of(v):
+        return _MixAverage.apply(sparse, v, gates, past, seen, row, valid)

@@ -542,7 +542,7 @@ def load_kernels():
 def operations(config: SEAConfig, q: Tensor):
     """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises."""
     backend, power = config.backend, lambda n: 2 ** (n - 1).bit_length()
-    fits = q.is_cuda and q.dtype != torch.float64 and config.d_head <= 256 and config.query_stride <= 16
+    fits = q.is_cuda and q.dtype != torch.float64 and config.d_head <= 256 and config.query_stride <= 64
     fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
@@ -705,10 +705,11 @@ class SEAttention(nn.Module):
         if stride > 1:
             if state is not None:
                 scores, gates = torch.cat([state.last_scores, scores], 2), torch.cat([state.last_gates, gates], 2)
-            last = scores.shape[2] - 1 if rows.n_rows is None else rows.n_rows - int(state is None)  # after any row of the past
-            last = torch.full((len(q),), last, device=q.device) if isinstance(last, int) else last
-            last = last.clamp(min=0)[:, None]
-            next_state.last_scores, next_state.last_gates = take(scores, last), take(gates, last)
+            if rows.n_rows is None:
+                next_state.last_scores, next_state.last_gates = scores[:, :, -1:].clone(), gates[:, :, -1:].clone()
+            else:
+                last = (rows.n_rows - int(state is None)).clamp(min=0)[:, None]  # after any row of the past
+                next_state.last_scores, next_state.last_gates = take(scores, last), take(gates, last)
         return context, scores, gates, next_state
 
     def _estimate_bidirectional(self, q, k, v, rows: Rows, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
