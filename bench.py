@@ -314,7 +314,7 @@ def profile(args, layer, inputs, T: int, dtype, device) -> None:
             events = sorted(prof.key_averages(), key=us, reverse=True)
             count = sum(e.count for e in events)
             print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {count} kernels")
-            for e in events[:14]:
+            for e in events[:40]:
                 print(f"  {us(e) / 1000:8.3f} ms {e.count:4} x {e.key[:90]}")
 
 

@@ -508,7 +508,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch.manual_seed(args.seed)
             student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
-                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name, backend=args.backend or "torch")
+                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name, backend=args.backend or "auto")
                 convert.attach(student, **options, query_stride=(args.query_stride or 1) if name == "sea" else 1)
         student.to(args.device)
         before = after = perplexity(student, valid, args)

@@ -228,10 +228,10 @@ def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
     """Tile sizes and launch options of the attention kernels. BLOCK_M and BLOCK_N >= 16, as tl.dot wants."""
     if dtype == torch.float32:  # "ieee" dots run without tensor cores: small tiles keep them in registers
         return dict(BLOCK_M=16, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
-    return dict(BLOCK_M=16, BLOCK_N=32, num_warps=2 if d_head <= 64 else 4, num_stages=3 if d_head <= 64 else 2)
+    return dict(BLOCK_M=16, BLOCK_N=32, num_warps=2 if d_head <= 64 else 4, num_stages=2)
 
 
-PAIRS_PER_PROGRAM = 64  # (tile, key block) pairs that one program of the dk, dv kernel adds up, at least
+PAIRS_PER_PROGRAM = 32  # (tile, key block) pairs that one program of the dk, dv kernel adds up, at least
 VISITORS = 256  # tiles that it looks through at a time
 
 
@@ -344,18 +344,17 @@ def _next_block(runs_ptr, block, end):
 
 
 # o = softmax(q k^T * softmax_scale) v over the kept keys; lse = log2 of the sum of 2^(scores * log2 e), +inf if none.
-# One program: one tile of BLOCK_M queries, walking its key blocks; grid (B * H * n_tile,), in the order given.
+# One program: one tile of BLOCK_M queries, walking its key blocks; grid (B * H * n_tile,).
 #   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bits, seen, row, runs, steps as in _plan_kernel
-#   order (B * H * n_tile,) int: which tile each program takes
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
 # fp32: scores, m_i, l_i, acc. Moves the visited k and v blocks, where eager writes T x S scores and probabilities.
 # Limits: D padded to a power of two >= 16; tiles in registers, so D <= 256. Reference: sea.sparse_attention.
 @triton.jit
-def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, order_ptr, o_ptr,
+def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, o_ptr,
                                  lse_ptr, q_stride, k_stride, v_stride, H, T, R, n_key, n_tile, max_runs, qk_scale,
                                  GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    tile = tl.load(order_ptr + tl.program_id(0)).to(tl.int32)
+    tile = tl.program_id(0)
     pid_bh, pid_m = tile // n_tile, tile % n_tile
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     offs_m, offs_n, offs_d = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -406,11 +405,11 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
 # fp32: p, dp, ds, delta, accumulators. Reference: autograd through sea.sparse_attention.
 @triton.jit
 def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr,
-                                order_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride,
+                                lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride,
                                 do_stride, H, T, R, n_key, n_tile, max_runs, qk_scale, softmax_scale, GROUP: tl.constexpr,
                                 ATOMIC: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    tile = tl.load(order_ptr + tl.program_id(0)).to(tl.int32)
+    tile = tl.program_id(0)
     pid_bh, pid_m = tile // n_tile, tile % n_tile
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     offs_m, offs_n, offs_d = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -603,7 +602,7 @@ def _sum_parts_kernel(counts_ptr, slots_ptr, per_program_ptr, part_ptr, dk_ptr, 
 
 
 def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict, union: Tensor | None = None):
-    """runs, steps, order, max_runs: the key blocks that each tile visits, and the tiles with most work first."""
+    """runs, steps, max_runs: the key blocks that each tile visits."""
     B, H, R, words = bits.shape
     T, n_tile = seen.shape[1], triton.cdiv(seen.shape[1], tiles["BLOCK_M"])
     max_runs = min(-(-width // 2), triton.cdiv(n_key, tiles["BLOCK_N"]))
@@ -612,19 +611,17 @@ def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int
     _plan_kernel[(n_tile, B * H)](bits, seen, row, runs, steps, union, H, T, R, n_key, max_runs, WIDTH=width, WORDS=words,
                                   BLOCK_W=triton.next_power_of_2(words), BLOCK_M=tiles["BLOCK_M"], BLOCK_N=tiles["BLOCK_N"],
                                   num_warps=min(max(triton.next_power_of_2(words) // 8, 1), 8))
-    # By powers of two and stable, so that neighbours, which visit the same keys, stay together in the caches.
-    size = torch.frexp(steps.float()).exponent.to(torch.int8)
-    return runs, steps, size.sort(descending=True, stable=True).indices, max_runs
+    return runs, steps, max_runs
 
 
 def _sparse_attention_fwd(q, k, v, bits, seen, row, softmax_scale, width):
     (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     tiles = _attention_tiles(q.dtype, D)
-    runs, steps, order, max_runs = _plan(bits, seen, row, width, S, tiles)
+    runs, steps, max_runs = _plan(bits, seen, row, width, S, tiles)
     o = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    _sparse_attention_fwd_kernel[(len(order),)](
-        q, k, v, bits, seen, row, runs, steps, order, o, lse, q.stride(), k.stride(), v.stride(), H, T, bits.shape[2], S,
+    _sparse_attention_fwd_kernel[(len(steps),)](
+        q, k, v, bits, seen, row, runs, steps, o, lse, q.stride(), k.stride(), v.stride(), H, T, bits.shape[2], S,
         triton.cdiv(T, tiles["BLOCK_M"]), max_runs, softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width,
         WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
     return o, lse
@@ -635,14 +632,14 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     tiles = _attention_tiles(q.dtype, D)
     n_tile, n_block = triton.cdiv(T, tiles["BLOCK_M"]), triton.cdiv(S, tiles["BLOCK_N"])
     union = torch.empty(B * H * n_tile, bits.shape[3] + 2, dtype=torch.int32, device=q.device) if DETERMINISTIC else None
-    runs, steps, order, max_runs = _plan(bits, seen, row, width, S, tiles, union)  # cheaper again than kept since the forward
+    runs, steps, max_runs = _plan(bits, seen, row, width, S, tiles, union)  # cheaper again than kept since the forward
     sizes = dict(GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
     qk_scale = softmax_scale * math.log2(math.e)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
     new = torch.empty if DETERMINISTIC else torch.zeros
     dk, dv = (new(B, Hkv, S, D, dtype=k.dtype if DETERMINISTIC else torch.float32, device=k.device) for _ in range(2))
-    _sparse_attention_dq_kernel[(len(order),)](
-        q, k, v, o, do, bits, seen, row, runs, steps, order, lse, delta, dq, dk, dv, q.stride(), k.stride(), v.stride(),
+    _sparse_attention_dq_kernel[(len(steps),)](
+        q, k, v, o, do, bits, seen, row, runs, steps, lse, delta, dq, dk, dv, q.stride(), k.stride(), v.stride(),
         do.stride(), H, T, R, S, n_tile, max_runs, qk_scale, softmax_scale, ATOMIC=not DETERMINISTIC, **sizes)
     if not DETERMINISTIC:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -822,7 +819,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int, softmax_scale
 # One program: BLOCK_E columns of one group, BLOCK_N rows at a time, in order; grid (cdiv(E, BLOCK_E), N).
 # x (N, n, E), first (N, E) or None for 0 -> out (N, n + 1, E), fp32, contiguous. Reads and writes once, where eager pads,
 # sums, concatenates and copies. Reference: torch.cumsum.
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _running_sums_kernel(x_ptr, first_ptr, out_ptr, n, E, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     group = tl.program_id(1).to(tl.int64)
     offs_n, e = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -871,9 +868,10 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
 # so nothing is kept for it but the sums before each segment and den.
 
 
-def _power_of_2(n: int) -> int:
-    """Block size for n numbers in a tl.dot."""
-    return max(16, triton.next_power_of_2(n))
+def _power_of_2(n: int, dtype: torch.dtype = torch.float32) -> int:
+    """Block size for n numbers in a tl.dot. In half precision, for a tile whose rows are n long, at least 128 bytes: from
+    narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper (github.com/triton-lang/triton/issues/11366)."""
+    return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(n))
 
 
 def _dot_type(dtype: torch.dtype) -> dict:
@@ -934,7 +932,7 @@ def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
 # Key j stands at place j + lead. fp32: features and sums, which stay in registers. Reads each key once.
 # Reference: sea.causal_context.
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunk"])
 def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_strides, v_strides, pos_strides, HKV, N, lead,
                          n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
                          BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
@@ -970,7 +968,7 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_st
 #   q (B, H, R, D), any strides; k, v, pos, w, there as above; sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each
 #   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
 # fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers a row. Reference: sea.causal_context.
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunk"])
 def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, context_ptr, den_ptr, q_strides, k_strides,
                     v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk, q_scale, k_scale, D: tl.constexpr,
                     M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -1027,7 +1025,7 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
 #   dq (B, H, R, D), g_den (B, H, R) fp32, contiguous; dsums (B * H, n_segment, m, 2D+1) fp32: the segment's sum of
 #   phi(q)^T [g ; g_den]
 # fp32: features, sums, g. Reference: autograd through sea.causal_context.
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunk"])
 def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, context_ptr, dcontext_ptr, den_ptr, dq_ptr,
                        g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk,
                        q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
@@ -1100,7 +1098,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
 #   dsums (B * Hkv, n_segment + 1, m, 2D+1) fp32: sum of phi(q)^T [g ; g_den] from each segment on
 #   dk, dv (B, Hkv, N, D), dpos the same, fp32: contiguous
 # fp32: features, sums, g. In a fixed order. Reference: autograd through sea.causal_context.
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunk"])
 def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_ptr, dcontext_ptr, den_ptr, g_den_ptr, dk_ptr,
                          dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, pos_strides, H, GROUP, R, N, lead, n_chunk, q_scale,
                          k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
@@ -1130,11 +1128,12 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
                             offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
         k_dot = f_k.to(DOT)
         # -- rows of later chunks, (BLOCK_C, BLOCK_F) and (BLOCK_C, BLOCK_D)
-        sum_pos, sum_v = dsum_pos.to(DOT), dsum_v.to(DOT)
-        df = tl.dot(pos, tl.trans(sum_pos), input_precision=PRECISION) + dnorm[None, :]
-        df += tl.dot(v, tl.trans(sum_v), input_precision=PRECISION)
-        dpos = tl.dot(k_dot, sum_pos, input_precision=PRECISION)
-        dv = tl.dot(k_dot, sum_v, input_precision=PRECISION)
+        later = dsum_pos.to(DOT)
+        df = tl.dot(pos, tl.trans(later), input_precision=PRECISION) + dnorm[None, :]
+        dpos = tl.dot(k_dot, later, input_precision=PRECISION)
+        later = dsum_v.to(DOT)
+        df += tl.dot(v, tl.trans(later), input_precision=PRECISION)
+        dv = tl.dot(k_dot, later, input_precision=PRECISION)
         # -- rows of this chunk
         row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
@@ -1172,21 +1171,27 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
 CONTEXT = dict(keys=64, programs=528, warps=4, warps_backward=8)
 
 
-def _context_launch(q, k, v, position, projection, there, softmax_scale, stride, lead):
-    """What all four kernels share: n_segment, the leading arguments, and the keywords of keys, and of keys and rows."""
+def _context_launch(q, k, v, position, projection, there, softmax_scale, stride, lead, backward=False):
+    """What all four kernels share: n_segment, the leading arguments, and the keywords of keys, and of keys and rows.
+
+    Backward, chunks are twice as long (where bf16 tiles are small enough), the segments the same.
+    """
     (B, H, R, D), (Hkv, N), M = q.shape, k.shape[1:3], projection.shape[1]
-    rows = max(1, CONTEXT["keys"] // stride)
-    chunk = rows * stride
-    n_chunks = max(triton.cdiv(R, rows), triton.cdiv(N + lead, chunk))
+    keys = CONTEXT["keys"] // (1 if q.dtype != torch.float32 and D <= 64 else 2)
+    rows, longer = max(1, keys // stride), 2 if q.dtype == torch.bfloat16 and D <= 64 else 1
+    n_chunks = triton.cdiv(max(triton.cdiv(R, rows), triton.cdiv(N + lead, rows * stride)), longer)  # of the longer ones
     n_chunk = max(1, n_chunks * B * Hkv // CONTEXT["programs"])
+    n_segment = triton.cdiv(n_chunks, n_chunk)
+    rows, n_chunk = (rows * longer, n_chunk) if backward else (rows, n_chunk * longer)
     there = None if there is None else there.contiguous().view(torch.int8)
     inputs = (k, v, position, projection.float().contiguous(), there)
     of_keys = dict(k_strides=k.stride(), v_strides=v.stride(), pos_strides=(position.stride(0) * (len(position) > 1), position.stride(1)),
-                   N=N, lead=lead, n_chunk=n_chunk, k_scale=D**-0.25, D=D, M=M, CHUNK=chunk, BLOCK_C=_power_of_2(chunk),
-                   BLOCK_D=_power_of_2(D), BLOCK_F=_power_of_2(M), num_stages=1, **_dot_type(q.dtype))
+                   N=N, lead=lead, n_chunk=n_chunk, k_scale=D**-0.25, D=D, M=M, CHUNK=rows * stride,
+                   BLOCK_C=_power_of_2(rows * stride), BLOCK_D=_power_of_2(D, q.dtype), BLOCK_F=_power_of_2(M, q.dtype), num_stages=1,
+                   num_warps=CONTEXT["warps_backward" if backward else "warps"], **_dot_type(q.dtype))
     of_all = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // Hkv, R=R, q_scale=softmax_scale * D**0.25, STRIDE=stride,
                   BLOCK_R=_power_of_2(rows))
-    return triton.cdiv(n_chunks, n_chunk), inputs, of_keys, of_all
+    return n_segment, inputs, of_keys, of_all
 
 
 class _CausalContext(torch.autograd.Function):
@@ -1196,11 +1201,11 @@ class _CausalContext(torch.autograd.Function):
         position = position.contiguous()
         n_segment, inputs, of_keys, of_all = _context_launch(q, k, v, position, projection, *constants)
         sums = torch.empty(B * Hkv, n_segment, M, 2 * D + 1, dtype=torch.float32, device=q.device)
-        _context_sums_kernel[(n_segment, B * Hkv)](*inputs, sums, HKV=Hkv, num_warps=CONTEXT["warps"], **of_keys)
+        _context_sums_kernel[(n_segment, B * Hkv)](*inputs, sums, HKV=Hkv, **of_keys)
         sums = _running_sums(sums, None if past is None else past.flatten(0, 1))  # what precedes each segment, and all
         context = torch.empty(B, H, R, 2 * D, dtype=q.dtype, device=q.device)
         den = torch.empty(B, H, R, dtype=torch.float32, device=q.device)
-        _context_kernel[(n_segment, B * H)](q, *inputs, sums, context, den, num_warps=CONTEXT["warps"], **of_all)
+        _context_kernel[(n_segment, B * H)](q, *inputs, sums, context, den, **of_all)
         ctx.save_for_backward(q, k, v, position, projection, sums, context, den)
         ctx.constants = constants
         return context, sums[:, -1].view(B, Hkv, M, 2 * D + 1).clone()
@@ -1210,8 +1215,7 @@ class _CausalContext(torch.autograd.Function):
     def backward(ctx, dcontext, dsums_out):
         q, k, v, position, projection, sums, context, den = ctx.saved_tensors
         (B, H, R, D), (Hkv, N), M = q.shape, k.shape[1:3], projection.shape[1]
-        n_segment, inputs, _, of_all = _context_launch(q, k, v, position, projection, *ctx.constants)
-        of_all.update(num_warps=CONTEXT["warps_backward"])
+        n_segment, inputs, _, of_all = _context_launch(q, k, v, position, projection, *ctx.constants, backward=True)
         dcontext = dcontext.contiguous()
         dq, g_den = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(den)
         dsums = torch.empty(B * H, n_segment, M, 2 * D + 1, dtype=torch.float32, device=q.device)
@@ -1232,7 +1236,8 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, pro
                    past: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """sea.causal_context, in the dtype of q. No gradient reaches the projection, which is drawn and not trained."""
     _expect(position is not None, "position", "a table, the Performer has no kernel", None)
-    _expect(stride <= 64, "stride", "at most 64, a row and its keys have to fit into a chunk", stride)
+    _expect(stride <= 32, "stride", "at most 32, a row and its keys have to fit into a chunk", stride)
+    _expect(q.shape[-1] <= 128, "q", "head size <= 128", q.shape[-1])
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     with torch.cuda.device_of(q):
@@ -1396,8 +1401,8 @@ def _encode_launch(context, v, P, tiles):
     B, H, R, D = *context.shape[:3], context.shape[3] // 2
     tiles = tiles if context.dtype != torch.float32 else dict(BLOCK_R=16, num_warps=4)
     return (triton.cdiv(R, tiles["BLOCK_R"]), B * H), dict(
-        v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D, P=P, BLOCK_D=_power_of_2(D), BLOCK_Z=_power_of_2(2 * D),
-        BLOCK_P=_power_of_2(P), PRECISION="ieee", **tiles)
+        v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D, P=P, BLOCK_D=_power_of_2(D, v.dtype),
+        BLOCK_Z=_power_of_2(2 * D, v.dtype), BLOCK_P=_power_of_2(P, v.dtype), PRECISION="ieee", **tiles)
 
 
 class _EncodeRows(torch.autograd.Function):
@@ -1451,94 +1456,188 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
         return _EncodeRows.apply(context, v, *weights)
 
 
-# out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with UP also scores = LayerNorm(1x1 conv of it to 4 cells).
-# One program: BLOCK_T rows of all channels; grid (cdiv(R, BLOCK_T), B). The convolution is 9 products of the (C, C) weights
-# of a tap with the shifted (C, BLOCK_T * BLOCK_P) image; shifts come from the cache.
-# x (B, C, lead + R, P), lead rows of the past first (0: zeros) -> out (B, C, R, P), or with UP scores (B, H, R, width).
-# w (9, C, C) [tap, out, in], up (4H, C). Accumulators fp32. Reads and writes each row about once.
-# Reference: sea.causal_cnn.
+# -- estimator: the CNN ------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, out_ptr, R, P, lead, WIDTH: tl.constexpr,
-                 C: tl.constexpr, H: tl.constexpr, UP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-                 BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    offs = tl.arange(0, BLOCK_T * BLOCK_P)
-    row, p = tl.program_id(0) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
+def _taps(x_ptr, w_ptr, row, p, there, n_row, P, C: tl.constexpr, BLOCK_C: tl.constexpr, SIGN: tl.constexpr,
+          PRECISION: tl.constexpr):
+    """Sum over the 9 taps of w[tap] x[:, row - SIGN*(4, 2, 0), p + SIGN*(-2, 0, 2)], (BLOCK_C, places) fp32: the convolution
+    if SIGN is 1; if -1, with w transposed, the gradient of its input. x (C, n_row, P), 0 outside; w (9, C, C) [tap, out, in]."""
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
-    dtype = x_ptr.dtype.element_ty
-    x = x_ptr + (b * C + offs_c[:, None]) * (lead + R) * P
-    acc = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
+    x_ptr += offs_c[:, None].to(tl.int64) * n_row * P
+    acc = tl.zeros((BLOCK_C, row.shape[0]), tl.float32)
     for tap in tl.static_range(9):
-        r, c = row + lead - 2 * (2 - tap // 3), p + 2 * (tap % 3 - 1)
-        there = (r >= 0) & (row < R) & (c >= 0) & (c < P) & (p < P)
-        tile = tl.load(x + (r * P + c)[None, :], mask=in_c[:, None] & there[None, :], other=0.0)
-        w = _tile(w_ptr + tap * C * C, offs_c, offs_c, C, 1, in_c[:, None] & in_c[None, :])  # (BLOCK_C, BLOCK_C)
-        acc += tl.dot(w, tile, input_precision=PRECISION)
+        r, c = row - SIGN * 2 * (2 - tap // 3), p + SIGN * 2 * (tap % 3 - 1)
+        at = there & (r >= 0) & (r < n_row) & (c >= 0) & (c < P)
+        x = tl.load(x_ptr + (r * P + c)[None, :], mask=in_c[:, None] & at[None, :], other=0.0)  # (BLOCK_C, places)
+        w_ptrs = w_ptr + tap * C * C + (offs_c[:, None] * C + offs_c[None, :] if SIGN == 1 else offs_c[None, :] * C + offs_c[:, None])
+        w = tl.load(w_ptrs, mask=in_c[:, None] & in_c[None, :], other=0.0)  # (BLOCK_C, BLOCK_C)
+        acc += tl.dot(w, x, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _to_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(head and sub-cell, row and place) -> (head and row, place and sub-cell): a head's row of cells lies together."""
+    x = tl.permute(tl.reshape(x, (BLOCK_H, 4, BLOCK_T, BLOCK_P)), (0, 2, 3, 1))
+    return tl.reshape(x, (BLOCK_H * BLOCK_T, 4 * BLOCK_P))
+
+
+@triton.jit
+def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    x = tl.permute(tl.reshape(x, (BLOCK_H, BLOCK_T, BLOCK_P, 4)), (0, 3, 1, 2))
+    return tl.reshape(x, (BLOCK_H * 4, BLOCK_T * BLOCK_P))
+
+
+# out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with up also scores = LayerNorm(1x1 conv of it to 4 cells).
+# One program: BLOCK_T rows of all channels; grid (cdiv(R, BLOCK_T), B). The convolution is 9 products of the (C, C) weights
+# of a tap with the shifted (C, BLOCK_T * BLOCK_P) image; shifts come from the cache.
+#   x (B, C, lead + R, P), lead rows of the past first (0: zeros); w (9, C, C) [tap, out, in], up (4H, C) or None
+#   out (B, C, R, P), or with up scores (B, H, R, width)
+# fp32: accumulators and the norm. Reads and writes each row about once. Reference: sea.causal_cnn.
+@triton.jit
+def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, out_ptr, R, P, lead, WIDTH: tl.constexpr,
+                 C: tl.constexpr, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                 BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    offs, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
+    row, p = tl.program_id(0) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
+    at, in_c = (row < R) & (p < P), offs_c < C
+    acc = _taps(x_ptr + b * C * (lead + R) * P, w_ptr, row + lead, p, at, lead + R, P, C, BLOCK_C, 1, PRECISION)
     acc = tl.maximum(acc + _vector(b_ptr, offs_c, in_c)[:, None], 0.0)
-    at = (row < R) & (p < P)
-    if UP:
+    if up_ptr is None:
+        out = out_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :]
+        tl.store(out, acc, mask=in_c[:, None] & at[None, :])
+    else:
         offs_u = tl.arange(0, 4 * BLOCK_H)
         up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & in_c[None, :])
-        y = tl.dot(up, acc.to(dtype), input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
-        # (head, sub-cell, row, p) -> (head, row, p, sub-cell): a head's row of cells lies together
-        y = tl.permute(tl.reshape(y, (BLOCK_H, 4, BLOCK_T, BLOCK_P)), (0, 2, 3, 1))
-        y = tl.reshape(y, (BLOCK_H * BLOCK_T, 4 * BLOCK_P))
+        y = tl.dot(up, acc.to(up.dtype), input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
+        y = _to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P)
         cell, n = tl.arange(0, 4 * BLOCK_P), tl.arange(0, BLOCK_H * BLOCK_T)
         in_w = cell < WIDTH
         y = _normed(y, _vector(gain_ptr, cell, in_w), _vector(bias_ptr, cell, in_w), in_w, WIDTH)
         h, t = n // BLOCK_T, tl.program_id(0) * BLOCK_T + n % BLOCK_T
         out = out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :]
         tl.store(out, y, mask=((h < H) & (t < R))[:, None] & in_w[None, :])
-    else:
-        out = out_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :]
-        tl.store(out, acc, mask=in_c[:, None] & at[None, :])
 
 
-CONV = (dict(places=256, num_warps=4), dict(places=128, num_warps=4))  # the first convolution, and the second with its end
+# From the gradient of scores to dx, that of the second convolution before its relu.
+# One program: `n_block` blocks of the rows of _conv_kernel, whose out and cells are computed again; grid (programs, B).
+#   dscores (B, H, R, width) contiguous -> dx (B, C, R, P), and each program's share of the gradients of up, of its bias, and
+#   of the norm's gain and bias: dup (programs, 4 BLOCK_H, BLOCK_C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width), all fp32
+# fp32: accumulators and the norm. Reference: autograd through sea.causal_cnn.
+@triton.jit(do_not_specialize=["n_block"])
+def _up_bwd_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P,
+                   lead, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_T: tl.constexpr,
+                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    b, pid = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    offs, offs_c, offs_u = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H)
+    cell, n = tl.arange(0, 4 * BLOCK_P), tl.arange(0, BLOCK_H * BLOCK_T)
+    in_c, in_w = offs_c < C, cell < WIDTH
+    up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & in_c[None, :])
+    gain = _vector(gain_ptr, cell, in_w)
+    dup, dup_b = tl.zeros((4 * BLOCK_H, BLOCK_C), tl.float32), tl.zeros((4 * BLOCK_H,), tl.float32)
+    dgain, dbias = tl.zeros((4 * BLOCK_P,), tl.float32), tl.zeros((4 * BLOCK_P,), tl.float32)
+    for i in range(0, n_block):
+        first = (tl.program_id(0) * n_block + i) * BLOCK_T
+        row, p = first + offs // BLOCK_P, offs % BLOCK_P
+        at = (row < R) & (p < P)
+        x = _taps(x_ptr + b * C * (lead + R) * P, w_ptr, row + lead, p, at, lead + R, P, C, BLOCK_C, 1, PRECISION)
+        x = tl.maximum(x + _vector(b_ptr, offs_c, in_c)[:, None], 0.0)  # (BLOCK_C, places)
+        x = tl.where(at[None, :], x, 0.0).to(up.dtype)
+        y = tl.dot(up, x, input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
+        y, rstd = _standardized(_to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P), in_w, WIDTH)
+        h, t = n // BLOCK_T, first + n % BLOCK_T
+        dy = tl.load(dscores_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :],
+                     mask=((h < H) & (t < R))[:, None] & in_w[None, :], other=0.0).to(tl.float32)
+        dgain += tl.sum(dy * y, axis=0)
+        dbias += tl.sum(dy, axis=0)
+        dy = _from_cells(_through_norm(dy, y, rstd, gain, in_w, WIDTH), BLOCK_H, BLOCK_T, BLOCK_P)  # (4 BLOCK_H, places)
+        dup_b += tl.sum(dy, axis=1)
+        dy = dy.to(up.dtype)
+        dup += tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+        dx = tl.where(x > 0.0, tl.dot(tl.trans(up), dy, input_precision=PRECISION), 0.0)
+        tl.store(dx_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :], dx, mask=in_c[:, None] & at[None, :])
+    tl.store(dup_ptr + (pid * 4 * BLOCK_H + offs_u[:, None]) * BLOCK_C + offs_c[None, :], dup)
+    tl.store(dup_b_ptr + pid * 4 * BLOCK_H + offs_u, dup_b)
+    tl.store(dnorm_ptr + pid * 2 * WIDTH + cell, dgain, mask=in_w)
+    tl.store(dnorm_ptr + (pid * 2 + 1) * WIDTH + cell, dbias, mask=in_w)
 
 
-class _CausalCNN(torch.autograd.Function):
-    """Backward computes the same in PyTorch again and differentiates that: the convolutions are cuDNN's. Keeps the inputs."""
-
-    @staticmethod
-    def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2):
-        (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
-        ctx.save_for_backward(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2)
-        ctx.n_rows = n_rows
-        x, last_rows, up = image.contiguous(), [], up.to(dtype).reshape(4 * H, C).contiguous()
-        for i, (w, b, past) in enumerate(((w1, b1, past1), (w2, b2, past2))):
-            lead = 0 if past is None else HISTORY
-            x = x if past is None else torch.cat([past.to(dtype), x], 2)
-            last_rows.append(_last_rows(x, n_rows, lead))
-            taps = w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous()
-            out = torch.empty((B, C, R, P) if i == 0 else (B, H, R, width), dtype=dtype, device=x.device)
-            block_p, tiles = _power_of_2(P), CONV[i]
-            block_t = max(1, (64 if dtype == torch.float32 else tiles["places"]) // block_p)
-            _conv_kernel[(triton.cdiv(R, block_t), B)](
-                x, taps, b, up, up_bias, gain, bias, out, R=R, P=P, lead=lead, WIDTH=width, C=C, H=H, UP=i == 1,
-                BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_C=_power_of_2(C), BLOCK_H=triton.next_power_of_2(max(4, H)),
-                PRECISION="ieee", num_warps=tiles["num_warps"])
-            x = out
-        return x, *last_rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        tensors = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        precision = torch.get_float32_matmul_precision()
-        if tensors[0].dtype != torch.float32:  # half-precision inputs leave no more than tf32 to keep
-            torch.set_float32_matmul_precision("high")
-        try:
-            with torch.enable_grad():
-                outputs = _causal_cnn_formula(*tensors, ctx.n_rows)
-            found = iter(torch.autograd.grad(outputs, [x for x in tensors if x is not None], grads))
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return None, *(None if x is None else next(found) for x in tensors)
+# dx of a convolution's input from dout, that of its output before the relu; with RELU, through the relu that made x.
+# One program: BLOCK_T rows of x; grid (cdiv(lead + R, BLOCK_T), B). x and dx (B, C, lead + R, P), dout (B, C, R, P).
+# Rows of the past have been through their relu before. Reference: autograd through sea.causal_cnn.
+@triton.jit
+def _conv_dx_kernel(dout_ptr, w_ptr, x_ptr, dx_ptr, R, P, lead, C: tl.constexpr, RELU: tl.constexpr, BLOCK_T: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    offs, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
+    row, p = tl.program_id(0) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
+    at = (row < lead + R) & (p < P)
+    dx = _taps(dout_ptr + b * C * R * P, w_ptr, row - lead, p, at, R, P, C, BLOCK_C, -1, PRECISION)
+    of_x = (b * C + offs_c[:, None]) * (lead + R) * P + (row * P + p)[None, :]
+    mask = (offs_c < C)[:, None] & at[None, :]
+    if RELU:
+        x = tl.load(x_ptr + of_x, mask=mask, other=0.0)
+        dx = tl.where((x > 0.0) | (row < lead)[None, :], dx, 0.0)
+    tl.store(dx_ptr + of_x, dx, mask=mask)
 
 
+# Gradients of a convolution's weights and bias: sums over all places of dout x^T.
+# One program: the taps of one row (4, 2 or 0 rows before) over `n_block` blocks of rows; grid (programs, B, 3).
+#   x (B, C, lead + R, P), dout (B, C, R, P) -> dw (programs * B, 9, BLOCK_C, BLOCK_C), db (.., BLOCK_C), fp32
+@triton.jit(do_not_specialize=["n_block"])
+def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, R, P, lead, n_block, C: tl.constexpr, BLOCK_T: tl.constexpr,
+                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    b, pid = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    offs, offs_c, of_row = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C), tl.program_id(2)
+    in_c = (offs_c < C)[:, None]
+    x_ptr += (b * C + offs_c[:, None]) * (lead + R) * P
+    dout_ptr += (b * C + offs_c[:, None]) * R * P
+    dw_0 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    dw_1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    dw_2 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    db = tl.zeros((BLOCK_C,), tl.float32)
+    for i in range(0, n_block):
+        row, p = (tl.program_id(0) * n_block + i) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
+        at = (row < R) & (p < P)
+        dout = tl.load(dout_ptr + (row * P + p)[None, :], mask=in_c & at[None, :], other=0.0)  # (BLOCK_C, places)
+        r = row + lead - 2 * (2 - of_row)
+        at, of_x = at & (r >= 0), r * P + p
+        x = tl.load(x_ptr + (of_x - 2)[None, :], mask=in_c & (at & (p >= 2))[None, :], other=0.0)
+        dw_0 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
+        x = tl.load(x_ptr + of_x[None, :], mask=in_c & at[None, :], other=0.0)
+        dw_1 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
+        x = tl.load(x_ptr + (of_x + 2)[None, :], mask=in_c & (at & (p + 2 < P))[None, :], other=0.0)
+        dw_2 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
+        db += tl.sum(dout.to(tl.float32), axis=1)
+    dw_ptr += ((pid * 9 + of_row * 3) * BLOCK_C + offs_c[:, None]) * BLOCK_C + offs_c[None, :]
+    tl.store(dw_ptr, dw_0)
+    tl.store(dw_ptr + BLOCK_C * BLOCK_C, dw_1)
+    tl.store(dw_ptr + 2 * BLOCK_C * BLOCK_C, dw_2)
+    if of_row == 2:
+        tl.store(db_ptr + pid * BLOCK_C + offs_c, db)
+
+
+# Places (rows times P) of a program, warps and stages: the first convolution, the second with its end, and backward.
+CONV = dict(first=(256, 4, 1), second=(128, 4, 1), up=(128, 4, 1), dx=(256, 4, 1), dw=(64, 4, 3), programs=528)
 HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
+
+
+def _conv_tiles(x: Tensor, step: str) -> dict:
+    """Keywords of each kernel."""
+    (C, P), (places, num_warps, num_stages) = (x.shape[1], x.shape[3]), CONV[step]
+    block_p = _power_of_2(P)
+    return dict(P=P, C=C, BLOCK_T=max(1, (64 if x.dtype == torch.float32 else places) // block_p), BLOCK_P=block_p,
+                BLOCK_C=_power_of_2(C), PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
+
+
+def _split_rows(n_row: int, B: int, block: int) -> tuple[int, int]:
+    """Programs a batch entry, and blocks of rows that each of them walks."""
+    n_block = max(1, triton.cdiv(n_row, block) * B // CONV["programs"])
+    return triton.cdiv(triton.cdiv(n_row, block), n_block), n_block
 
 
 def _last_rows(x, n_rows, lead):
@@ -1552,15 +1651,69 @@ def _last_rows(x, n_rows, lead):
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _causal_cnn_formula(image, w1, b1, w2, b2, up, up_bias, gain, bias, past1, past2, n_rows):
-    x, last_rows, dtype = image, [], image.dtype
-    for w, b, past in ((w1, b1, past1), (w2, b2, past2)):
-        x = F.pad(x, (0, 0, HISTORY, 0)) if past is None else torch.cat([past.to(dtype), x], 2)
-        last_rows.append(_last_rows(x, n_rows, HISTORY))
-        x = F.relu(F.conv2d(x, w.to(dtype), b.to(dtype), dilation=2, padding=(0, 2)))
-    y = F.conv2d(x, up.to(dtype), up_bias.to(dtype))  # (B, 4H, R, P)
-    y = y.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2).flatten(-2)[..., : gain.shape[0]].float()
-    return F.layer_norm(y, gain.shape, gain.float(), bias.float()).to(dtype), *last_rows
+def _through_last_rows(grad, x, n_rows, lead):
+    """Gradient of x from that of its last rows."""
+    x = torch.zeros_like(x).requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(_last_rows(x, n_rows, lead), x, grad)[0]
+
+
+class _CausalCNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
+        (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
+        taps = [w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous() for w in (w1, w2)]
+        ups, lead = up.to(dtype).reshape(4 * H, C).contiguous(), 0 if past1 is None else HISTORY
+        kept = [image.contiguous() if past1 is None else torch.cat([past1.to(dtype), image], 2)]
+        constants = dict(R=R, lead=lead, WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)))
+        x, tiles = torch.empty(B, C, R, P, dtype=dtype, device=image.device), _conv_tiles(image, "first")
+        _conv_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B)](kept[0], taps[0], b1, None, None, None, None, x, **constants, **tiles)
+        kept.append(x if past2 is None else torch.cat([past2.to(dtype), x], 2))
+        scores, tiles = torch.empty(B, H, R, width, dtype=dtype, device=image.device), _conv_tiles(image, "second")
+        _conv_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B)](kept[1], taps[1], b2, ups, up_b, gain, bias, scores, **constants, **tiles)
+        ctx.save_for_backward(*kept, *taps, b2, ups, up_b, gain)
+        ctx.n_rows, ctx.constants = n_rows, constants
+        ctx.set_materialize_grads(False)
+        return scores, *(_last_rows(x, n_rows, lead) for x in kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dscores, *dlast):
+        x1, x2, taps1, taps2, b2, ups, up_b, gain = ctx.saved_tensors
+        n_rows, constants, (R, lead) = ctx.n_rows, ctx.constants, (ctx.constants["R"], ctx.constants["lead"])
+        (B, C, _, P), H, width = x1.shape, constants["H"], constants["WIDTH"]
+        new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=x1.device)
+        dscores = new(B, H, R, width, dtype=x1.dtype).zero_() if dscores is None else dscores.contiguous()
+        # -- scores to the second convolution's sum
+        tiles = _conv_tiles(x1, "up")
+        n_program, n_block = _split_rows(R, B, tiles["BLOCK_T"])
+        dout, dup = new(B, C, R, P, dtype=x1.dtype), new(n_program * B, 4 * constants["BLOCK_H"], tiles["BLOCK_C"])
+        dup_b, dnorm = new(*dup.shape[:2]), new(len(dup), 2, width)
+        _up_bwd_kernel[(n_program, B)](x2, taps2, b2, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, n_block=n_block,
+                                       **constants, **tiles)
+        dgain, dbias = dnorm.sum(0)
+        found = {"up": dup.sum(0)[: 4 * H, :C, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
+        # -- through the convolutions
+        for i, (x, taps) in enumerate(((x2, taps2), (x1, taps1))):
+            tiles = _conv_tiles(x, "dw")
+            n_program, n_block = _split_rows(R, B, tiles["BLOCK_T"])
+            dw = new(n_program * B, 9, tiles["BLOCK_C"], tiles["BLOCK_C"])
+            db = new(len(dw), tiles["BLOCK_C"])
+            _conv_dw_kernel[(n_program, B, 3)](x, dout, dw, db, R=R, lead=lead, n_block=n_block, **tiles)
+            found[f"w{2 - i}"] = dw.sum(0)[:, :C, :C].unflatten(0, (3, 3)).permute(2, 3, 0, 1)
+            found[f"b{2 - i}"] = db.sum(0)[:C]
+            dx, tiles = torch.empty_like(x), _conv_tiles(x, "dx")
+            _conv_dx_kernel[(triton.cdiv(lead + R, tiles["BLOCK_T"]), B)](dout, taps, x, dx, R=R, lead=lead, RELU=i == 0, **tiles)
+            if dlast[1 - i] is not None:
+                own = _through_last_rows(dlast[1 - i], x, n_rows, lead)
+                if i == 0:
+                    own[:, :, lead:] *= x[:, :, lead:] > 0
+                dx = dx + own
+            found[f"past{2 - i}"] = dx[:, :, :lead] if lead else None
+            dout = dx[:, :, lead:].contiguous()
+        names = ("w1", "b1", "w2", "b2", "up", "up_b", "gain", "bias", "past1", "past2")
+        needed = zip(names, ctx.needs_input_grad[2:])
+        return None, dout, *(found[name] if need else None for name, need in needed)
 
 
 def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d, norm: nn.LayerNorm,
@@ -1702,7 +1855,7 @@ class _MixAverage(torch.autograd.Function):
         valid = None if valid is None else valid.contiguous().view(torch.int8)
         out = torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
         _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, valid, out, v_strides=v.stride(), H=H, GROUP=H // Hkv,
-                                      T=T, R=gates.shape[2], D=D, BLOCK_D=_power_of_2(D), **MIX)
+                                      T=T, R=gates.shape[2], D=D, BLOCK_D=_power_of_2(D, v.dtype), **MIX)
         ctx.save_for_backward(sparse, v, gates, before, seen, row, valid)
         return out, before[:, -1].view(B, Hkv, D).clone()
 
@@ -1719,7 +1872,7 @@ class _MixAverage(torch.autograd.Function):
         for _ in range(2):
             _mix_bwd_kernel[grid](sparse, v, before, gates, seen, row, valid, do, dsparse, per_query, w_sums, after, dv,
                                   v_strides=v.stride(), do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D,
-                                  BLOCK_D=_power_of_2(D), **MIX)
+                                  BLOCK_D=_power_of_2(D, v.dtype), **MIX)
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         ends = torch.searchsorted(row, torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous(), right=True)
         _sum_rows_kernel[(triton.cdiv(R, 64), B * H)](per_query, ends, dgates, H, T, R, BLOCK=64)

@@ -5,7 +5,7 @@ estimates each attention row in `width` cells with linear attention and a small 
 top-k, attends only to the keys under them, and learns all this by distilling the teacher's attention. This file is the
 readable reference: every step of the paper is one function, in the paper's order, for every dtype and device, with
 autograd. Copy it away and it works: it needs torch and einops only. Its sparse attention looks at all keys and masks them,
-so that it is easy to check; kernels.py beside it, with backend="auto" or "triton", does only the work that SEA needs.
+so that it is easy to check; kernels.py beside it, which takes over on a GPU, does only the work that SEA needs.
 
     name     paper   meaning
     B, H, T  N,H,T   batch, query heads, queries (new tokens)
@@ -67,7 +67,7 @@ class SEAConfig:
     max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
     method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
     seed: int = 0  # of the random features
-    backend: str = "torch"  # or "triton": kernels.py, or "auto": kernels.py on a GPU where it lies beside this file and fits
+    backend: str = "auto"  # kernels.py on a GPU where it lies beside this file and fits; or "torch", or "triton" to insist
 
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
@@ -542,8 +542,10 @@ def load_kernels():
 def operations(config: SEAConfig, q: Tensor):
     """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises."""
     backend, power = config.backend, lambda n: 2 ** (n - 1).bit_length()
-    fits = q.is_cuda and q.dtype != torch.float64 and config.d_head <= 256 and config.query_stride <= 64
+    fits = q.is_cuda and q.dtype != torch.float64 and config.query_stride <= 32
     fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
+    # sums of the linear attention and of its gradient have to fit into shared memory
+    fits = fits and config.d_head <= (128 if q.dtype == torch.bfloat16 else 64)
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:
