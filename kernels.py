@@ -892,27 +892,26 @@ def _vector(ptr, offs, mask):
 
 
 @triton.jit
-def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
-    """W as w + w_rest, (BLOCK_D, BLOCK_F) each: two bf16 products are as good as one in fp32, if x is bf16 to begin with."""
+def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, dtype: tl.constexpr):
+    """W as w + w_rest, (BLOCK_D, BLOCK_F) each, in the dtype of x: so two half-precision products are as good as one in fp32."""
     d, f = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_F)[None, :]
     w_all = tl.load(w_ptr + d * M + f, mask=(d < D) & (f < M), other=0.0)
-    w = w_all.to(DOT)
-    return w, (w_all - w.to(tl.float32)).to(DOT)
+    w = w_all.to(dtype)
+    return w, (w_all - w.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def _features(x, w, w_rest, scale, M: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def _features(x, w, w_rest, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
     """relu(x W * scale) + 1e-3, 0 in the padding: (BLOCK, BLOCK_D) -> (BLOCK, BLOCK_F) fp32."""
-    f = tl.dot(x.to(DOT), w, input_precision=PRECISION)
-    if DOT == tl.bfloat16:
+    f = tl.dot(x, w, input_precision="ieee")
+    if x.dtype != tl.float32:
         f += tl.dot(x, w_rest)
     return tl.where((tl.arange(0, BLOCK_F) < M)[None, :], tl.maximum(f * scale, 0.0) + 1e-3, 0.0)
 
 
 @triton.jit
 def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, in_chunk, N, k_scale,
-          D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
-          PRECISION: tl.constexpr):
+          D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
     """phi(k) fp32, v and pos of the keys j (int64) of one head, 0 where there is no key."""
     offs_d = tl.arange(0, BLOCK_D)
     there = in_chunk & (j >= 0) & (j < N)
@@ -922,7 +921,7 @@ def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w
     k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], at)
     v = _tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], at).to(DOT)
     pos = _tile(pos_ptr, j, offs_d, pos_strides[1], 1, at).to(DOT)
-    f = tl.where(there[:, None], _features(k, w, w_rest, k_scale, M, BLOCK_F, DOT, PRECISION), 0.0)
+    f = tl.where(there[:, None], _features(k, w, w_rest, k_scale, M, BLOCK_F), 0.0)
     return f, v, pos
 
 
@@ -945,13 +944,13 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_st
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     norm = tl.zeros((BLOCK_F,), tl.float32)
     for i in range(0, n_chunk):
         j = ((segment * n_chunk + i) * CHUNK + offs_c - lead).to(tl.int64)
         f, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, offs_c < CHUNK,
-                          N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+                          N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         f_dot = tl.trans(f.to(DOT))
         sum_pos += tl.dot(f_dot, pos, input_precision=PRECISION)
         sum_v += tl.dot(f_dot, v, input_precision=PRECISION)
@@ -984,7 +983,7 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
     in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
     sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
@@ -995,12 +994,12 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
         chunk = segment * n_chunk + i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
         f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
-                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
         at = in_row[:, None] & (offs_d < D)[None, :]
         q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
-        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         q_dot, k_dot = f_q.to(DOT), f_k.to(DOT)
         same = tl.where(earlier, tl.dot(q_dot, tl.trans(k_dot), input_precision=PRECISION), 0.0)  # (BLOCK_R, BLOCK_C)
         den = tl.sum(f_q * norm[None, :], axis=1) + tl.sum(same, axis=1)
@@ -1042,7 +1041,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
     in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
     sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
@@ -1055,12 +1054,12 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
         chunk = segment * n_chunk + i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
         f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
-                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
         at = in_row[:, None] & (offs_d < D)[None, :]
         q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
-        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         row += pid_bh * R
         # -- g and g_den
         den = tl.load(den_ptr + row, mask=in_row, other=1.0)[:, None]
@@ -1078,7 +1077,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
         k_dot = f_k.to(DOT)
         df += tl.dot(same.to(DOT), k_dot, input_precision=PRECISION)
         df = tl.where(f_q > 1e-3, df * q_scale, 0.0)  # through relu
-        tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], tl.dot(df.to(DOT), tl.trans(w), input_precision=PRECISION), mask=at)
+        tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], tl.dot(df.to(DOT), tl.trans(w).to(DOT), input_precision=PRECISION), mask=at)
 
         k_dot, q_dot = tl.trans(k_dot), tl.trans(f_q.to(DOT))
         sum_pos += tl.dot(k_dot, pos, input_precision=PRECISION)
@@ -1114,7 +1113,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, DOT)
+    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     dsums_ptr += ((pid_bh * (n_segment + 1) + segment + 1) * M + offs_f) * (2 * D + 1)
     in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
     dsum_pos = tl.load(dsums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
@@ -1125,7 +1124,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
         chunk = segment * n_chunk + n_chunk - 1 - i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
         f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
-                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT, PRECISION)
+                            offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         k_dot = f_k.to(DOT)
         # -- rows of later chunks, (BLOCK_C, BLOCK_F) and (BLOCK_C, BLOCK_D)
         later = dsum_pos.to(DOT)
@@ -1141,7 +1140,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
         for n in range(0, GROUP):
             h = kv * GROUP + n
             q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2], q_strides[3], at)
-            f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F, DOT, PRECISION)  # (BLOCK_R, BLOCK_F)
+            f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
             of_row = (b * H + h) * R + row
             den = tl.load(den_ptr + of_row, mask=in_row, other=1.0)[:, None]
             g_den = tl.load(g_den_ptr + of_row, mask=in_row, other=0.0)
@@ -1159,7 +1158,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
             dsum_v += tl.dot(q_dot, g_v, input_precision=PRECISION)
             dnorm += tl.sum(f_q * g_den[:, None], axis=0)
         df = tl.where(f_k > 1e-3, df * k_scale, 0.0)  # through relu; a key that is not there has no features
-        dk = tl.dot(df.to(DOT), tl.trans(w), input_precision=PRECISION)
+        dk = tl.dot(df.to(DOT), tl.trans(w).to(DOT), input_precision=PRECISION)
         at = ((offs_c < CHUNK) & (j >= 0) & (j < N))[:, None] & (offs_d < D)[None, :]
         out = (pid_bh * N + j)[:, None] * D + offs_d[None, :]
         tl.store(dk_ptr + out, dk, mask=at)
@@ -1237,7 +1236,9 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, pro
     """sea.causal_context, in the dtype of q. No gradient reaches the projection, which is drawn and not trained."""
     _expect(position is not None, "position", "a table, the Performer has no kernel", None)
     _expect(stride <= 32, "stride", "at most 32, a row and its keys have to fit into a chunk", stride)
-    _expect(q.shape[-1] <= 128, "q", "head size <= 128", q.shape[-1])
+    most = 128 if q.dtype == torch.bfloat16 else 64  # for their product to fit into shared memory
+    size = max(64, triton.next_power_of_2(projection.shape[1])) * max(64, triton.next_power_of_2(q.shape[-1]))
+    _expect(size <= most * most, "projection", f"at most {most} features of head size <= {most} in {q.dtype}", tuple(projection.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     with torch.cuda.device_of(q):

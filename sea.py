@@ -545,7 +545,8 @@ def operations(config: SEAConfig, q: Tensor):
     fits = q.is_cuda and q.dtype != torch.float64 and config.query_stride <= 32
     fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
     # sums of the linear attention and of its gradient have to fit into shared memory
-    fits = fits and config.d_head <= (128 if q.dtype == torch.bfloat16 else 64)
+    size = max(64, power(config.n_features)) * max(64, power(config.d_head))
+    fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:

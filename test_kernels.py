@@ -22,6 +22,7 @@ import sea
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # the reference's fp32 convolutions are to be fp32
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 FEW = settings(max_examples=20)
 BLOCK = 16  # tiles have at least 16 rows
@@ -32,6 +33,8 @@ def sizes(low: int, high: int, *few: int):
     """Sizes that kernels are compiled for: any on a CPU; on a GPU, where each takes seconds to compile, these few."""
     return st.sampled_from(few) if CUDA else st.integers(low, high)
 
+
+HEADS = st.sampled_from([(1, 1, 2), (2, 1, 1)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)])  # B, Hkv, H / Hkv
 
 # -- tools -------------------------------------------------------------------------------------------------------------
 
@@ -71,8 +74,11 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 LAYOUTS = st.sampled_from(["contiguous", "heads last", "gaps"])
 
 
-def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor]) -> None:
+def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], relu: bool = False) -> None:
     """Outputs and gradients: error <= 2 * (error of the reference in the same dtype + eps * max|ref|), ref in fp64.
+
+    The error is the largest of all elements. With `relu`, in half precision, it is the root of the mean square: where a relu's
+    input rounds to the other side of 0, single gradients are anything, and not at the same places as eager's.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel. And
     2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
@@ -92,13 +98,14 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor]) ->
         got = run(kernel, lambda x: x)
     assert len(got) == len(exact)
     scale = max(x.abs().max() for x in exact if x.numel())
+    size = torch.max if not relu or inputs[0].dtype == torch.float32 else lambda x: x.square().mean().sqrt()
     for i, (x, y, z) in enumerate(zip(got, eager, exact)):
         assert x.shape == y.shape and x.dtype == y.dtype and x.isfinite().all(), (i, x.dtype, y.dtype, case)
         error, bar = (x.double() - z).abs(), (y.double() - z).abs()
         if not z.numel():
             continue
-        budget = 2 * (bar.max() + (torch.finfo(inputs[0].dtype).eps + 8 * torch.finfo(torch.float32).eps) * scale)
-        assert error.max() <= budget, f"result {i}: error {error.max():.2e} > {budget:.2e}: {case}"
+        budget = 2 * (size(bar) + (torch.finfo(inputs[0].dtype).eps + 8 * torch.finfo(torch.float32).eps) * scale)
+        assert size(error) <= budget, f"result {i}: error {size(error):.2e} > {budget:.2e}: {case}"
 
 
 TWINS = ["causal_context", "encode_rows", "causal_cnn", "topk_mask", "select_cells", "sparse_attention", "mix_average",
@@ -260,7 +267,7 @@ class Sparse:
 def sparse_cases(draw, size=2 * BLOCK + 3):
     return Sparse(
         dtype=draw(st.sampled_from(DTYPES)), causal=draw(st.booleans()), T=draw(st.integers(1, size)),
-        extra=draw(st.integers(0, size) | st.integers(100, 300)), heads=draw(st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)])),
+        extra=draw(st.integers(0, size) | st.integers(100, 300)), heads=draw(HEADS),
         D=draw(sizes(1, 2 * BLOCK + 3, 7, 35)), width=draw(sizes(1, 70, 3, 70)), density=draw(st.sampled_from([0.3, 1.0, 0.1, 0.0])),
         stride=draw(st.integers(1, 5)), padded=draw(st.booleans()), layout=draw(LAYOUTS), deterministic=draw(st.booleans()),
         per_program=draw(st.sampled_from([64, 1])), seed=draw(st.integers(0, 99)))
@@ -384,7 +391,7 @@ class Layer:
 
 
 LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=sizes(1, 5, 1, 3),
-                   heads=st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)]), D=sizes(2, BLOCK + 3, 19),
+                   heads=HEADS, D=sizes(2, BLOCK + 3, 19),
                    width=sizes(1, 5 * BLOCK + 3, 83), topk=st.integers(1, 9), padded=st.booleans(), layout=LAYOUTS,
                    seed=st.integers(0, 99))
 FEWER = settings(max_examples=8)
@@ -405,7 +412,7 @@ def check_causal_context(case):
                               there=there, past=past if past is None or past.dtype == torch.float64 else past.float())
             return context.to(q.dtype), sums
         return run
-    as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context), [rows, k, v, position, *past])
+    as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context), [rows, k, v, position, *past], relu=True)
 
 
 def check_estimator(case):
@@ -439,7 +446,7 @@ def check_estimator(case):
 
     mix = lambda f: lambda sparse, v, gates: f(sparse, v, gates, seen, row, valid)
     as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
-    as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *(past if case.seed % 2 else ())])
+    as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *(past if case.seed % 2 else ())], relu=True)
     as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates])
 
 
@@ -523,7 +530,7 @@ def test_a_backend_that_cannot_run_raises():
     assert performer(q, q, q).out.isfinite().all()
 
 
-@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(n_head=33, width=1024)])
+@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(n_head=33, width=1024)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
     on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
@@ -677,7 +684,7 @@ def test_gradients_are_bit_equal_from_run_to_run(dtype):
 @pytest.mark.parametrize("stride", [1, 4])
 def test_a_layer_is_bit_equal_from_run_to_run(stride):
     case = Layer(torch.bfloat16, 5000, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1)
-    layer, q = case.layer(backend="triton", max_positions=8192).to(torch.bfloat16), [x.requires_grad_() for x in case.qkv()]
+    layer, q = case.layer(backend="triton", nbf=8, max_positions=8192).to(torch.bfloat16), [x.requires_grad_() for x in case.qkv()]
 
     def run():
         result = layer(*q)
