@@ -166,6 +166,7 @@ def peak_mib(run) -> float | None:
     """Peak memory above what was held before, MiB."""
     if not torch.cuda.is_available():
         return None
+    run()  # what libraries allocate once is not this run's
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -273,9 +274,10 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
             if points:
                 style = ":" if name.startswith(("random", "plain")) else "-"
                 axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=style)
-        axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=kind)
+        label = kind if field == "ms" else f"{kind}, peak memory"
+        axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=label)
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
@@ -314,7 +316,7 @@ def profile(args, layer, inputs, T: int, dtype, device) -> None:
             events = sorted(prof.key_averages(), key=us, reverse=True)
             count = sum(e.count for e in events)
             print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {count} kernels")
-            for e in events[:40]:
+            for e in events[:20]:
                 print(f"  {us(e) / 1000:8.3f} ms {e.count:4} x {e.key[:90]}")
 
 

@@ -3,6 +3,7 @@ and every launch is compiled for the GPU besides; with one the same laws run the
 
 import contextlib
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -77,8 +78,9 @@ LAYOUTS = st.sampled_from(["contiguous", "heads last", "gaps"])
 def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], relu: bool = False) -> None:
     """Outputs and gradients: error <= 2 * (error of the reference in the same dtype + eps * max|ref|), ref in fp64.
 
-    The error is the largest of all elements. With `relu`, in half precision, it is the root of the mean square: where a relu's
-    input rounds to the other side of 0, single gradients are anything, and not at the same places as eager's.
+    The error is the largest of all elements. With `relu`, since where its input rounds to the other side of 0 single gradients
+    are anything, and not at the same places as eager's, it is that of 99.9 % of them; in half precision, where this happens
+    all over the place, the root of the mean square.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel. And
     2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
@@ -98,7 +100,10 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         got = run(kernel, lambda x: x)
     assert len(got) == len(exact)
     scale = max(x.abs().max() for x in exact if x.numel())
-    size = torch.max if not relu or inputs[0].dtype == torch.float32 else lambda x: x.square().mean().sqrt()
+    size = torch.max
+    if relu:
+        most = lambda x: x.flatten().kthvalue(math.ceil(0.999 * x.numel())).values
+        size = most if inputs[0].dtype == torch.float32 else lambda x: x.square().mean().sqrt()
     for i, (x, y, z) in enumerate(zip(got, eager, exact)):
         assert x.shape == y.shape and x.dtype == y.dtype and x.isfinite().all(), (i, x.dtype, y.dtype, case)
         error, bar = (x.double() - z).abs(), (y.double() - z).abs()
