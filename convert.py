@@ -39,7 +39,8 @@ class Record:
     v: Tensor
     scale: float
     out: Tensor
-    sea: SEAOutput | None = None  # None in a teacher
+    sea: SEAOutput | None = None  # None in a teacher, as is config
+    config: SEAConfig | None = None
 
 
 def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -81,7 +82,8 @@ AttentionMaskInterface.register("sea_teacher", sdpa_mask)
 
 def _record(module, q, k, v, scale, out, sea=None) -> None:
     if getattr(module, "sea_records", None) is not None:
-        module.sea_records.append(Record(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, out, sea))
+        config = None if sea is None else module.sea.config
+        module.sea_records.append(Record(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, out, sea, config))
 
 
 @contextmanager

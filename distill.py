@@ -4,9 +4,12 @@
                                              distils SEA from it, and two controls, in a few minutes
     python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
     python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
-    python distill.py --model DIR --load OUT/sea --eval-only --topk 32     measure a saved student
+    python distill.py --model DIR --load OUT/sea --eval-only --eval-topk 8,16,32     measure a saved student
+    torchrun --nproc-per-node 2 distill.py ...       the same job on several GPUs or hosts, or on CPU processes
 
-Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, and a figure of one head.
+Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
+(--resume) to OUT/<method>.ckpt, and a figure of one head. A step's data and random numbers follow from --seed and the step
+alone, so that a run that was killed and resumed, on any number of processes, continues as if nothing had happened.
 """
 
 import argparse
@@ -22,9 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import convert
@@ -36,9 +41,9 @@ METHODS = ("sea", "performer", "dense")
 # What differs between the two jobs. "paper": section 4 and appendix of the paper. "tiny": found by trying, for 2 CPU cores.
 DEFAULTS = {
     "paper": dict(steps=10_000, batch=32, micro_batch=1, seq_len=2048, width=256, topk=64, lr=2e-6, lr_new=1e-4, schedule="constant",
-                  eval_every=500),
+                  warmup=0, eval_every=500),
     "tiny": dict(steps=120, batch=8, micro_batch=8, seq_len=256, width=64, topk=16, lr=5e-4, lr_new=1e-2, schedule="linear",
-                 eval_every=60),
+                 warmup=0, eval_every=60),
 }
 
 
@@ -53,28 +58,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "dense, the model itself trained with the same losses and steps, are controls")
     add("--load", help="start from this saved student instead of a fresh one")
     add("--eval-only", action="store_true", help="measure, do not train")
+    add("--eval-topk", type=lambda text: [int(k) for k in text.split(",")], default=[], metavar="K,K,...",
+        help="measure the SEA student with these numbers of keys, too")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; the other options must "
+        "be those of the run that wrote them")
     add("--out", default="out", help="folder for students, log.jsonl and figures")
     note = "(none: {} with --model, {} without)"
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
-        ("batch", int, "sequences a step"),
-        ("micro-batch", int, "sequences in memory at once"),
+        ("batch", int, "sequences a step, over all processes"),
+        ("micro-batch", int, "sequences in memory at once, of each process"),
         ("seq-len", int, "tokens a sequence"),
         ("width", int, "cells of an estimated attention row"),
         ("topk", int, "keys per query and head, on average"),
         ("lr", float, "peak learning rate of pretrained weights"),
         ("lr-new", float, "peak learning rate of new weights"),
-        ("schedule", str, "learning rate over time: constant, or linear decay to 0"),
+        ("schedule", str, "learning rate over time: constant, or linear or cosine decay to 0"),
+        ("warmup", int, "first steps, over which the learning rate rises from 0"),
         ("eval-every", int, "steps from one evaluation and save to the next"),
     ):
         defaults = (DEFAULTS[job][name.replace("-", "_")] for job in ("paper", "tiny"))
-        choices = ("constant", "linear") if name == "schedule" else None
+        choices = ("constant", "linear", "cosine") if name == "schedule" else None
         add(f"--{name}", type=kind, choices=choices, help=f"{text} {note.format(*defaults)}")
     add("--backend", choices=sea.BACKENDS, help="of SEA's attention: plain PyTorch, the kernels, or the kernels where they fit "
-        "(none: torch)")
+        "(none: auto)")
     add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
+    add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
+    add("--gradient-checkpointing", action="store_true", help="keep each layer's input only and compute the rest again, for "
+        "large models")
+    add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
     add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
     add("--clip", type=float, default=1.0, help="gradient norm")
@@ -91,13 +105,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
         if getattr(args, name) is None and not (name == "topk" and args.load):  # a saved student has its own
             setattr(args, name, value)
-    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "query_stride", "eval_windows"):
+    args.save_every = args.save_every or args.eval_every
+    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
-    args.micro_batch = min(args.micro_batch, args.batch)
-    if args.batch % args.micro_batch:
-        p.error(f"--micro-batch: expected a divisor of --batch {args.batch}, got {args.micro_batch}")
+    if any(k < 1 for k in args.eval_topk):
+        p.error(f"--eval-topk: expected integers >= 1, got {args.eval_topk}")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % size:
+        p.error(f"--batch: expected a multiple of the {size} processes, got {args.batch}")
+    args.micro_batch = min(args.micro_batch, args.batch // size)
+    if args.batch // size % args.micro_batch:
+        p.error(f"--micro-batch: expected a divisor of the {args.batch // size} sequences of a process, got {args.micro_batch}")
     return args
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def start_processes(args) -> tuple[int, int]:
+    """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints and writes."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, size
+
+
+def over_processes(values: list[float], args) -> list[float]:
+    """The sum of each number over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=args.device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 # -- data and teacher --------------------------------------------------------------------------------------------------
@@ -187,13 +233,12 @@ def train_teacher(args, tokenizer, tokens: Tensor, log) -> OPTForCausalLM:
     position = model.get_decoder().embed_positions.weight.data
     phase = torch.arange(len(position))[:, None] * 1000 ** -torch.linspace(0, 1, 48)
     position.copy_(0.1 * torch.cat([phase.sin(), phase.cos()], dim=1))
-    optimizer = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1)
-    data, clock = Batches(tokens, args.seq_len, 4, args.seed), Clock()
+    optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
     for step in range(1, args.teacher_steps + 1):
-        lr = min(1.0, step / 50) * linear(step, args.teacher_steps)
+        lr = learning_rate(step, args.teacher_steps, "linear", 50)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr
-        x = data.next().to(args.device)
+        x = batch_of(step, tokens, args.seq_len, 4, args.seed).to(args.device)
         with autocast(args):
             loss = model(x, labels=x).loss
         optimizer.zero_grad()
@@ -229,17 +274,11 @@ def load_student(args):
     return student
 
 
-class Batches:
-    """Random windows of a token stream, in an order that the seed fixes."""
-
-    def __init__(self, tokens: Tensor, seq_len: int, batch: int, seed: int):
-        windows(tokens, seq_len)
-        self.tokens, self.seq_len, self.batch = tokens, seq_len, batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def next(self) -> Tensor:
-        starts = torch.randint(len(self.tokens) - self.seq_len + 1, (self.batch, 1), generator=self.generator)
-        return self.tokens[starts + torch.arange(self.seq_len)]
+def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
+    """Random windows (batch, seq_len) of a token stream, those of this step."""
+    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
+    return tokens[starts + torch.arange(seq_len)]
 
 
 # -- losses, section 6 of the method -----------------------------------------------------------------------------------
@@ -255,12 +294,13 @@ class Weights:
     score: float = 1.0
 
 
-def distillation_losses(student, teacher, x: Tensor, weights: Weights) -> dict[str, Tensor]:
-    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T)."""
+def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None) -> dict[str, Tensor]:
+    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T). run: what calls the student, itself or
+    its DistributedDataParallel."""
     with torch.no_grad(), convert.record(teacher) as teachers:
         target = teacher(x, output_hidden_states=True, use_cache=False)
     with convert.record(student) as students:
-        output = student(x, labels=x, output_hidden_states=True, use_cache=False)
+        output = (run or student)(x, labels=x, output_hidden_states=True, use_cache=False)
     hidden = [F.mse_loss(s.float(), t.float()) for s, t in zip(output.hidden_states, target.hidden_states)]
     log_p, log_q = (logits.float().log_softmax(-1).flatten(0, 1) for logits in (target.logits, output.logits))
     terms = {
@@ -281,7 +321,8 @@ def layer_losses(student: convert.Record, teacher: convert.Record, score_weight:
         terms["score"] = score_weight * sea.score_loss(student.q * student.scale, student.k, teacher.q * teacher.scale,
                                                        teacher.k, seen, 1.0)
     if student.sea is not None and student.sea.scores is not None:
-        pooled = sea.pool_attention(teacher.q, teacher.k, seen, student.sea.scores.shape[-1], teacher.scale)
+        ops = sea.operations(student.config, teacher.q)
+        pooled = ops.pool_attention(teacher.q, teacher.k, seen, student.sea.scores.shape[-1], teacher.scale)
         terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
     return terms
 
@@ -291,13 +332,15 @@ def layer_losses(student: convert.Record, teacher: convert.Record, score_weight:
 
 @torch.no_grad()
 def perplexity(model, data: Tensor, args) -> float:
-    """exp of the mean negative log likelihood; each window predicts all its tokens but the first."""
+    """exp of the mean negative log likelihood; each window predicts all its tokens but the first. Processes share windows."""
     model.eval()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = 0.0
-    for x in data.split(args.micro_batch):
-        with autocast(args):
-            total += model(x.to(args.device), labels=x.to(args.device), use_cache=False).loss.item() * len(x)
-    return math.exp(total / len(data))
+    for x in data[rank::size].split(args.micro_batch):
+        if len(x):
+            with autocast(args):
+                total += model(x.to(args.device), labels=x.to(args.device), use_cache=False).loss.item() * len(x)
+    return math.exp(over_processes([total], args)[0] / len(data))
 
 
 @torch.no_grad()
@@ -360,15 +403,19 @@ def autocast(args):
     return torch.autocast("cuda", torch.bfloat16) if args.device.startswith("cuda") else contextlib.nullcontext()
 
 
-def linear(step: int, steps: int) -> float:
-    return 1 - (step - 1) / steps
+def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """As a share of its peak."""
+    done = (step - 1) / steps
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+    return decay * min(1.0, step / max(1, warmup))
 
 
 def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW in four groups: pretrained or new weights, with decay or, for biases and norms, without."""
     new, groups = set(convert.sea_parameters(model)), {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW([dict(params=params, lr=lr_new if is_new else lr, peak=lr_new if is_new else lr,
                                    weight_decay=weight_decay if decays else 0.0)
                               for (is_new, decays), params in groups.items()], betas=(0.9, 0.95))
@@ -413,27 +460,72 @@ class Log:
         self.record(name=name, step=step, loss=loss, terms=terms, lr=lr, ms=1000 * clock.step_seconds)
 
 
+# What may differ between a run and the one that resumes it.
+FREE = ("out", "resume", "method", "load", "eval_only", "eval_topk", "eval_every", "save_every", "eval_windows", "micro_batch",
+        "device", "gradient_checkpointing", "teacher_steps")
+
+
+def write_checkpoint(path: Path, student, optimizer, step: int, ppl: float | None, args) -> None:
+    """All that a step depends on. Written beside `path` and then renamed, so that a kill leaves the old one or the new one."""
+    fixed = {name: value for name, value in vars(args).items() if name not in FREE}
+    new = path.with_name(path.name + ".new")
+    torch.save(dict(step=step, ppl=ppl, model=student.state_dict(), optimizer=optimizer.state_dict(), args=fixed), new)
+    os.replace(new, path)
+
+
+def read_checkpoint(path: Path, student, optimizer, args) -> tuple[int, float | None]:
+    """The steps done and the perplexity then, if it was measured; the rest goes into the student and the optimizer."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        step, ppl, fixed = saved["step"], saved["ppl"], saved["args"]
+    except Exception as error:  # torch raises whatever its zip and pickle readers do
+        sys.exit(f"--resume: expected a whole checkpoint, got {path} ({str(error).splitlines()[0]})")
+    for name, value in fixed.items():
+        if getattr(args, name, value) != value:
+            sys.exit(f"--resume: expected --{name.replace('_', '-')} {value} as in {path}, got {getattr(args, name)}")
+    student.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return step, ppl
+
+
 def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_ppl: float, args, log: Log, save) -> float:
     """Distil `teacher` into `student`; returns the final validation perplexity. save(): keeps the student."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if name == "sea" and args.train == "sea":
+        new = set(convert.sea_parameters(student))
+        for key, parameter in student.named_parameters():
+            parameter.requires_grad_(key in new)
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(student, args.lr, args.lr_new, args.weight_decay)
-    data, clock = Batches(tokens, args.seq_len, args.micro_batch, args.seed), Clock()
-    features = torch.Generator().manual_seed(10**6 + args.seed)  # not the seed of any first features
-    accumulate = args.batch // args.micro_batch
-    for step in range(1, args.steps + 1):
+    checkpoint, done, ppl = Path(args.out) / f"{name}.ckpt", 0, None
+    if args.resume and checkpoint.exists():
+        done, ppl = read_checkpoint(checkpoint, student, optimizer, args)
+        print(f"{name} resumes after step {done:05d} from {checkpoint}" + (f", val ppl {ppl:.2f}" if ppl else ""), flush=True)
+    run = student if size == 1 else DistributedDataParallel(
+        student, device_ids=[args.device] if args.device.startswith("cuda") else None, broadcast_buffers=False)
+    clock, accumulate = Clock(), args.batch // size // args.micro_batch
+    for step in range(done + 1, args.steps + 1):
         student.train()
-        factor = linear(step, args.steps) if args.schedule == "linear" else 1.0
+        torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
+        factor = learning_rate(step, args.steps, args.schedule, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         if name != "dense" and args.redraw_every and step % args.redraw_every == 0:
+            features = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
             for module in convert.attention_modules(student):
                 module.sea.redraw_features(features)
         sums = {}
-        for _ in range(accumulate):
-            with autocast(args):
-                terms = distillation_losses(student, teacher, data.next().to(args.device), Weights(score=args.score_weight))
-            (sum(terms.values()) / accumulate).backward()
+        mine = batch_of(step, tokens, args.seq_len, args.batch, args.seed)[rank::size]
+        for i, x in enumerate(mine.split(args.micro_batch)):
+            wait = size > 1 and i + 1 < accumulate  # processes exchange gradients once a step
+            with run.no_sync() if wait else contextlib.nullcontext():
+                with autocast(args):
+                    terms = distillation_losses(student, teacher, x.to(args.device), Weights(score=args.score_weight), run)
+                (sum(terms.values()) / accumulate).backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + value.item() / accumulate
+        sums = dict(zip(sums, (x / size for x in over_processes(list(sums.values()), args))))
         loss = sum(sums.values())
         if not math.isfinite(loss):
             sys.exit(f"{name} step {step}: the loss is not finite: {sums}")
@@ -442,13 +534,18 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         optimizer.zero_grad()
         clock.tick(args.batch * args.seq_len)
         log.step(name, step, args.steps, loss, sums, max(group["lr"] for group in optimizer.param_groups), clock)
-        if step % args.eval_every == 0 or step == args.steps:
+        last, ppl = step == args.steps, None
+        if last or step % args.eval_every == 0:
             ppl = perplexity(student, valid, args)
-            save()
+            if rank == 0:
+                save()
             print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {teacher_ppl:.2f}) | saved", flush=True)
             log.record(name=name, step=step, ppl=ppl)
+        if rank == 0 and (last or step % args.save_every == 0):
+            write_checkpoint(checkpoint, student, optimizer, step, ppl, args)
+        if last or step % args.eval_every == 0 or step % args.save_every == 0:
             clock.resume()
-    return ppl
+    return perplexity(student, valid, args) if ppl is None else ppl
 
 
 def peak_memory(args) -> float:
@@ -465,11 +562,13 @@ def peak_memory(args) -> float:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse(argv)
     began = time.perf_counter()
+    rank, size = start_processes(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl")
+    log = Log(Path(os.devnull) if rank else out / "log.jsonl")
     command = " ".join(["python", "distill.py", *(sys.argv[1:] if argv is None else argv)])
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    device = device if size == 1 else f"{size} x {device}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{command}\n{versions}\n{device}")
     transformers.utils.logging.disable_progress_bar()  # logs are files
@@ -482,19 +581,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_texts, valid_texts = load_texts(args)
         tokenizer = tiny_tokenizer(train_texts)
     tokens, valid = tokenize(train_texts, tokenizer), windows(tokenize(valid_texts, tokenizer), args.seq_len, args.eval_windows)
+    windows(tokens, args.seq_len)  # at least one
     if not args.model:
-        teacher = train_teacher(args, tokenizer, tokens, log)
-        convert.save(teacher, out / "teacher", tokenizer)
+        if rank == 0 and not (args.resume and (out / "teacher").exists()):
+            convert.save(train_teacher(args, tokenizer, tokens, log), out / "teacher", tokenizer)
+        if size > 1:
+            dist.barrier()
+        teacher = AutoModelForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
     longest = teacher.config.max_position_embeddings
     if args.seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {args.seq_len}")
     teacher.to(args.device).eval().requires_grad_(False)
     teacher.set_attn_implementation("sea_teacher")
     teacher_ppl = perplexity(teacher, valid, args)
-    size = sum(p.numel() for p in teacher.parameters())
-    print(f"teacher {size / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} windows of {args.seq_len}, "
+    parameters = sum(p.numel() for p in teacher.parameters())
+    print(f"teacher {parameters / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} windows of {args.seq_len}, "
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
-    log.record(command=command, versions=versions, device=device, args=vars(args), parameters=size, teacher_ppl=teacher_ppl)
+    log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
 
     for name in ["loaded"] if args.load else args.method:
@@ -522,16 +625,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         results |= {f"{name} before": before, name: after}
         if name == "sea":
             pictured = student
+            own = convert.attention_modules(student)[0].sea.config.topk
+            for k in args.eval_topk:
+                convert.set_topk(student, k)
+                results[f"sea, topk {k}"] = perplexity(student, valid, args)
+                table.append((f"sea, topk {k}", results[f"sea, topk {k}"], keys_per_query(student, valid, args), None, None))
+            convert.set_topk(student, own)
 
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
     for name, ppl, keys, seconds, memory in table:
         cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
         print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
-    if "sea" in results:
+    if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
     log.record(results=results, seconds=total)
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     return results
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,6 +251,119 @@ def run_steps(home, out, *options):
     return convert.load(out / "sea").state_dict(), [r for r in records if "terms" in r]
 
 
+def terms_of(steps: list[dict]) -> list[tuple]:
+    return [(r["step"], r["terms"], r["lr"]) for r in steps]
+
+
+def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch):
+    """2 + resume + 2 steps equal 4, bit for bit, though the kill comes in the middle of the third; dropout, schedule, redraws and
+    data included. Other numbers in the options are refused, a later evaluation is not."""
+    options = ["--steps", "4", "--save-every", "2", "--eval-every", "3", "--schedule", "cosine", "--warmup", "2", "--redraw-every", "3"]
+    monkeypatch.setattr(distill, "load_teacher", lambda args, load=distill.load_teacher: with_dropout(load(args)))
+    whole, steps = run_steps(home, tmp_path / "whole", *options)
+    assert [r["lr"] for r in steps] == pytest.approx([1e-2 * x for x in (0.5, 0.853553, 0.5, 0.146447)], rel=1e-5)
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def kill(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(home, tmp_path / "parts", *options)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(SystemExit, match="--resume: expected --lr 0.001 as in .*sea.ckpt, got 0.002"):
+        run_steps(home, tmp_path / "parts", *options, "--resume", "--lr", "2e-3")
+    parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
+    assert terms_of(resumed) == terms_of(steps)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    again, still = run_steps(home, tmp_path / "parts", *options, "--resume", "--eval-topk", "2,8")  # nothing is left to do
+    assert len(still) == len(resumed) and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def with_dropout(loaded):
+    teacher, tokenizer = loaded
+    for layer in teacher.get_decoder().layers:
+        layer.dropout = 0.1
+    return teacher, tokenizer
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
+    run_steps(home, tmp_path, "--steps", "1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "sea", "sea.ckpt", "sea.png"]  # nothing half-written
+    file = tmp_path / "sea.ckpt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="--resume: expected a whole checkpoint, got .*sea.ckpt"):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_two_processes_are_one_with_the_same_batch(home, tmp_path):
+    """torchrun over gloo: the same losses and perplexities, to rounding, and a checkpoint that one process can resume."""
+    options = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
+    one, steps = run_steps(home, tmp_path / "one", *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "distill.py",
+               "--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(tmp_path / "two"), "--method",
+               "sea", "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2", *options]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sea step 00003/00003") == 1  # only the first process speaks
+    records = {out: [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("one", "two")}
+    assert len(records["one"]) == len(records["two"])
+    for a, b in zip(records["one"], records["two"]):
+        for name in {"loss", "ppl", "teacher_ppl"} & a.keys():
+            assert math.isclose(a[name], b[name], rel_tol=1e-4), (a, b)
+    two, more = run_steps(home, tmp_path / "two", *options, "--resume")
+    assert len(more) == len(steps)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
+    kept, steps = run_steps(home, tmp_path / "kept")
+    again, resteps = run_steps(home, tmp_path / "again", "--gradient-checkpointing")
+    assert [r["loss"] for r in steps] == pytest.approx([r["loss"] for r in resteps], rel=1e-4)
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
+    after, _ = run_steps(home, tmp_path, "--train", "sea")
+    before = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    fresh = convert.attach(AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32), width=8, topk=4).state_dict()
+    assert not torch.equal(fresh["model.decoder.layers.0.self_attn.sea.decoder.weight"], after["model.decoder.layers.0.self_attn.sea.decoder.weight"])
+
+
+def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
+    run_steps(home, tmp_path / "a")
+    results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
+                            "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--out", str(tmp_path / "b")])
+    assert results["sea, topk 4"] == results["sea"] and len({results[f"sea, topk {k}"] for k in (1, 4, 16)}) == 3
+    assert "sea, topk 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hidden, heads, projection, norm_before", [
+    (768, 12, 768, True), (1024, 16, 512, False), (2048, 32, 2048, True), (2560, 32, 2560, True)], ids=["125m", "350m", "1.3b", "2.7b"])
+def test_every_opt_shape_converts(hidden, heads, projection, norm_before, tmp_path):
+    """The widths, heads and odd ends of the real ones, at one layer: a step's gradients, saved and loaded."""
+    config = lambda: OPTConfig(vocab_size=VOCAB, hidden_size=hidden, word_embed_proj_dim=projection, ffn_dim=4 * hidden, num_hidden_layers=1,
+                               num_attention_heads=heads, max_position_embeddings=2048, do_layer_norm_before=norm_before)
+    torch.manual_seed(0)
+    teacher = OPTForCausalLM(config()).eval()
+    student, x = convert.attach(OPTForCausalLM(config()), width=256, topk=64), tokens(1)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    teacher.set_attn_implementation("sea_teacher")
+    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    convert.save(student.eval(), tmp_path / "student")
+    with torch.no_grad():
+        assert torch.equal(convert.load(tmp_path / "student")(x).logits, student(x).logits)
+
+
 def test_micro_batches_add_up_to_the_batch(home, tmp_path):
     whole, _ = run_steps(home, tmp_path / "a", "--micro-batch", "2")
     parts, _ = run_steps(home, tmp_path / "b", "--micro-batch", "1")
@@ -343,8 +459,9 @@ def test_the_papers_defaults():
 @pytest.mark.parametrize("argv, message", [
     (["--eval-only"], "--eval-only: expected --load"),
     (["--topk", "0"], "--topk: expected an integer >= 1, got 0"),
-    (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of --batch 6, got 4"),
+    (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
     (["--load", "x", "--width", "8"], "--width: expected none with --load"),
+    (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
