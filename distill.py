@@ -314,14 +314,14 @@ def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None)
 
 def layer_losses(student: convert.Record, teacher: convert.Record, score_weight: float) -> dict[str, Tensor]:
     terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
-    T = student.q.shape[2]
-    seen = torch.arange(1, T + 1, device=student.q.device).expand(len(student.q), T)
+    B, H, T, D = student.q.shape
+    seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
+    ops = sea.operations(student.config or sea.SEAConfig(n_head=H, d_head=D), teacher.q)
     if score_weight:
         # Scales may differ: OPT scales q before attention, so each record brings its own.
-        terms["score"] = score_weight * sea.score_loss(student.q * student.scale, student.k, teacher.q * teacher.scale,
+        terms["score"] = score_weight * ops.score_loss(student.q * student.scale, student.k, teacher.q * teacher.scale,
                                                        teacher.k, seen, 1.0)
     if student.sea is not None and student.sea.scores is not None:
-        ops = sea.operations(student.config, teacher.q)
         pooled = ops.pool_attention(teacher.q, teacher.k, seen, student.sea.scores.shape[-1], teacher.scale)
         terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
     return terms

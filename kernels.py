@@ -1887,3 +1887,189 @@ def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Ten
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
     with torch.cuda.device_of(v):
         return _MixAverage.apply(sparse, v, gates, past, seen, row, valid)
+
+
+# -- the student's dense scores against the teacher's --------------------------------------------------------------------
+#
+# With S and A the softmax of student's and teacher's scores s and t over the keys seen, row by row,
+#     loss_i = kl_weight * sum_j A (log A - log S) + sum_j (S - A)^2 / n_keys
+#     dloss_i / ds_ij = kl_weight * (S - A) + 2 / n_keys * S (S - A - r_i),   r_i = sum_j S (S - A)
+# so a row needs three numbers for its gradient, lse_s, lse_t and r, and no T x S tensor exists, forward or backward.
+
+
+def _score_tiles(dtype: torch.dtype, d_head: int) -> dict:
+    if dtype == torch.float32:  # "ieee" dots run without tensor cores
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4 if d_head <= 64 else 8, num_stages=2 if d_head <= 64 else 1)
+
+
+@triton.jit
+def _scores(q_ptr, k_ptr, m, n, mask_m, mask_n, q_stride, k_stride, qk_scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q k^T * qk_scale of the queries m and keys n (int64) of one head, and the two tiles."""
+    d = tl.arange(0, BLOCK_D)
+    q = _tile(q_ptr, m, d, q_stride[2], q_stride[3], mask_m[:, None] & (d < D)[None, :])  # (BLOCK_M, BLOCK_D)
+    k = _tile(k_ptr, n, d, k_stride[2], k_stride[3], mask_n[:, None] & (d < D)[None, :])  # (BLOCK_N, BLOCK_D)
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale, q, k
+
+
+# One program: BLOCK_M queries of one head, over all their keys twice: first the two lse, then the sums; grid
+# (cdiv(T, BLOCK_M), B * H).
+#   q, tq (B, H, T, D), k, tk (B, Hkv, S, D), any strides; seen (B, T) int
+#   loss, lse_s, lse_t (in powers of two), r (B, H, T) fp32
+# fp32: scores and sums. Writes four numbers a row, where eager writes a dozen T x S tensors. Reference: sea.score_loss.
+@triton.jit
+def _score_fwd_kernel(q_ptr, k_ptr, tq_ptr, tk_ptr, seen_ptr, loss_ptr, lse_s_ptr, lse_t_ptr, r_ptr, q_stride, k_stride,
+                      tq_stride, tk_stride, H, T, n_key, qk_scale, kl_weight, GROUP: tl.constexpr, D: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_m, pid_bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)  # causal: the longest first
+    b, h = pid_bh // H, pid_bh % H
+    m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    mask_m = m < T
+    t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+    end = tl.minimum(tl.max(t, axis=0), n_key)
+    q_ptr += b * q_stride[0] + h * q_stride[1]
+    tq_ptr += b * tq_stride[0] + h * tq_stride[1]
+    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1]
+    tk_ptr += b * tk_stride[0] + h // GROUP * tk_stride[1]
+    m_s, l_s = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    m_t, l_t = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = (n < n_key)[None, :] & (n[None, :] < t[:, None])
+        s, _, _ = _scores(q_ptr, k_ptr, m, n.to(tl.int64), mask_m, n < n_key, q_stride, k_stride, qk_scale, D, BLOCK_D)
+        s = tl.where(there, s, -float("inf"))
+        new = tl.maximum(m_s, tl.max(s, axis=1))
+        l_s, m_s = l_s * tl.exp2(m_s - new) + tl.sum(tl.exp2(s - new[:, None]), axis=1), new
+        s, _, _ = _scores(tq_ptr, tk_ptr, m, n.to(tl.int64), mask_m, n < n_key, tq_stride, tk_stride, qk_scale, D, BLOCK_D)
+        s = tl.where(there, s, -float("inf"))
+        new = tl.maximum(m_t, tl.max(s, axis=1))
+        l_t, m_t = l_t * tl.exp2(m_t - new) + tl.sum(tl.exp2(s - new[:, None]), axis=1), new
+    lse_s = tl.where(l_s == 0, float("inf"), m_s + tl.log2(tl.where(l_s == 0, 1.0, l_s)))
+    lse_t = tl.where(l_t == 0, float("inf"), m_t + tl.log2(tl.where(l_t == 0, 1.0, l_t)))
+    kl, square, r = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = (n < n_key)[None, :] & (n[None, :] < t[:, None])
+        s, _, _ = _scores(q_ptr, k_ptr, m, n.to(tl.int64), mask_m, n < n_key, q_stride, k_stride, qk_scale, D, BLOCK_D)
+        log_s = tl.where(there, s - lse_s[:, None], 0.0)
+        s, _, _ = _scores(tq_ptr, tk_ptr, m, n.to(tl.int64), mask_m, n < n_key, tq_stride, tk_stride, qk_scale, D, BLOCK_D)
+        log_a = tl.where(there, s - lse_t[:, None], 0.0)
+        p, a = tl.where(there, tl.exp2(log_s), 0.0), tl.where(there, tl.exp2(log_a), 0.0)
+        kl += tl.sum(a * (log_a - log_s), axis=1)
+        square += tl.sum((p - a) * (p - a), axis=1)
+        r += tl.sum(p * (p - a), axis=1)
+    at = pid_bh * T + m
+    loss = kl_weight * 0.6931471805599453 * kl + square / n_key  # log2 -> log
+    tl.store(loss_ptr + at, tl.where(t > 0, loss, 0.0), mask=mask_m)
+    tl.store(lse_s_ptr + at, lse_s, mask=mask_m)
+    tl.store(lse_t_ptr + at, lse_t, mask=mask_m)
+    tl.store(r_ptr + at, r, mask=mask_m)
+
+
+@triton.jit
+def _score_gradient(s, t_score, lse_s, lse_t, r, there, kl_weight, n_key):
+    p = tl.where(there, tl.exp2(s - lse_s[:, None]), 0.0)
+    a = tl.where(there, tl.exp2(t_score - lse_t[:, None]), 0.0)
+    return kl_weight * (p - a) + (2.0 / n_key) * p * (p - a - r[:, None])
+
+
+# dq, or with KEYS dk: one program owns BLOCK_M queries of one head and walks the keys, or BLOCK_N keys of one key/value head
+# and walks the queries of its heads; grid (cdiv(T, BLOCK_M), B * H) or (cdiv(S, BLOCK_N), B * Hkv).
+#   weight_ptr: one fp32 number, gradient of the loss over the number of rows; dx (B, H, T, D) or (B, Hkv, S, D) contiguous
+# fp32: scores, gradients of them, accumulator. In a fixed order. Reference: autograd through sea.score_loss.
+@triton.jit
+def _score_bwd_kernel(q_ptr, k_ptr, tq_ptr, tk_ptr, seen_ptr, lse_s_ptr, lse_t_ptr, r_ptr, weight_ptr, dx_ptr, q_stride, k_stride,
+                      tq_stride, tk_stride, H, T, n_key, qk_scale, softmax_scale, kl_weight, KEYS: tl.constexpr,
+                      GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_D: tl.constexpr):
+    pid, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    if KEYS:
+        HKV = H // GROUP
+        b, kv, first_h, heads = pid_bh // HKV, pid_bh % HKV, pid_bh % HKV * GROUP, GROUP
+        start_m, end_m, start_n, end_n = 0, T, pid * BLOCK_N, pid * BLOCK_N + 1
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    else:
+        pid = tl.num_programs(0) - 1 - pid
+        b, kv, first_h, heads = pid_bh // H, pid_bh % H // GROUP, pid_bh % H, 1
+        start_m, end_m, start_n = pid * BLOCK_M, pid * BLOCK_M + 1, 0
+        in_t = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        end_n = tl.minimum(tl.max(tl.load(seen_ptr + b * T + in_t, mask=in_t < T, other=0), axis=0).to(tl.int32), n_key)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    k_ptr += b * k_stride[0] + kv * k_stride[1]
+    tk_ptr += b * tk_stride[0] + kv * tk_stride[1]
+    for i in range(0, heads):
+        h = first_h + i
+        q_head, tq_head = q_ptr + b * q_stride[0] + h * q_stride[1], tq_ptr + b * tq_stride[0] + h * tq_stride[1]
+        for at_m in range(start_m, end_m, BLOCK_M):
+            m = (at_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+            mask_m = m < T
+            t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+            row = (b * H + h) * T + m
+            lse_s, lse_t = tl.load(lse_s_ptr + row, mask=mask_m, other=0.0), tl.load(lse_t_ptr + row, mask=mask_m, other=0.0)
+            r = tl.load(r_ptr + row, mask=mask_m, other=0.0)
+            for at_n in range(start_n, end_n, BLOCK_N):
+                if tl.max(t, axis=0) > at_n:
+                    n = at_n + tl.arange(0, BLOCK_N)
+                    there = (n < n_key)[None, :] & (n[None, :] < t[:, None])
+                    t_score, _, _ = _scores(tq_head, tk_ptr, m, n.to(tl.int64), mask_m, n < n_key, tq_stride, tk_stride, qk_scale, D,
+                                            BLOCK_D)
+                    s, q, k = _scores(q_head, k_ptr, m, n.to(tl.int64), mask_m, n < n_key, q_stride, k_stride, qk_scale, D, BLOCK_D)
+                    ds = _score_gradient(s, t_score, lse_s, lse_t, r, there, kl_weight, n_key).to(q.dtype)  # (BLOCK_M, BLOCK_N)
+                    if KEYS:
+                        acc += tl.dot(tl.trans(ds), q, input_precision="ieee")
+                    else:
+                        acc += tl.dot(ds, k, input_precision="ieee")
+    acc *= tl.load(weight_ptr) * softmax_scale
+    if KEYS:
+        at, n_row = pid * BLOCK_N + tl.arange(0, BLOCK_N), n_key
+    else:
+        at, n_row = pid * BLOCK_M + tl.arange(0, BLOCK_M), T
+    dx = dx_ptr + (pid_bh * n_row + at)[:, None] * D + d[None, :]
+    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=(at < n_row)[:, None] & (d < D)[None, :])
+
+
+class _ScoreLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, teacher_q, teacher_k, seen, softmax_scale, kl_weight):
+        (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+        loss, lse_s, lse_t, r = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(4))
+        tiles = _score_tiles(q.dtype, D)
+        constants = dict(H=H, T=T, n_key=S, qk_scale=softmax_scale * math.log2(math.e), kl_weight=kl_weight, GROUP=H // Hkv, D=D,
+                         BLOCK_D=_power_of_2(D, q.dtype), **tiles)
+        strides = [x.stride() for x in (q, k, teacher_q, teacher_k)]
+        _score_fwd_kernel[(triton.cdiv(T, tiles["BLOCK_M"]), B * H)](q, k, teacher_q, teacher_k, seen, loss, lse_s, lse_t, r, *strides,
+                                                                     **constants)
+        n_row = ((seen > 0).sum() * H).clamp(min=1)
+        ctx.save_for_backward(q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, n_row)
+        ctx.constants = dict(constants, softmax_scale=softmax_scale), strides
+        return loss.sum() / n_row
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, n_row = ctx.saved_tensors
+        constants, strides = ctx.constants
+        weight, grads = (dloss / n_row).float(), []
+        for keys, x, block in ((False, q, constants["BLOCK_M"]), (True, k, constants["BLOCK_N"])):
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            _score_bwd_kernel[(triton.cdiv(x.shape[2], block), x.shape[0] * x.shape[1])](
+                q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, weight, dx, *strides, KEYS=keys, **constants)
+            grads.append(dx)
+        return *grads, *[None] * 5
+
+
+def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen: Tensor,
+               softmax_scale: float | None = None, *, kl_weight: float = 0.1, block: int = 256) -> Tensor:
+    """sea.score_loss; no gradient reaches the teacher. `block` is accepted and not used: memory is O(T) in any case."""
+    for name, x in (("q", q), ("k", k), ("teacher_q", teacher_q), ("teacher_k", teacher_k)):
+        _check_tensor(name, x, 4, "(B, heads, tokens, D)")
+        _expect(x.dtype == q.dtype and x.device == q.device, name, f"{q.dtype} on {q.device} as q", f"{x.dtype} on {x.device}")
+    B, H, T, D = q.shape
+    _expect(H % k.shape[1] == 0, "k", f"a number of heads that divides q's {H}", k.shape[1])
+    _expect(teacher_q.shape == q.shape, "teacher_q", f"shape {tuple(q.shape)} as q", tuple(teacher_q.shape))
+    _expect(teacher_k.shape == k.shape, "teacher_k", f"shape {tuple(k.shape)} as k", tuple(teacher_k.shape))
+    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    with torch.cuda.device_of(q):
+        return _ScoreLoss.apply(q, k, teacher_q.detach(), teacher_k.detach(), seen.contiguous(), float(scale), float(kl_weight))

@@ -114,7 +114,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
 
 
 TWINS = ["causal_context", "encode_rows", "causal_cnn", "topk_mask", "select_cells", "sparse_attention", "mix_average",
-         "pool_attention"]
+         "pool_attention", "score_loss"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
@@ -352,6 +352,26 @@ def test_pooled_attention_is_what_the_estimate_loss_takes():
     scores = torch.ones(1, 1, 20, 7, device=DEVICE)
     assert ours._fields == tuple(vars(theirs)) and ours.n_keys == theirs.n_keys
     torch.testing.assert_close(sea.estimate_loss(scores, ours, seen), sea.estimate_loss(scores, theirs, seen))
+
+
+def check_score_loss(case):
+    q, k, v, _, seen, _ = case.tensors()
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    teacher = [(x.float() + torch.randn(x.shape, generator=generator).to(DEVICE)).to(x.dtype) for x in (q, k)]
+
+    def call(f):
+        def run(q, k):
+            teacher_q, teacher_k = (x.to(q.dtype) for x in teacher)
+            return f(q, k, teacher_q, teacher_k, seen, kl_weight=0.3).to(q.dtype)
+        return run
+    as_accurate_as_eager(case, call(kernels.score_loss), call(sea.score_loss), [q, k])
+
+
+@given(sparse_cases())
+@example(Sparse(torch.float32, True, 35, 0, (1, 1, 2), 8, 2, 0.5, 1, True, "gaps", True, 1, 0))
+@settings(max_examples=10)
+def test_score_loss_matches_reference(case):
+    check_score_loss(case)
 
 
 # -- the estimator, the mix, and the whole layer -----------------------------------------------------------------------
@@ -650,6 +670,13 @@ def test_large_pool_attention_matches_reference(dtype, T, extra, width, D):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, extra, D", [(2048, 0, 64), (700, 1300, 128)])
+def test_large_score_loss_matches_reference(dtype, T, extra, D):
+    check_score_loss(Sparse(dtype, True, T, extra, (1, 2, 2), D, 64, 0.05, 1, True, "heads last", True, 64, 0))
+
+
+@gpu
 @pytest.mark.parametrize("dtype, D, stride", [(torch.float32, 64, 4), (torch.float16, 64, 1), (torch.float16, 64, 4),
                                               (torch.bfloat16, 64, 1), (torch.bfloat16, 64, 4), (torch.bfloat16, 128, 3)])
 def test_large_estimator_matches_reference(dtype, D, stride):
@@ -718,6 +745,7 @@ def launches(capability):
         kernels.select_cells(scores, seen[:, :R], 64, "causal_batch")
         kernels.select_cells(scores, seen[:, :R], 64, "query")
         kernels.pool_attention(q, k, seen, width)
+        yield kernels.score_loss(q, k, q.detach(), k.detach(), seen)
         config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
         for valid, with_scores in ((None, True), (None, False), (torch.ones(B, S, dtype=torch.bool), True)):
             result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
