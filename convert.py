@@ -9,6 +9,9 @@ on each attention module. No modelling code is copied, so every model whose atte
     ...                                         # train, see distill.py
     save(model, "student")
     model = load("student")
+    model.generate(...)                         # with transformers' KV cache; the estimator's state rides along
+
+The estimator's state has a constant size, whatever the context: SEAState in sea.py, of which a cache layer holds one.
 """
 
 import dataclasses
@@ -24,10 +27,11 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
-from sea import SEAConfig, SEAOutput, SEAttention
+from sea import SEAConfig, SEAOutput, SEAState, SEAttention
 
 
 @dataclass
@@ -43,8 +47,68 @@ class Record:
     config: SEAConfig | None = None
 
 
+class SEALayer(DynamicLayer):
+    """One layer of transformers' dynamic KV cache, with the estimator's state: beams, batches and resets take both along."""
+
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.state: SEAState | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.state is not None:
+            self._select(torch.arange(len(self.state.count)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, index: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.index_select(index.to(self.state.count.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def crop(self, *args) -> None:
+        raise ValueError("past_key_values: expected no crop (assisted decoding does so), since the estimator's sums cannot "
+                         "forget a token")
+
+    def offload(self) -> None:
+        raise ValueError("past_key_values: expected a cache that stays where it is, got one that is offloaded")
+
+
+def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before an attention module runs: give its layer of the cache a state, and show it to sea_attention.
+
+    generate() and use_cache=True make a cache of plain layers; an empty one is replaced. Tokens that are in a plain layer
+    already have left no state.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return args, kwargs
+    if not hasattr(cache, "layers"):
+        raise ValueError(f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}")
+    while len(cache.layers) <= module.layer_idx:  # a cache made without a config adds its layers when they are used
+        cache.layers.append(SEALayer())
+    layer = cache.layers[module.layer_idx]
+    if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+        cache.layers[module.layer_idx] = SEALayer()
+    elif not isinstance(layer, SEALayer):
+        raise ValueError(f"past_key_values: expected a DynamicCache that is empty or that this model has filled, got a "
+                         f"{type(layer).__name__} of {layer.get_seq_length()} tokens")
+    return args, {**kwargs, "sea_layer": cache.layers[module.layer_idx]}
+
+
 def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                  scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+                  scaling: float | None = None, sea_layer: SEALayer | None = None, **kwargs) -> tuple[Tensor, None]:
     """The attention function that transformers calls: (B, H, T, D) in, (B, T, H, D) out.
 
     attention_mask is None or bool (B, S), False where padded: flash_attention_mask, registered below, makes it so.
@@ -56,11 +120,11 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
             raise ValueError(f"{name}: expected None, SEA has no such attention, got {kwargs[name]}")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(f"past_key_values: expected none, since a KV cache holds no estimator state, got "
-                         f"{key.shape[2] - query.shape[2]} cached tokens; pass use_cache=False")
     valid = None if attention_mask is None else attention_mask.bool()
-    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling)
+    state = None if sea_layer is None else sea_layer.state
+    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state, kv_cached=sea_layer is not None)
+    if sea_layer is not None:
+        sea_layer.state = sea.state
     _record(module, query, key, value, scaling, sea.out, sea)
     return sea.out.transpose(1, 2).contiguous(), None
 
@@ -124,6 +188,8 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
         config = SEAConfig(**{**shape, "causal": bool(module.is_causal), "seed": i, **options})
         weight = next(module.parameters())
         module.sea = SEAttention(config).to(weight.device, weight.dtype)
+        if config.causal:
+            module.register_forward_pre_hook(bring_cache, with_kwargs=True)
     model.config.sea = options
     model.set_attn_implementation("sea")
     return model

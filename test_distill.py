@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
@@ -110,20 +111,75 @@ def test_what_sea_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="^model: expected SEA attached"):
         model(x)
     convert.attach(model, width=8)
-    with pytest.raises(ValueError, match="^past_key_values: expected none.*use_cache=False"):
-        model.generate(x[:, :4], max_new_tokens=3)
+    with pytest.raises(ValueError, match="^past_key_values: expected a DynamicCache that is empty .* got a StaticLayer"):
+        model.generate(x[:, :4], max_new_tokens=3, cache_implementation="static")
+    full = transformers.DynamicCache()
+    full.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
+    with pytest.raises(ValueError, match="^past_key_values: expected .* that this model has filled, got a DynamicLayer of 3 tokens"):
+        model(x[:, :4], past_key_values=full)
     with pytest.raises(ValueError, match="^attention_mask: expected 2 dimensions"):
         convert.attach(tiny("llama"), width=8)(x, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
     with pytest.raises(ValueError, match="^model: expected self-attention modules"):
         convert.attach(torch.nn.Linear(2, 2))
 
 
-def test_generate_without_a_cache_is_greedy_recomputation():
-    model, x = convert.attach(tiny("opt"), width=8, topk=3), tokens(n=5)
-    out = model.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
-    for _ in range(4):
-        x = torch.cat([x, model(x).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, x)
+def recomputed(model, x, mask, steps: int) -> torch.Tensor:
+    """Greedy tokens, each from a forward pass over the whole sequence."""
+    for _ in range(steps):
+        position = (mask.cumsum(1) - 1).clamp(min=0)  # as generate() counts
+        x = torch.cat([x, model(x, attention_mask=mask, position_ids=position, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        mask = torch.cat([mask, mask[:, :1] | True], 1)
+    return x
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, padded, tmp_path):
+    """Greedy, with transformers' cache, left-padded too, for a student saved and loaded; grouped-query and rotary included."""
+    model = convert.attach(tiny(kind), width=8, topk=3, query_stride=stride)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.tie_weights()
+    convert.save(model, tmp_path / "student")
+    model, x = convert.load(tmp_path / "student"), tokens(n=7)
+    mask = torch.ones_like(x)
+    if padded:
+        mask[0, :4] = 0
+    for options in (dict(use_cache=True), dict(use_cache=False), dict(prefill_chunk_size=3)):
+        model.generation_config.eos_token_id = None
+        out = model.generate(x, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=1, **options)
+        assert torch.equal(out, recomputed(model, x, mask.bool(), 9)), options
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, top_k=5),
+                                     dict(do_sample=True, num_return_sequences=3)])
+@torch.no_grad()
+def test_beams_and_samples_are_the_same_with_and_without_a_cache(options):
+    """The state follows reordering and expansion of the batch."""
+    model, x = convert.attach(tiny("opt"), width=8, topk=3, query_stride=2), tokens(n=6)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        results.append(model.generate(x, max_new_tokens=8, min_new_tokens=8, use_cache=use_cache, pad_token_id=1, **options))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_the_state_in_the_cache_is_constant_in_size():
+    model = convert.attach(tiny("llama"), width=8, topk=3)
+    sizes = []
+    for n in (5, SEQ):
+        cache = model(tokens(n=n), use_cache=True).past_key_values
+        states = [vars(layer.state).values() for layer in cache.layers]
+        flat = [x for state in states for value in state for x in (value if isinstance(value, tuple) else (value,))]
+        sizes.append(sum(x.numel() for x in flat if isinstance(x, torch.Tensor)))
+    assert sizes[0] == sizes[1]
+    cache.reset()
+    assert all(layer.state is None for layer in cache.layers)
+    with pytest.raises(ValueError, match="^past_key_values: expected no crop"):
+        cache.crop(-2)
 
 
 def test_set_topk_reaches_every_layer_and_survives_saving(tmp_path):
