@@ -4,6 +4,7 @@
     python bench.py --model DIR             on the queries, keys and values of a real model instead of synthetic ones
     python bench.py --break-even            from which T SEA wins on this machine
     python bench.py --profile 32768         where the time goes at one T
+    python bench.py --distill               time and memory of a distillation step, against one with T x T tensors
 
 One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png. Without a GPU it measures the plain
 PyTorch path at small T and says so.
@@ -17,12 +18,15 @@ stretched to T.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks)")
     add("--data", help="text file for --model, UTF-8")
-    add("--lengths", type=int, nargs="+", default=[2**i * 1024 for i in range(9)] if cuda else [512, 1024], help="tokens")
+    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, 256 and 512 without a GPU)")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
     add("--heads", type=int, default=12)
     add("--d-head", type=int, default=64)
@@ -50,9 +54,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
     add("--forward-only", action="store_true")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
+    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random weights, "
+        "at the first of --strides")
+    add("--layers", type=int, default=12 if cuda else 1, help="of --distill's model")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for bench.json and bench.png")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.lengths is None:
+        args.lengths = ([2048, 8192, 32768] if args.distill else [2**i * 1024 for i in range(9)]) if cuda else [256, 512]
+    return args
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -301,6 +311,52 @@ def break_even(args, layer, inputs, dtype, device) -> None:
         print(f"stride {stride}: SEA's forward is faster from about T = {high:,}")
 
 
+def distillation(args, device) -> dict[int, dict]:
+    """A step of distill.py, one sequence, on the linear path and on the plain PyTorch path that keeps T x T tensors."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    import convert
+    import distill
+
+    hidden, rows = args.heads * args.d_head, {}
+    options = argparse.Namespace(device=device)
+    for T in args.lengths:
+        rows[T] = {}
+        for name, backend, block in (("linear", "auto", None), ("T x T", "torch", T)):
+            def model():
+                torch.manual_seed(0)
+                return OPTForCausalLM(OPTConfig(hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
+                                                num_hidden_layers=args.layers, num_attention_heads=args.heads,
+                                                max_position_embeddings=T)).to(device)
+
+            teacher = model().eval().requires_grad_(False)
+            teacher.set_attn_implementation("sea_teacher")
+            student = convert.attach(model(), width=args.width, topk=args.topk, query_stride=args.strides[0], backend=backend)
+            optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
+            x = torch.randint(5, 50000, (1, T), device=device)
+
+            def step():
+                with distill.autocast(options):
+                    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+                sum(terms.values()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            whole = {f: functools.partial(getattr(sea, f), block=block) for f in ("sparse_attention", "pool_attention", "score_loss")}
+            with mock.patch.multiple(sea, **whole) if block else contextlib.nullcontext():
+                try:
+                    rows[T][name] = dict(ms=milliseconds(step, repeats=3, graph=False), mib=peak_mib(step))
+                    print(f"T {T:,} {name}: {rows[T][name]['ms']:.0f} ms a step, {rows[T][name]['mib'] or 0:,.0f} MiB above the models "
+                          "and the optimizer", flush=True)
+                except torch.OutOfMemoryError as error:
+                    rows[T][name] = dict(error=str(error).splitlines()[0])
+                    print(f"T {T:,} {name}: out of memory", flush=True)
+            del teacher, student, optimizer
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
 def profile(args, layer, inputs, T: int, dtype, device) -> None:
     q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
     for stride in args.strides:
@@ -337,6 +393,13 @@ def main(argv: list[str] | None = None) -> dict:
           f"{args.width}, topk {args.topk}, causal")
     if device == "cpu":
         print("no GPU: this measures the plain PyTorch path")
+    out = Path(args.out)
+    report = dict(command=command, device=name, versions=versions, commit=commit, args=vars(args))
+    if args.distill:
+        out.mkdir(parents=True, exist_ok=True)
+        report |= dict(results=distillation(args, device))
+        (out / "bench_distill.json").write_text(json.dumps(report, indent=1))
+        return report
     longest = args.profile or max(args.lengths)
     inputs = (model_inputs if args.model else walk_inputs)(args, longest, device)
     layer = trained_layer(args, *inputs, device)
@@ -351,9 +414,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"T {T:,}: " + ", ".join(f"{n} {r['ms']:.3f} ms" for n, r in rows[T].items() if "ms" in r), flush=True)
     for kind in ("forward", "forward+backward")[: 1 if args.forward_only else 2]:
         print(table(rows, kind))
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    report = dict(command=command, device=name, versions=versions, commit=commit, args=vars(args), results=rows)
+    report |= dict(results=rows)
     (out / "bench.json").write_text(json.dumps(report, indent=1))
     plot(rows, out / "bench.png", f"SEA attention, estimator included ({name})")
     return report

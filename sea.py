@@ -848,7 +848,7 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
                softmax_scale: float | None = None, *, kl_weight: float = 0.1, block: int = 256) -> Tensor:
     """L_score = kl_weight * KL(A || S) + MSE(S, A): the student's own dense attention S against the teacher's A.
 
-    Blocks of queries are computed again in the backward pass, so that no T x S tensor is kept. Means as in estimate_loss.
+    Several blocks of queries are computed again in the backward pass, so that no T x S tensor is kept. Means as in estimate_loss.
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen", f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -861,8 +861,9 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
         square = ((log_s.exp() - a) * visible).square().sum(-1)
         return ((kl_weight * (a * (log_a - log_s)).sum(-1) + square / k.shape[2]) * (seen > 0)[:, None]).sum()
 
-    total = 0.0
-    for i in range(0, q.shape[2], block):
+    total, T = 0.0, q.shape[2]
+    for i in range(0, T, block):
         at = slice(i, i + block)
-        total = total + checkpoint(part, q[:, :, at], k, teacher_q[:, :, at], teacher_k, seen[:, at], use_reentrant=False)
+        x = q[:, :, at], k, teacher_q[:, :, at], teacher_k, seen[:, at]
+        total = total + (part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)

@@ -587,7 +587,7 @@ else:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"]])
+@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"], ["--distill", "--layers", "1"]])
 def test_bench_measures(tmp_path, capsys, options):
     import bench
 
@@ -595,8 +595,10 @@ def test_bench_measures(tmp_path, capsys, options):
     report = bench.main([*small, "--out", str(tmp_path), *options])
     printed = capsys.readouterr().out
     assert CUDA or "this measures the plain PyTorch path" in printed
+    if "--distill" in options:
+        assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
     if options:
-        assert "stride 4" in printed
+        assert "stride 4" in printed or "T 128 T x T: " in printed
         return
     assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "bench.json").exists()
