@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
-from sea import SEAConfig, SEAOutput, SEAState, SEAttention
+from sea import SEAConfig, SEAOutput, SEAState, SEAttention, attention_weights, take
 
 
 @dataclass
@@ -108,8 +108,8 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 
 def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                  scaling: float | None = None, sea_layer: SEALayer | None = None, **kwargs) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: (B, H, T, D) in, (B, T, H, D) out.
+                  scaling: float | None = None, sea_layer: SEALayer | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers calls: (B, H, T, D) in, (B, T, H, D) out, and weights if they are wanted.
 
     attention_mask is None or bool (B, S), False where padded: flash_attention_mask, registered below, makes it so.
     """
@@ -126,7 +126,40 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     if sea_layer is not None:
         sea_layer.state = sea.state
     _record(module, query, key, value, scaling, sea.out, sea)
-    return sea.out.transpose(1, 2).contiguous(), None
+    weights = _weights(query, key, valid, scaling, sea) if getattr(module, "sea_weights", False) else None
+    return sea.out.transpose(1, 2).contiguous(), weights
+
+
+MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
+
+
+@torch.no_grad()
+def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, sea: SEAOutput) -> Tensor:
+    """For output_attentions=True: the sparse attention, before the gates, (B, H, T, S)."""
+    if sea.cells is None:
+        raise ValueError("output_attentions: expected a SEA student, got a Performer, which has no attention matrix")
+    size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if size > MOST_WEIGHTS:
+        raise ValueError(f"output_attentions: expected at most {MOST_WEIGHTS:,} numbers a layer, got {size:,}; sea.attention_csr "
+                         "gives the same as sparse matrices, of what convert.record sees")
+    if valid is None:
+        return attention_weights(q, k, sea.mask, sea.seen, scale)
+    order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first, as SEA ranks them
+    ranked = attention_weights(q, take(k, order), sea.mask, sea.seen, scale)
+    return torch.zeros_like(ranked).scatter(-1, order[:, None, None].expand_as(ranked), ranked)
+
+
+def _ask_weights(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+    """Before a model runs: tell its attention modules whether anyone wants their weights; not all models pass it on."""
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and model.config.output_attentions):
+        for module in attention_modules(model):
+            module.sea_weights = True
+
+
+def _forget_weights(model: PreTrainedModel, args: tuple, output) -> None:
+    for module in attention_modules(model):
+        module.sea_weights = False
 
 
 def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -190,6 +223,10 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
         module.sea = SEAttention(config).to(weight.device, weight.dtype)
         if config.causal:
             module.register_forward_pre_hook(bring_cache, with_kwargs=True)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.register_forward_pre_hook(_ask_weights, with_kwargs=True)
+            part.register_forward_hook(_forget_weights, always_call=True)
     model.config.sea = options
     model.set_attn_implementation("sea")
     return model

@@ -357,12 +357,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     k, v = repeat_heads(k, H), repeat_heads(v, H)
 
     def part(q, k, v, cells, seen):
-        keep = expand_mask(cells, seen, k.shape[2])  # (B, H, block, S)
-        with no_autocast(q):
-            scores = (at_least_fp32(q) * scale) @ at_least_fp32(k).mT
-            # The finite fill keeps empty rows, and their gradients, free of nan; `* keep` makes them 0.
-            probs = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
-            return probs.to(v.dtype) @ v
+        return attention_weights(q, k, cells, seen, scale).to(v.dtype) @ v
 
     outs = []
     for i in range(0, T, block):
@@ -370,6 +365,50 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
         x = q[:, :, at], k, v, mask[:, :, at] if row is None else take(mask, row[:, at]), seen[:, at]
         outs.append(part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return torch.cat(outs, dim=2)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None) -> Tensor:
+    """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no key. Arguments as in
+    sparse_attention, mask (B, H, T, width)."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    keep = expand_mask(mask, seen, k.shape[2])
+    with no_autocast(q):
+        scores = (at_least_fp32(q) * scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
+        # The finite fill keeps empty rows, and their gradients, free of nan; `* keep` makes them 0.
+        return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
+
+
+@torch.no_grad()
+def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: float | None = None, *, row: Tensor | None = None,
+                  block: int = 2**20) -> list[list[Tensor]]:
+    """attention_weights as sparse matrices: for each sequence and head a torch CSR tensor (T, S), fp32 at least.
+
+    Arguments as in sparse_attention; cells: SEAOutput.cells, a bool mask or kernels.CellBits. Column j is the key of rank j,
+    as in k. Times v it is the sparse context, before the gates. Memory is that of the result, 12 bytes a number, and of
+    `block` products q k at a time: nothing is T x S.
+    """
+    _check_qkv(q, k, k)
+    (B, H, T, D), S = q.shape, k.shape[2]
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    found = []
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        mask = cells[b, h] if isinstance(cells, Tensor) else type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
+        mask = (mask if row is None else mask[row[b]]) & (seen[b] > 0)[:, None]  # (T, width)
+        query, cell = mask.nonzero(as_tuple=True)  # by query, then by cell
+        first = first_key_of_cell(cell, seen[b][query], mask.shape[1])
+        n = first_key_of_cell(cell + 1, seen[b][query], mask.shape[1]) - first  # keys under each cell
+        before = n.cumsum(0) - n
+        key = torch.arange(int(n.sum()), device=q.device) + (first - before).repeat_interleave(n)
+        query = query.repeat_interleave(n)
+        q_head, k_head = at_least_fp32(q[b, h]) * scale, at_least_fp32(k[b, h // (H // k.shape[1])])
+        scores = [(q_head[i] * k_head[j]).sum(-1) for i, j in zip(query.split(block), key.split(block))]
+        scores = torch.cat(scores) if scores else q_head.new_zeros(0)
+        n_key = torch.zeros(T, dtype=torch.long, device=q.device).scatter_add_(0, query, torch.ones_like(query))
+        top = torch.segment_reduce(scores, "max", lengths=n_key, unsafe=True, initial=torch.finfo(scores.dtype).min)
+        weights = (scores - top[query]).exp()
+        weights = weights / torch.segment_reduce(weights, "sum", lengths=n_key, unsafe=True, initial=0)[query]
+        found.append(torch.sparse_csr_tensor(F.pad(n_key.cumsum(0), (1, 0)), key, weights, size=(T, S), check_invariants=False))
+    return [found[i : i + H] for i in range(0, B * H, H)]
 
 
 def running_mean(v: Tensor, seen: Tensor, valid: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor]:

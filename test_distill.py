@@ -182,6 +182,31 @@ def test_the_state_in_the_cache_is_constant_in_size():
         cache.crop(-2)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
+    """As users of transformers expect it: a (B, H, T, T) tensor a layer, over the positions of a padded batch."""
+    model, x = convert.attach(tiny(kind), width=8, topk=3), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :7] = 0
+    with convert.record(model) as records:
+        attentions = model(x, attention_mask=mask, output_attentions=True).attentions
+    assert len(attentions) == len(records)
+    for weights, r in zip(attentions, records):
+        v = sea.repeat_heads(r.v, r.q.shape[1])
+        assert weights.shape == (2, r.q.shape[1], SEQ, SEQ)
+        total = weights.sum(-1)
+        torch.testing.assert_close(total, (total > 0.5).float())  # a head may keep no cell of a query
+        assert total.any() and not total[0, :, :7].any() and not weights[0, :, :, :7].any()
+        sparse = sea.torch_operations.sparse_attention(r.q[1:], r.k[1:], r.v[1:], r.sea.mask[1:], r.sea.seen[1:], r.scale)
+        torch.testing.assert_close(weights[1:] @ v[1:], sparse, rtol=1e-4, atol=1e-5)
+    assert not model(x).attentions  # nobody asked
+    monkeypatch.setattr(convert, "MOST_WEIGHTS", 100)
+    with pytest.raises(ValueError, match="^output_attentions: expected at most 100 numbers a layer, got .*sea.attention_csr"):
+        model(x, output_attentions=True)
+    assert not model(x).attentions
+
+
 def test_set_topk_reaches_every_layer_and_survives_saving(tmp_path):
     model, x = convert.attach(tiny("opt"), width=8, topk=2), tokens()
     few = model(x).logits

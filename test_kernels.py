@@ -302,6 +302,15 @@ def test_seen_in_any_order():
     check_sparse_attention(case, lambda seen: (seen * 37 % 153).clamp(min=0))
 
 
+def test_attention_csr_takes_packed_cells():
+    q, k, v, mask, seen, row = Sparse(torch.float32, True, 35, 9, (1, 1, 2), 8, 9, 0.3, 3, True, "contiguous", True, 64, 0).tensors()
+    packed = sea.attention_csr(q, k, kernels.pack_mask(mask), seen, row=row)
+    for ours, theirs, out in zip(packed[0], sea.attention_csr(q, k, mask, seen, row=row)[0],
+                                 kernels.sparse_attention(q, k, v, mask, seen, row=row)[0]):
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        torch.testing.assert_close(ours @ v[0, 0], out, rtol=1e-4, atol=1e-5)
+
+
 def test_past_ignores_future():
     q, k, v, mask, seen, row = Sparse(torch.float32, True, 35, 0, (1, 1, 1), 8, 9, 0.6, 1, False, "contiguous", True, 64, 0).tensors()
     before = kernels.sparse_attention(q, k, v, mask, seen)

@@ -602,6 +602,26 @@ def test_sparse_attention_is_softmax_over_the_keys_kept(case, density, block):
         torch.testing.assert_close(out[b, h, i], expected, **CLOSE)
 
 
+@given(cases(), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1, 7, 1000]))
+def test_attention_csr_is_the_sparse_attention_exactly(case, density, block):
+    """Rows sum to 1, or 0 where a query has no key; times v it is the context; only kept keys are stored."""
+    q, k, v = case.qkv()
+    seen, R = seen_by(case), -(-q.shape[2] // case.stride)
+    mask = torch.rand(*q.shape[:2], R, case.width, generator=torch.Generator().manual_seed(case.seed)) < density
+    row = (torch.arange(q.shape[2]) // case.stride).expand(len(q), -1)
+    expanded = sea.take(mask, row)
+    sparse = sea.attention_csr(q, k, mask, seen, row=row, block=block)
+    dense = sea.attention_weights(q, k, expanded, seen)
+    out = sea.sparse_attention(q, k, v, mask, seen, row=row)
+    n_key = sea.expand_mask(expanded, seen, k.shape[2]).sum(-1)
+    for b, h in ((b, h) for b in range(len(q)) for h in range(q.shape[1])):
+        matrix = sparse[b][h]
+        assert matrix.layout == torch.sparse_csr and torch.equal(matrix.crow_indices().diff(), n_key[b, h])
+        torch.testing.assert_close(matrix.to_dense(), dense[b, h], **CLOSE)
+        torch.testing.assert_close(matrix @ v[b, h // case.heads_per_kv], out[b, h], **CLOSE)
+        torch.testing.assert_close(dense[b, h].sum(-1), (n_key[b, h] > 0).double(), **CLOSE)
+
+
 @given(cases())
 def test_an_empty_row_gives_zeros(case):
     (q, k, v), seen = case.qkv(), seen_by(case)
