@@ -47,6 +47,14 @@ DEFAULTS = {
 }
 
 
+def integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def layers_and_heads(text: str) -> list[tuple[int, int]]:
+    return [(int(layer), int(head)) for layer, head in (pair.split(".") for pair in text.split(","))]
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
@@ -58,8 +66,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "dense, the model itself trained with the same losses and steps, are controls")
     add("--load", help="start from this saved student instead of a fresh one")
     add("--eval-only", action="store_true", help="measure, do not train")
-    add("--eval-topk", type=lambda text: [int(k) for k in text.split(",")], default=[], metavar="K,K,...",
+    add("--eval-topk", type=integers, default=[], metavar="K,K,...",
         help="measure the SEA student with these numbers of keys, too")
+    add("--look", type=layers_and_heads, default=[], metavar="LAYER.HEAD,...",
+        help="heads to draw in OUT/sea.png, counted from 0 (none: a median one)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; the other options must "
         "be those of the run that wrote them")
     add("--out", default="out", help="folder for students, log.jsonl and figures")
@@ -343,6 +353,14 @@ def perplexity(model, data: Tensor, args) -> float:
     return math.exp(over_processes([total], args)[0] / len(data))
 
 
+def timed_perplexity(model, data: Tensor, args) -> dict[str, float]:
+    """And milliseconds a sequence, after one that warms up."""
+    perplexity(model, data[: args.micro_batch * (dist.get_world_size() if dist.is_initialized() else 1)], args)
+    start = time.perf_counter()
+    ppl = perplexity(model, data, args)
+    return dict(ppl=ppl, ms=1000 * (time.perf_counter() - start) / len(data))
+
+
 @torch.no_grad()
 def keys_per_query(model, data: Tensor, args) -> float:
     """Mean keys that a query attends to, over layers, heads and the queries of one window."""
@@ -356,44 +374,79 @@ def keys_per_query(model, data: Tensor, args) -> float:
 
 @torch.no_grad()
 def draw(student, teacher, x: Tensor, path: Path, args) -> None:
-    """Teacher attention, SEA's estimate and the keys attended, for one sequence x (T,) and one head: the median one by the
-    share of the teacher's attention that the keys attended hold, neither the best nor the worst."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """For one sequence x (T,) and each head of --look: teacher attention, SEA's estimate, the keys attended and the sparse
+    attention. Without --look one head: the median by the share of the teacher's attention that the keys attended hold."""
+    plt = pyplot()
     with autocast(args), convert.record(teacher) as teachers, convert.record(student) as students:
         for model in (teacher, student):
             model(x[None].to(args.device), use_cache=False)
     T, H = len(x), teachers[0].q.shape[1]
     seen = torch.arange(1, T + 1, device=args.device)[None]
 
-    def layer(i):  # (H, T, T), one layer at a time: all of them may not fit
-        attention = sea.dense_scores(teachers[i].q, teachers[i].k, seen, teachers[i].scale)[0][0].exp().tril()
-        return attention, sea.expand_mask(students[i].sea.mask, seen, T)[0]
+    def attention(i):  # (H, T, T), one layer at a time: all of them may not fit
+        return sea.dense_scores(teachers[i].q, teachers[i].k, seen, teachers[i].scale)[0][0].exp().tril()
 
-    share = torch.cat([(attention * kept).sum((1, 2)) / T for attention, kept in map(layer, range(len(teachers)))])
-    i, head = divmod(share.argsort()[len(share) // 2].item(), H)
-    attention, kept = (x[head].float().cpu() for x in layer(i))
-    estimate = students[i].sea.scores[0, head : head + 1, students[i].sea.row[0]][None]  # (1, 1, T, width)
-    estimate = sea.spread_to_keys(estimate.float(), seen, T, -torch.inf).softmax(-1)[0, 0].cpu()
+    def shares(i):  # (H,)
+        return (attention(i) * sea.expand_mask(students[i].sea.mask, seen, T)[0]).sum((1, 2)) / T
 
+    heads = args.look
+    if not heads:
+        share = torch.cat([shares(i) for i in range(len(teachers))])
+        heads = [divmod(share.argsort()[len(share) // 2].item(), H)]
+    for layer, head in heads:
+        if not (0 <= layer < len(teachers) and 0 <= head < H):
+            sys.exit(f"--look: expected layers below {len(teachers)} and heads below {H}, got {layer}.{head}")
+    shrink = -(-T // 512)  # what is larger than the picture: the largest of each square, so that no single key is lost
     unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, image, title in zip(axes, (attention, estimate), ("teacher", "SEA's estimate")):
-        shown = image.clamp(min=1e-4).log10().masked_fill(unseen, torch.nan).numpy()
-        bar = axis.imshow(shown, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
-        axis.set_title(title)
-    figure.colorbar(bar, ax=axes[:2], label="log10 attention", shrink=0.85)
-    axes[2].imshow(kept.masked_fill(unseen, torch.nan).numpy(), cmap="gray_r", interpolation="nearest")
-    axes[2].set_title(f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
-                      f"holding {share[i * H + head]:.0%} of the teacher's attention")
-    for axis in axes:
-        axis.set(xlabel="key", ylabel="query")
-    figure.suptitle(f"layer {i}, head {head}")
+    figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained", squeeze=False)
+    for axis, (layer, head) in zip(axes, heads):
+        r = students[layer].sea
+        kept = sea.expand_mask(r.mask, seen, T)[0, head].float()
+        estimate = r.scores[0, head : head + 1, r.row[0]][None]  # (1, 1, T, width)
+        estimate = sea.spread_to_keys(estimate.float(), seen, T, -torch.inf).softmax(-1)[0, 0]
+        sparse = sea.attention_weights(students[layer].q, students[layer].k, r.mask, seen, students[layer].scale)[0, head]
+        share = shares(layer)[head].item()
+        panels = ((attention(layer)[head], f"teacher, layer {layer}, head {head}"), (estimate, "SEA's estimate"),
+                  (sparse, "SEA's sparse attention"),
+                  (kept, f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\nholding {share:.0%} of the teacher's attention"))
+        for panel, (image, title) in zip(axis, panels):
+            image = image.float().cpu() if image is kept else image.float().cpu().clamp(min=1e-4).log10()
+            image = F.max_pool2d(image.masked_fill(unseen, -torch.inf)[None], shrink, ceil_mode=True)[0]
+            image = image.masked_fill(image == -torch.inf, torch.nan).numpy()
+            style = dict(cmap="gray_r", vmin=0, vmax=1) if panel is axis[3] else dict(cmap="magma", vmin=-4, vmax=0)
+            shown = panel.imshow(image, interpolation="nearest", extent=(0, T, T, 0), **style)
+            panel.set(xlabel="key", ylabel="query", title=title)
+            bar = shown if panel is axis[0] else bar
+        figure.colorbar(bar, ax=axis[:3], label="log10 attention", shrink=0.85)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit: str) -> None:
+    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", unit)):
+        axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
+        for style, (name, line) in zip(("--", ":", "-."), lines.items()):
+            axis.axhline(line[field], linestyle=style, color="gray", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(points), [str(k) for k in points])
+        axis.set(xlabel="topk, keys per query and head", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+    path.with_suffix(".json").write_text(json.dumps(dict(points=points, lines=lines, unit=unit), indent=1))
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -461,7 +514,7 @@ class Log:
 
 
 # What may differ between a run and the one that resumes it.
-FREE = ("out", "resume", "method", "load", "eval_only", "eval_topk", "eval_every", "save_every", "eval_windows", "micro_batch",
+FREE = ("out", "resume", "method", "load", "eval_only", "eval_topk", "look", "eval_every", "save_every", "eval_windows", "micro_batch",
         "device", "gradient_checkpointing", "teacher_steps")
 
 
@@ -599,6 +652,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
+    points, lines = {}, {"teacher": timed_perplexity(teacher, valid, args)} if args.eval_topk else {}
 
     for name in ["loaded"] if args.load else args.method:
         start = time.perf_counter()
@@ -628,9 +682,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
                 convert.set_topk(student, k)
-                results[f"sea, topk {k}"] = perplexity(student, valid, args)
-                table.append((f"sea, topk {k}", results[f"sea, topk {k}"], keys_per_query(student, valid, args), None, None))
+                points[k] = timed_perplexity(student, valid, args)
+                results[f"sea, topk {k}"] = points[k]["ppl"]
+                table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), None, None))
             convert.set_topk(student, own)
+        elif args.eval_topk:
+            lines[name] = timed_perplexity(student, valid, args)
 
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
     for name, ppl, keys, seconds, memory in table:
@@ -638,6 +695,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
+        if points:
+            draw_curve(points, lines, out / "topk", f"ms a sequence of {args.seq_len}, whole model, {device}")
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
     log.record(results=results, seconds=total)

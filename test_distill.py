@@ -421,9 +421,18 @@ def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
 def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
     run_steps(home, tmp_path / "a")
     results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
-                            "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--out", str(tmp_path / "b")])
+                            "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--look", "0.1,1.0",
+                            "--out", str(tmp_path / "b")])
     assert results["sea, topk 4"] == results["sea"] and len({results[f"sea, topk {k}"] for k in (1, 4, 16)}) == 3
     assert "sea, topk 16" in capsys.readouterr().out
+    curve = json.loads((tmp_path / "b/topk.json").read_text())
+    assert [p["ppl"] for p in curve["points"].values()] == [results[f"sea, topk {k}"] for k in (1, 4, 16)]
+    assert curve["lines"]["teacher"]["ppl"] == results["teacher"]
+    for name in ("topk.png", "sea.png"):
+        assert (tmp_path / "b" / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="--look: expected layers below 2 and heads below 2, got 2.0"):
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
+                      "--load", str(tmp_path / "a/sea"), "--eval-only", "--look", "2.0", "--out", str(tmp_path / "b")])
 
 
 @pytest.mark.parametrize("hidden, heads, projection, norm_before", [
