@@ -411,7 +411,8 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
                   (kept, f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\nholding {share:.0%} of the teacher's attention"))
         for panel, (image, title) in zip(axis, panels):
             image = image.float().cpu() if image is kept else image.float().cpu().clamp(min=1e-4).log10()
-            image = F.max_pool2d(image.masked_fill(unseen, -torch.inf)[None], shrink, ceil_mode=True)[0]
+            image = image.masked_fill(unseen | (kept.cpu() == 0) if panel is axis[2] else unseen, -torch.inf)
+            image = F.max_pool2d(image[None], shrink, ceil_mode=True)[0]
             image = image.masked_fill(image == -torch.inf, torch.nan).numpy()
             style = dict(cmap="gray_r", vmin=0, vmax=1) if panel is axis[3] else dict(cmap="magma", vmin=-4, vmax=0)
             shown = panel.imshow(image, interpolation="nearest", extent=(0, T, T, 0), **style)
@@ -426,13 +427,13 @@ def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit
     """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", unit)):
+    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms")):
         axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
         for style, (name, line) in zip(("--", ":", "-."), lines.items()):
             axis.axhline(line[field], linestyle=style, color="gray", label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(points), [str(k) for k in points])
-        axis.set(xlabel="topk, keys per query and head", ylabel=label)
+        axis.set(xlabel="topk, keys per query and head", ylabel=label, title=unit if field == "ms" else None)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path.with_suffix(".png"), dpi=110)
@@ -696,7 +697,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
         if points:
-            draw_curve(points, lines, out / "topk", f"ms a sequence of {args.seq_len}, whole model, {device}")
+            draw_curve(points, lines, out / "topk", f"a sequence of {args.seq_len}, whole model, {device}")
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
     log.record(results=results, seconds=total)
