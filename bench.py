@@ -60,6 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for bench.json and bench.png")
     args = p.parse_args(argv)
+    if args.model and not args.data:
+        p.error("--data: expected a text file with --model, got none")
     if args.lengths is None:
         args.lengths = ([2048, 8192, 32768] if args.distill else [2**i * 1024 for i in range(9)]) if cuda else [256, 512]
     return args
@@ -80,7 +82,7 @@ def model_inputs(args, T: int, device) -> list[torch.Tensor]:
     model.set_attn_implementation("sea_teacher")
     ids = tokenizer(Path(args.data).read_text(encoding="utf-8")[: 8 * T], verbose=False).input_ids
     window = min(TRAINED, T)
-    ids = torch.tensor((ids * (T // len(ids) + 1))[:T], device=device).view(-1, window)
+    ids = torch.tensor((ids * (T // len(ids) + 2))[: -(-T // window) * window], device=device).view(-1, window)
     parts = []
     for x in ids:
         with convert.record(model) as records:
@@ -90,7 +92,7 @@ def model_inputs(args, T: int, device) -> list[torch.Tensor]:
         repeat = lambda r, x: sea.repeat_heads(x, r.q.shape[1])
         heads = [(r.q * r.scale * r.q.shape[-1] ** 0.5, repeat(r, r.k), repeat(r, r.v)) for r in use]  # q as D**-0.5 wants it
         parts.append([torch.cat(x, 1) for x in zip(*heads)])
-    return [torch.cat(x, 2)[:, : args.heads].contiguous() for x in zip(*parts)]
+    return [torch.cat(x, 2)[:, : args.heads, :T].contiguous() for x in zip(*parts)]
 
 
 def walk_inputs(args, T: int, device) -> list[torch.Tensor]:

@@ -91,9 +91,11 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     generate() and use_cache=True make a cache of plain layers; an empty one is replaced. Tokens that are in a plain layer
     already have left no state.
     """
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if cache is None:
         return args, kwargs
+    if getattr(module, "layer_idx", None) is None:
+        raise ValueError(f"past_key_values: expected none, since {type(module).__name__} has no layer_idx; pass use_cache=False")
     if not hasattr(cache, "layers"):
         raise ValueError(f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}")
     while len(cache.layers) <= module.layer_idx:  # a cache made without a config adds its layers when they are used
@@ -211,6 +213,8 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model: expected self-attention only, got {type(model).__name__}, an encoder and decoder")
     text = model.config.get_text_config()
     n_head = text.num_attention_heads
     shape = dict(n_head=n_head, d_head=getattr(text, "head_dim", None) or text.hidden_size // n_head,
@@ -229,14 +233,19 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
             part.register_forward_hook(_forget_weights, always_call=True)
     model.config.sea = options
     model.set_attn_implementation("sea")
+    if text._attn_implementation != "sea":
+        raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")
     return model
 
 
-def set_topk(model: PreTrainedModel, topk: int) -> None:
-    """Change the number of keys per query and head, of any trained student (the paper's dynamic k)."""
-    model.config.sea = {**model.config.sea, "topk": topk}
+def set_option(model: PreTrainedModel, **options) -> None:
+    """Change fields of SEAConfig that no weight depends on, of any trained student: topk (the paper's dynamic k), group, backend."""
+    for name in options:
+        if name not in ("topk", "group", "backend"):
+            raise ValueError(f"options: expected topk, group or backend, got {name}, which the weights depend on")
     for module in attention_modules(model):
-        module.sea.config = dataclasses.replace(module.sea.config, topk=topk)
+        module.sea.config = dataclasses.replace(module.sea.config, **options)
+    model.config.sea = {**model.config.sea, **options}
 
 
 def sea_parameters(model: nn.Module) -> list[str]:
@@ -277,8 +286,9 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrai
     options = getattr(config, "sea", None)
     if options is None:
         raise ValueError(f"folder: expected a model with SEA, got a plain {config.model_type} in {folder}")
-    model = getattr(transformers, config.architectures[0])(config).to(config.dtype)
+    model = getattr(transformers, config.architectures[0])(config)
     attach(model, **options)
+    _cast(model, config.dtype)
     missing = set(model.state_dict())
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors = load_file(file)
@@ -292,4 +302,11 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrai
         raise ValueError(f"folder: expected all weights, got none for {sorted(missing)[:3]} in {folder}")
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(dtype or config.dtype).eval()
+    return _cast(model, dtype or config.dtype).eval()
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights only, as from_pretrained does: a rotary embedding's frequencies would lose their far positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -9,7 +9,8 @@
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
 (--resume) to OUT/<method>.ckpt, and a figure of one head. A step's data and random numbers follow from --seed and the step
-alone, so that a run that was killed and resumed, on any number of processes, continues as if nothing had happened.
+alone, so that a run that was killed and resumed continues as if nothing had happened; on another number of processes or with
+another --micro-batch, too, but for rounding and dropout.
 """
 
 import argparse
@@ -96,26 +97,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
-    add("--gradient-checkpointing", action="store_true", help="keep each layer's input only and compute the rest again, for "
-        "large models")
+    add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
+        "compute the rest again, for large models")
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
     add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--eval-windows", type=int, help="validation windows to use (none: all)")
     add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher")
-    add("--seed", type=int, default=0, help="of weights and data order")
+    add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 autocast on cuda")
     args = p.parse_args(argv)
     if args.eval_only and not args.load:
         p.error("--eval-only: expected --load DIR with it, the student to measure")
-    for name in ("width", "nbf", "query_stride", "backend"):
+    for name in ("width", "nbf", "query_stride"):
         if args.load and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')}: expected none with --load, since the saved student has its own")
     for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
         if getattr(args, name) is None and not (name == "topk" and args.load):  # a saved student has its own
             setattr(args, name, value)
-    args.save_every = args.save_every or args.eval_every
+    args.save_every = args.eval_every if args.save_every is None else args.save_every
+    if not 0 <= args.seed < 2**20:
+        p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
+    for name in ("warmup", "redraw_every"):
+        if getattr(args, name) < 0:
+            p.error(f"--{name.replace('_', '-')}: expected an integer >= 0, got {getattr(args, name)}")
     for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
@@ -140,8 +146,9 @@ def start_processes(args) -> tuple[int, int]:
         cuda = args.device.startswith("cuda")
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, size
@@ -275,7 +282,9 @@ def load_student(args):
         if hasattr(AutoConfig.from_pretrained(args.load), "sea"):
             student = convert.load(args.load, dtype=torch.float32)
             if args.topk is not None:
-                convert.set_topk(student, args.topk)
+                convert.set_option(student, topk=args.topk)
+            if args.backend is not None:
+                convert.set_option(student, backend=args.backend)
             return student
         student = AutoModelForCausalLM.from_pretrained(args.load, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -393,9 +402,6 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     if not heads:
         share = torch.cat([shares(i) for i in range(len(teachers))])
         heads = [divmod(share.argsort()[len(share) // 2].item(), H)]
-    for layer, head in heads:
-        if not (0 <= layer < len(teachers) and 0 <= head < H):
-            sys.exit(f"--look: expected layers below {len(teachers)} and heads below {H}, got {layer}.{head}")
     shrink = -(-T // 512)  # what is larger than the picture: the largest of each square, so that no single key is lost
     unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
     figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained", squeeze=False)
@@ -458,8 +464,8 @@ def autocast(args):
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
-    """As a share of its peak."""
-    done = (step - 1) / steps
+    """As a share of its peak, which it reaches with the last step of the warm-up."""
+    done = max(0, step - max(1, warmup)) / max(1, steps - max(0, warmup - 1))
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
     return decay * min(1.0, step / max(1, warmup))
 
@@ -515,31 +521,35 @@ class Log:
 
 
 # What may differ between a run and the one that resumes it.
-FREE = ("out", "resume", "method", "load", "eval_only", "eval_topk", "look", "eval_every", "save_every", "eval_windows", "micro_batch",
+FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "look", "eval_every", "save_every", "eval_windows", "micro_batch",
         "device", "gradient_checkpointing", "teacher_steps")
 
 
-def write_checkpoint(path: Path, student, optimizer, step: int, ppl: float | None, args) -> None:
+def write_checkpoint(path: Path, student, optimizer, step: int, args) -> None:
     """All that a step depends on. Written beside `path` and then renamed, so that a kill leaves the old one or the new one."""
     fixed = {name: value for name, value in vars(args).items() if name not in FREE}
     new = path.with_name(path.name + ".new")
-    torch.save(dict(step=step, ppl=ppl, model=student.state_dict(), optimizer=optimizer.state_dict(), args=fixed), new)
+    with new.open("wb") as file:
+        torch.save(dict(step=step, model=student.state_dict(), optimizer=optimizer.state_dict(), args=fixed), file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(new, path)
 
 
-def read_checkpoint(path: Path, student, optimizer, args) -> tuple[int, float | None]:
-    """The steps done and the perplexity then, if it was measured; the rest goes into the student and the optimizer."""
+def read_checkpoint(path: Path, student, optimizer, args) -> int:
+    """The steps done; the rest goes into the student and the optimizer."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        step, ppl, fixed = saved["step"], saved["ppl"], saved["args"]
+        step, fixed = saved["step"], saved["args"]
     except Exception as error:  # torch raises whatever its zip and pickle readers do
         sys.exit(f"--resume: expected a whole checkpoint, got {path} ({str(error).splitlines()[0]})")
     for name, value in fixed.items():
         if getattr(args, name, value) != value:
-            sys.exit(f"--resume: expected --{name.replace('_', '-')} {value} as in {path}, got {getattr(args, name)}")
+            what = "the text and the teacher" if name == "fingerprint" else f"--{name.replace('_', '-')} {value}"
+            sys.exit(f"--resume: expected {what} as in {path}, got {getattr(args, name)}")
     student.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    return step, ppl
+    return step
 
 
 def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_ppl: float, args, log: Log, save) -> float:
@@ -554,8 +564,13 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
     optimizer = make_optimizer(student, args.lr, args.lr_new, args.weight_decay)
     checkpoint, done, ppl = Path(args.out) / f"{name}.ckpt", 0, None
     if args.resume and checkpoint.exists():
-        done, ppl = read_checkpoint(checkpoint, student, optimizer, args)
-        print(f"{name} resumes after step {done:05d} from {checkpoint}" + (f", val ppl {ppl:.2f}" if ppl else ""), flush=True)
+        done = read_checkpoint(checkpoint, student, optimizer, args)
+        ppl = perplexity(student, valid, args)
+        print(f"{name} resumes after step {done:05d} from {checkpoint}, val ppl {ppl:.2f}", flush=True)
+    elif rank == 0:
+        checkpoint.unlink(missing_ok=True)  # of an earlier run
+    if over_processes([float(done)], args)[0] != done * size:
+        sys.exit(f"--out: expected one folder that all processes share, got {checkpoint} of step {done} in one of them, others in others")
     run = student if size == 1 else DistributedDataParallel(
         student, device_ids=[args.device] if args.device.startswith("cuda") else None, broadcast_buffers=False)
     clock, accumulate = Clock(), args.batch // size // args.micro_batch
@@ -583,7 +598,9 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         loss = sum(sums.values())
         if not math.isfinite(loss):
             sys.exit(f"{name} step {step}: the loss is not finite: {sums}")
-        torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        if not math.isfinite(norm):
+            sys.exit(f"{name} step {step}: the gradient is not finite, the loss is: {sums}")
         optimizer.step()
         optimizer.zero_grad()
         clock.tick(args.batch * args.seq_len)
@@ -596,10 +613,10 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
             print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {teacher_ppl:.2f}) | saved", flush=True)
             log.record(name=name, step=step, ppl=ppl)
         if rank == 0 and (last or step % args.save_every == 0):
-            write_checkpoint(checkpoint, student, optimizer, step, ppl, args)
+            write_checkpoint(checkpoint, student, optimizer, step, args)
         if last or step % args.eval_every == 0 or step % args.save_every == 0:
             clock.resume()
-    return perplexity(student, valid, args) if ppl is None else ppl
+    return ppl
 
 
 def peak_memory(args) -> float:
@@ -645,7 +662,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     longest = teacher.config.max_position_embeddings
     if args.seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {args.seq_len}")
+    text = teacher.config.get_text_config()
+    for layer, head in args.look:
+        if not (0 <= layer < text.num_hidden_layers and 0 <= head < text.num_attention_heads):
+            sys.exit(f"--look: expected layers below {text.num_hidden_layers} and heads below {text.num_attention_heads}, got {layer}.{head}")
     teacher.to(args.device).eval().requires_grad_(False)
+    # what a checkpoint is good for: these tokens, and this teacher
+    args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), sum(p.double().abs().sum().item() for p in teacher.parameters())]
     teacher.set_attn_implementation("sea_teacher")
     teacher_ppl = perplexity(teacher, valid, args)
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -682,11 +705,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             pictured = student
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
-                convert.set_topk(student, k)
+                convert.set_option(student, topk=k)
                 points[k] = timed_perplexity(student, valid, args)
                 results[f"sea, topk {k}"] = points[k]["ppl"]
                 table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), None, None))
-            convert.set_topk(student, own)
+            convert.set_option(student, topk=own)
         elif args.eval_topk:
             lines[name] = timed_perplexity(student, valid, args)
 
@@ -694,13 +717,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for name, ppl, keys, seconds, memory in table:
         cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
         print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
+    log.record(results=results, seconds=time.perf_counter() - began)
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
         if points:
             draw_curve(points, lines, out / "topk", f"a sequence of {args.seq_len}, whole model, {device}")
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
-    log.record(results=results, seconds=total)
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -87,6 +87,15 @@ def test_saved_student_reloads_to_the_same_logits(kind, tmp_path):
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
+def test_loading_in_half_precision_keeps_rotary_frequencies(tmp_path):
+    """As from_pretrained does: in bf16 they would be a radian off at far positions."""
+    model = convert.attach(tiny("llama"), width=8)
+    convert.save(model, tmp_path / "student")
+    loaded = convert.load(tmp_path / "student", torch.bfloat16)
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16 and loaded(tokens()).logits.isfinite().all()
+
+
 def test_load_refuses_what_is_not_a_whole_student(tmp_path):
     with pytest.raises(ValueError, match="^folder: expected a model saved by convert.save, got .*nowhere"):
         convert.load(tmp_path / "nowhere")
@@ -121,6 +130,12 @@ def test_what_sea_cannot_serve_is_refused():
         convert.attach(tiny("llama"), width=8)(x, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
     with pytest.raises(ValueError, match="^model: expected self-attention modules"):
         convert.attach(torch.nn.Linear(2, 2))
+    bart = transformers.BartConfig(vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                   decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    with pytest.raises(ValueError, match="^model: expected self-attention only, got BartForConditionalGeneration"):
+        convert.attach(transformers.BartForConditionalGeneration(bart))
+    with pytest.raises(ValueError, match="^options: expected topk, group or backend, got width"):
+        convert.set_option(convert.attach(tiny("opt"), width=8), width=9)
 
 
 def recomputed(model, x, mask, steps: int) -> torch.Tensor:
@@ -207,10 +222,10 @@ def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
     assert not model(x).attentions
 
 
-def test_set_topk_reaches_every_layer_and_survives_saving(tmp_path):
+def test_set_option_reaches_every_layer_and_survives_saving(tmp_path):
     model, x = convert.attach(tiny("opt"), width=8, topk=2), tokens()
     few = model(x).logits
-    convert.set_topk(model, 9)
+    convert.set_option(model, topk=9)
     assert not torch.equal(model(x).logits, few)
     convert.save(model, tmp_path / "student")
     assert {m.sea.config.topk for m in convert.attention_modules(convert.load(tmp_path / "student"))} == {9}
@@ -342,7 +357,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     options = ["--steps", "4", "--save-every", "2", "--eval-every", "3", "--schedule", "cosine", "--warmup", "2", "--redraw-every", "3"]
     monkeypatch.setattr(distill, "load_teacher", lambda args, load=distill.load_teacher: with_dropout(load(args)))
     whole, steps = run_steps(home, tmp_path / "whole", *options)
-    assert [r["lr"] for r in steps] == pytest.approx([1e-2 * x for x in (0.5, 0.853553, 0.5, 0.146447)], rel=1e-5)
+    assert [r["lr"] for r in steps] == pytest.approx([1e-2 * x for x in (0.5, 1, 0.75, 0.25)], rel=1e-5)
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
@@ -358,11 +373,22 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     with pytest.raises(SystemExit, match="--resume: expected --lr 0.001 as in .*sea.ckpt, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--lr", "2e-3")
+    with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
+        changed.setattr(distill, "tokenize", lambda *x, tokenize=distill.tokenize: tokenize(*x)[:-1])  # the same file, edited
+        run_steps(home, tmp_path / "parts", *options, "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert terms_of(resumed) == terms_of(steps)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     again, still = run_steps(home, tmp_path / "parts", *options, "--resume", "--eval-topk", "2,8")  # nothing is left to do
     assert len(still) == len(resumed) and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_fresh_run_forgets_the_checkpoints_of_the_last(home, tmp_path, monkeypatch):
+    run_steps(home, tmp_path, "--steps", "1")
+    monkeypatch.setattr(distill, "distillation_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(home, tmp_path, "--steps", "1")
+    assert not (tmp_path / "sea.ckpt").exists()
 
 
 def with_dropout(loaded):
@@ -551,6 +577,8 @@ def test_the_papers_defaults():
     (["--topk", "0"], "--topk: expected an integer >= 1, got 0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
     (["--load", "x", "--width", "8"], "--width: expected none with --load"),
+    (["--seed", "-1"], "--seed: expected an integer from 0"),
+    (["--redraw-every", "-1"], "--redraw-every: expected an integer >= 0"),
     (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
@@ -569,6 +597,13 @@ def test_missing_files_are_named_in_one_sentence(home, tmp_path, option, name):
     argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit, match=f"^{option}: expected .*, got .*{name} "):
         distill.main([*argv, option, str(tmp_path / name)])
+
+
+def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(SystemExit, match="sea step 1: the gradient is not finite"):
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
+    assert not (tmp_path / "sea.ckpt").exists() and not (tmp_path / "sea").exists()
 
 
 def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):

@@ -613,6 +613,14 @@ def test_bench_measures(tmp_path, capsys, options):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "bench.json").exists()
 
 
+def test_bench_wants_a_text_with_a_model(capsys):
+    import bench
+
+    with pytest.raises(SystemExit):
+        bench.main(["--model", "somewhere"])
+    assert "--data: expected a text file with --model, got none" in capsys.readouterr().err
+
+
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
 
 ORDERS = ["import kernels; from kernels import CUDAProperties; from kernels.layer.mode import Mode",
