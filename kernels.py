@@ -477,7 +477,7 @@ def _visits(union_ptr, tile, there, block, n_key, WIDTH: tl.constexpr, WORDS: tl
 # How many tiles visit each key block, and which is the first.
 # One program: one key block of one key/value head; grid (n_block, B * Hkv). union as in _plan_kernel
 #   -> counts, firsts (B * Hkv, n_block) int32, among the GROUP * n_tile tiles of the heads that share it
-# Looks at every tile: quadratic in T, but 512 (query, key) pairs cost one look at three words.
+# Looks at every tile: quadratic in T, but BLOCK_M * BLOCK_N (query, key) pairs cost one look at four words.
 @triton.jit
 def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP: tl.constexpr, WIDTH: tl.constexpr,
                          WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
@@ -513,7 +513,7 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
     if lst >= n_list:  # the grid is a bound
         return
     pid_bhkv, block = (lst // n_block).to(tl.int32), (lst % n_block).to(tl.int32)
-    b, hkv = (pid_bhkv // (H // GROUP)).to(tl.int64), pid_bhkv % (H // GROUP)
+    b, hkv = (pid_bhkv // (H // GROUP)).to(tl.int64), (pid_bhkv % (H // GROUP)).to(tl.int64)
     per_program, count = tl.load(per_program_ptr).to(tl.int32), tl.load(counts_ptr + lst)
     n_part = tl.maximum((count + per_program - 1) // per_program, 1)
     nth = (pid - (tl.load(part_ends_ptr + lst) - n_part)).to(tl.int32)
@@ -865,7 +865,7 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
 #     dphi(k_j)  = sum_i (g_i . vcat_j + g_den_i) phi(q_i)     the walk from the end, with sums of phi(q) [g ; g_den]^T
 #     dvcat_j    = sum_i (phi(q_i) . phi(k_j)) g_i
 #
-# so nothing is kept for it but the sums before each segment and den.
+# so nothing is kept for it but the sums before each segment, den and c.
 
 
 def _power_of_2(n: int, dtype: torch.dtype = torch.float32) -> int:
@@ -1630,9 +1630,12 @@ HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 def _conv_tiles(x: Tensor, step: str) -> dict:
     """Keywords of each kernel."""
     (C, P), (places, num_warps, num_stages) = (x.shape[1], x.shape[3]), CONV[step]
-    block_p = _power_of_2(P)
-    return dict(P=P, C=C, BLOCK_T=max(1, (64 if x.dtype == torch.float32 else places) // block_p), BLOCK_P=block_p,
-                BLOCK_C=_power_of_2(C), PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
+    block_p, block_c = _power_of_2(P), _power_of_2(C)
+    block_t = max(1, (64 if x.dtype == torch.float32 else places) // block_p)
+    if block_t * block_p * block_c > 8192:  # more stages would not fit into shared memory
+        num_stages = 1
+    return dict(P=P, C=C, BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=num_warps,
+                num_stages=num_stages)
 
 
 def _split_rows(n_row: int, B: int, block: int) -> tuple[int, int]:
@@ -2015,12 +2018,13 @@ def _score_bwd_kernel(q_ptr, k_ptr, tq_ptr, tk_ptr, seen_ptr, lse_s_ptr, lse_t_p
                     t_score, _, _ = _scores(tq_head, tk_ptr, m, n.to(tl.int64), mask_m, n < n_key, tq_stride, tk_stride, qk_scale, D,
                                             BLOCK_D)
                     s, q, k = _scores(q_head, k_ptr, m, n.to(tl.int64), mask_m, n < n_key, q_stride, k_stride, qk_scale, D, BLOCK_D)
-                    ds = _score_gradient(s, t_score, lse_s, lse_t, r, there, kl_weight, n_key).to(q.dtype)  # (BLOCK_M, BLOCK_N)
+                    ds = _score_gradient(s, t_score, lse_s, lse_t, r, there, kl_weight, n_key)  # (BLOCK_M, BLOCK_N)
+                    ds = (ds * 4096.0).to(q.dtype)  # about 1 / n_key: fp16 would lose it
                     if KEYS:
                         acc += tl.dot(tl.trans(ds), q, input_precision="ieee")
                     else:
                         acc += tl.dot(ds, k, input_precision="ieee")
-    acc *= tl.load(weight_ptr) * softmax_scale
+    acc *= tl.load(weight_ptr) * softmax_scale / 4096.0
     if KEYS:
         at, n_row = pid * BLOCK_N + tl.arange(0, BLOCK_N), n_key
     else:
@@ -2042,14 +2046,14 @@ class _ScoreLoss(torch.autograd.Function):
                                                                      **constants)
         n_row = ((seen > 0).sum() * H).clamp(min=1)
         ctx.save_for_backward(q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, n_row)
-        ctx.constants = dict(constants, softmax_scale=softmax_scale), strides
+        ctx.constants = dict(constants, softmax_scale=softmax_scale)
         return loss.sum() / n_row
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, n_row = ctx.saved_tensors
-        constants, strides = ctx.constants
+        constants, strides = ctx.constants, [x.stride() for x in (q, k, teacher_q, teacher_k)]
         weight, grads = (dloss / n_row).float(), []
         for keys, x, block in ((False, q, constants["BLOCK_M"]), (True, k, constants["BLOCK_N"])):
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -2066,6 +2070,8 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
         _expect(x.dtype == q.dtype and x.device == q.device, name, f"{q.dtype} on {q.device} as q", f"{x.dtype} on {x.device}")
     B, H, T, D = q.shape
+    _expect(D <= 256, "q", "head size <= 256", D)
+    _expect(k.shape[0] == B and k.shape[3] == D, "k", f"a batch of {B} and head size {D} as q", tuple(k.shape))
     _expect(H % k.shape[1] == 0, "k", f"a number of heads that divides q's {H}", k.shape[1])
     _expect(teacher_q.shape == q.shape, "teacher_q", f"shape {tuple(q.shape)} as q", tuple(teacher_q.shape))
     _expect(teacher_k.shape == k.shape, "teacher_k", f"shape {tuple(k.shape)} as k", tuple(teacher_k.shape))

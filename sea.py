@@ -357,7 +357,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     k, v = repeat_heads(k, H), repeat_heads(v, H)
 
     def part(q, k, v, cells, seen):
-        return attention_weights(q, k, cells, seen, scale).to(v.dtype) @ v
+        with no_autocast(q):
+            return attention_weights(q, k, cells, seen, scale).to(v.dtype) @ v
 
     outs = []
     for i in range(0, T, block):
@@ -586,6 +587,7 @@ def operations(config: SEAConfig, q: Tensor):
     # sums of the linear attention and of its gradient have to fit into shared memory
     size = max(64, power(config.n_features)) * max(64, power(config.d_head))
     fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
+    fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:

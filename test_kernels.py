@@ -281,7 +281,8 @@ def sparse_cases(draw, size=2 * BLOCK + 3):
 def check_sparse_attention(case, change=lambda seen: seen):
     q, k, v, mask, seen, row = case.tensors()
     seen = change(seen)
-    with mock.patch.multiple(kernels, DETERMINISTIC=case.deterministic, PAIRS_PER_PROGRAM=case.per_program):
+    few = {} if CUDA else dict(VISITORS=4)  # so that a key block's tiles are listed in several rounds
+    with mock.patch.multiple(kernels, DETERMINISTIC=case.deterministic, PAIRS_PER_PROGRAM=case.per_program, **few):
         as_accurate_as_eager(case, lambda q, k, v: kernels.sparse_attention(q, k, v, mask, seen, row=row),
                              lambda q, k, v: sea.sparse_attention(q, k, v, mask, seen, row=row), [q, k, v])
 
@@ -432,6 +433,16 @@ FEWER = settings(max_examples=8)
 
 
 def check_causal_context(case):
+    with mock.patch.dict(kernels.CONTEXT, programs=528 if case.seed % 3 else 1):  # 1: a program walks all chunks
+        _check_causal_context(case)
+
+
+def check_estimator(case):
+    with mock.patch.dict(kernels.CONV, programs=528 if case.seed % 3 else 1):
+        _check_estimator(case)
+
+
+def _check_causal_context(case):
     q, k, v = case.qkv()
     rows, there, (_, Hkv, _) = q[:, :, :: case.stride], case.valid(), case.heads
     generator = torch.Generator().manual_seed(case.seed)
@@ -449,7 +460,7 @@ def check_causal_context(case):
     as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context), [rows, k, v, position, *past], relu=True)
 
 
-def check_estimator(case):
+def _check_estimator(case):
     """encode_rows, causal_cnn and mix_average, on what the reference gives each of them."""
     q, k, v = case.qkv()
     layer, generator = case.layer().to(case.dtype), torch.Generator().manual_seed(case.seed)
@@ -478,10 +489,11 @@ def check_estimator(case):
             return scores, *last
         return run
 
-    mix = lambda f: lambda sparse, v, gates: f(sparse, v, gates, seen, row, valid)
+    v_sum = [torch.randn(B, v.shape[1], D, generator=generator).to(DEVICE, case.dtype)] if case.seed % 2 else []
+    mix = lambda f: lambda sparse, v, gates, past=None: f(sparse, v, gates, seen, row, valid, past)
     as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
     as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *(past if case.seed % 2 else ())], relu=True)
-    as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates])
+    as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates, *v_sum])
 
 
 def check_layer(case, *, rtol=2e-4):
@@ -564,7 +576,7 @@ def test_a_backend_that_cannot_run_raises():
     assert performer(q, q, q).out.isfinite().all()
 
 
-@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(n_head=33, width=1024)])
+@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4), dict(n_head=33, width=1024)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
     on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
@@ -771,6 +783,10 @@ def launches(capability):
             yield (result.out, result.scores) if with_scores else result.out
         for kernels.DETERMINISTIC in (True, False):
             yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
+        if (dtype, D, width, capability) == (torch.bfloat16, 128, 1024, 90):  # the widest convolutions
+            cnn = sea.CausalCNN(32, 1024).to(dtype)
+            image = torch.ones(1, 64, 8, 256, dtype=dtype, requires_grad=True)
+            yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
         if dtype == torch.bfloat16:
             kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
 
