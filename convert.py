@@ -27,7 +27,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
@@ -91,7 +91,8 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     generate() and use_cache=True make a cache of plain layers; an empty one is replaced. Tokens that are in a plain layer
     already have left no state.
     """
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    # Its name differs: past_key_values, from transformers 5.24 on cache, layer_past in GPT-NeoX.
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
     if cache is None:
         return args, kwargs
     if getattr(module, "layer_idx", None) is None:
