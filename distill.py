@@ -666,9 +666,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for layer, head in args.look:
         if not (0 <= layer < text.num_hidden_layers and 0 <= head < text.num_attention_heads):
             sys.exit(f"--look: expected layers below {text.num_hidden_layers} and heads below {text.num_attention_heads}, got {layer}.{head}")
+    # what a checkpoint is good for: these tokens, and this teacher, whose sum may differ in its last bits from machine to machine
+    weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
+    args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), round(weight, 2)]
     teacher.to(args.device).eval().requires_grad_(False)
-    # what a checkpoint is good for: these tokens, and this teacher
-    args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), sum(p.double().abs().sum().item() for p in teacher.parameters())]
     teacher.set_attn_implementation("sea_teacher")
     teacher_ppl = perplexity(teacher, valid, args)
     parameters = sum(p.numel() for p in teacher.parameters())

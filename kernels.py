@@ -925,6 +925,25 @@ def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w
     return f, v, pos
 
 
+@triton.jit
+def _load_sums(sums_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
+    """One (m, 2D+1) matrix of sums as its parts: of pos, of v, (BLOCK_F, BLOCK_D) each, and of ones, (BLOCK_F,)."""
+    offs_f, offs_d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
+    at, sums_ptr = (offs_f < M)[:, None] & (offs_d < D)[None, :], sums_ptr + offs_f * (2 * D + 1)
+    of_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=at, other=0.0)
+    of_v = tl.load(sums_ptr[:, None] + D + offs_d[None, :], mask=at, other=0.0)
+    return of_pos, of_v, tl.load(sums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+
+
+@triton.jit
+def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
+    offs_f, offs_d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
+    at, sums_ptr = (offs_f < M)[:, None] & (offs_d < D)[None, :], sums_ptr + offs_f * (2 * D + 1)
+    tl.store(sums_ptr[:, None] + offs_d[None, :], of_pos, mask=at)
+    tl.store(sums_ptr[:, None] + D + offs_d[None, :], of_v, mask=at)
+    tl.store(sums_ptr + 2 * D, of_ones, mask=offs_f < M)
+
+
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
 # One program: one segment (n_chunk chunks of CHUNK keys) of one key/value head; grid (n_segment, B * Hkv).
 #   k, v (B, Hkv, N, D), any strides; pos (1 or B, N, D); w (D, m) fp32; there (B, N) int8 or None
@@ -938,7 +957,7 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_st
     segment, n_segment = tl.program_id(0), tl.num_programs(0)
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h = pid_bh // HKV, pid_bh % HKV
-    offs_c, offs_d, offs_f = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    offs_c = tl.arange(0, BLOCK_C)
     k_ptr += b * k_strides[0] + h * k_strides[1]
     v_ptr += b * v_strides[0] + h * v_strides[1]
     pos_ptr += b * pos_strides[0]
@@ -955,11 +974,7 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_st
         sum_pos += tl.dot(f_dot, pos, input_precision=PRECISION)
         sum_v += tl.dot(f_dot, v, input_precision=PRECISION)
         norm += tl.sum(f, axis=0)
-    sums_ptr += ((pid_bh * n_segment + segment) * M + offs_f) * (2 * D + 1)
-    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
-    tl.store(sums_ptr[:, None] + offs_d[None, :], sum_pos, mask=in_sum)
-    tl.store(sums_ptr[:, None] + D + offs_d[None, :], sum_v, mask=in_sum)
-    tl.store(sums_ptr + 2 * D, norm, mask=offs_f < M)
+    _store_sums(sums_ptr + (pid_bh * n_segment + segment) * M * (2 * D + 1), sum_pos, sum_v, norm, D, M, BLOCK_D, BLOCK_F)
 
 
 # c_i = phi(q_i) sums / den_i.
@@ -976,7 +991,7 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
@@ -984,11 +999,8 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
     if there_ptr is not None:
         there_ptr += b * N
     w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
-    sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
-    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
-    sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
-    sum_v = tl.load(sums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
-    norm = tl.load(sums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+    sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M * (2 * D + 1)
+    sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
     earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + i
@@ -1034,7 +1046,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
@@ -1042,11 +1054,8 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
     if there_ptr is not None:
         there_ptr += b * N
     w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
-    sums_ptr += (((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M + offs_f) * (2 * D + 1)
-    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
-    sum_pos = tl.load(sums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
-    sum_v = tl.load(sums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
-    norm = tl.load(sums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+    sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M * (2 * D + 1)
+    sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
     dsum_pos, dsum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     dnorm = tl.zeros((BLOCK_F,), tl.float32)
     earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
@@ -1086,10 +1095,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
         dsum_pos += tl.dot(q_dot, g_pos, input_precision=PRECISION)
         dsum_v += tl.dot(q_dot, g_v, input_precision=PRECISION)
         dnorm += tl.sum(f_q * g_den[:, None], axis=0)
-    dsums_ptr += ((pid_bh * n_segment + segment) * M + offs_f) * (2 * D + 1)
-    tl.store(dsums_ptr[:, None] + offs_d[None, :], dsum_pos, mask=in_sum)
-    tl.store(dsums_ptr[:, None] + D + offs_d[None, :], dsum_v, mask=in_sum)
-    tl.store(dsums_ptr + 2 * D, dnorm, mask=offs_f < M)
+    _store_sums(dsums_ptr + (pid_bh * n_segment + segment) * M * (2 * D + 1), dsum_pos, dsum_v, dnorm, D, M, BLOCK_D, BLOCK_F)
 
 
 # dk, dv, dpos.
@@ -1107,18 +1113,15 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
     pid_bh, HKV = tl.program_id(1).to(tl.int64), H // GROUP
     b, kv = pid_bh // HKV, pid_bh % HKV
     offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    offs_d = tl.arange(0, BLOCK_D)
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
     w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
-    dsums_ptr += ((pid_bh * (n_segment + 1) + segment + 1) * M + offs_f) * (2 * D + 1)
-    in_sum = (offs_f < M)[:, None] & (offs_d < D)[None, :]
-    dsum_pos = tl.load(dsums_ptr[:, None] + offs_d[None, :], mask=in_sum, other=0.0)  # (BLOCK_F, BLOCK_D)
-    dsum_v = tl.load(dsums_ptr[:, None] + D + offs_d[None, :], mask=in_sum, other=0.0)
-    dnorm = tl.load(dsums_ptr + 2 * D, mask=offs_f < M, other=0.0)
+    dsums_ptr += (pid_bh * (n_segment + 1) + segment + 1) * M * (2 * D + 1)
+    dsum_pos, dsum_v, dnorm = _load_sums(dsums_ptr, D, M, BLOCK_D, BLOCK_F)
     earlier = offs_c[:, None] < (offs_r[None, :] + 1) * STRIDE  # (BLOCK_C, BLOCK_R)
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + n_chunk - 1 - i

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -385,8 +385,8 @@ def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: floa
     """attention_weights as sparse matrices: for each sequence and head a torch CSR tensor (T, S), fp32 at least.
 
     Arguments as in sparse_attention; cells: SEAOutput.cells, a bool mask or kernels.CellBits. Column j is the key of rank j,
-    as in k. Times v it is the sparse context, before the gates. Memory is that of the result, 12 bytes a number, and of
-    `block` products q k at a time: nothing is T x S.
+    as in k. Times v it is the sparse context, before the gates. Memory is a few times that of the result,
+    12 bytes a number, and `block` products q k at a time: nothing is T x S.
     """
     _check_qkv(q, k, k)
     (B, H, T, D), S = q.shape, k.shape[2]
