@@ -33,6 +33,11 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from sea import SEAConfig, SEAOutput, SEAState, SEAttention, attention_weights, take
 
+# Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
+# memory of its key and value, so that of a long prompt would take as much again as the KV cache of a whole model; but a chunk
+# has to keep a GPU busy for longer than Python needs to launch the next.
+ROWS_AT_ONCE = 16384
+
 
 @dataclass
 class Record:
@@ -125,11 +130,14 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
         raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
     valid = None if attention_mask is None else attention_mask.bool()
     state = None if sea_layer is None else sea_layer.state
-    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state, kv_cached=sea_layer is not None)
+    wants_weights = getattr(module, "sea_weights", False)
+    whole = torch.is_grad_enabled() or wants_weights or getattr(module, "sea_records", None) is not None
+    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state, kv_cached=sea_layer is not None,
+                     rows_at_once=ROWS_AT_ONCE if module.sea.config.causal and not whole else None)
     if sea_layer is not None:
         sea_layer.state = sea.state
     _record(module, query, key, value, scaling, sea.out, sea)
-    weights = _weights(query, key, valid, scaling, sea) if getattr(module, "sea_weights", False) else None
+    weights = _weights(query, key, valid, scaling, sea) if wants_weights else None
     return sea.out.transpose(1, 2).contiguous(), weights
 
 

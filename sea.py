@@ -335,12 +335,12 @@ def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None, *,
-                     row: Tensor | None = None, block: int = 1024) -> Tensor:
+                     row: Tensor | None = None, order: Tensor | None = None, block: int = 1024) -> Tensor:
     """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query with no key gives 0.
 
     q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen (B, T); row (B, T): the
-    row of `mask` that each query uses, its own (R = T) by default; softmax_scale D**-0.5 by default. Raises ValueError if
-    shapes do not fit.
+    row of `mask` that each query uses, its own (R = T) by default; order (B, S): where in k and v the key of each rank
+    stands, at its rank by default; softmax_scale D**-0.5 by default. Raises ValueError if shapes do not fit.
 
     This reference computes all T x S scores, `block` queries at a time (and again in the backward pass, if there are
     several blocks), so its memory is linear in T but its time is not; kernels.py visits the selected keys only. Differs: the
@@ -354,6 +354,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
     scale = D**-0.5 if softmax_scale is None else softmax_scale
+    if order is not None:
+        unseen = (torch.arange(k.shape[2], device=k.device) >= seen.amax(1, keepdim=True))[:, None, :, None]
+        k, v = take(k, order), take(v, order).masked_fill(unseen, 0)  # padding may be nan
     k, v = repeat_heads(k, H), repeat_heads(v, H)
 
     def part(q, k, v, cells, seen):
@@ -483,6 +486,26 @@ class SEAState:
 
         return SEAState(**{name: pick(x) for name, x in vars(self).items()})
 
+    @torch.no_grad()
+    def copy_(self, other: "SEAState") -> None:
+        """Overwrite this state's tensors with `other`'s, in place: the last thing in a CUDA graph of one decoding step, whose
+        replay then goes on from there. States without a KV cache only, since that grows. The SEAOutput that this state came
+        with shares some of its tensors."""
+        ok = self.k is None and other.k is None
+        _expect(ok, "state", "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
+        pairs = {}
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            for x, y in zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, theirs))):
+                if isinstance(x, Tensor):
+                    _expect(isinstance(y, Tensor) and x.shape == y.shape, "other", f"{name} of shape {tuple(x.shape)}",
+                            tuple(y.shape) if isinstance(y, Tensor) else y)
+                    pairs.setdefault(x.dtype, ([], []))[0].append(x)
+                    pairs[x.dtype][1].append(y)
+        for xs, ys in pairs.values():  # a launch for each dtype, not for each tensor
+            torch._foreach_copy_(xs, ys)
+        self.n_tokens = other.n_tokens
+
 
 @dataclass
 class SEAOutput:
@@ -491,7 +514,7 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
+    scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells; None, as are the next two, if in chunks
     cells: Tensor | None = None  # (B, H, R, width) the kept ones: bool, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
 
@@ -518,25 +541,35 @@ class Rows:
     row: Tensor  # (B, T) each query's place among the rows, after any row of the past
     row_seen: Tensor  # (B, R), or (B, 1+R) with a row of the past before them
     query: Tensor | None = None  # (B, R) the query that each row belongs to
-    n_rows: Tensor | None = None  # (B,) valid rows
+    n_rows: Tensor | None = None  # (B,) valid rows; bool in a decoding step, whose one token begins a row or does not
     key: Tensor | None = None  # (B, N) the new token at each place, row i seeing the places before (i+1)*stride
     there: Tensor | None = None  # (B, N) whether there is one
-    rank: Tensor | None = None  # (B, N) its number among all tokens so far
+    rank: Tensor | None = None  # (B, N) its number among all tokens so far; None: counted from 0
 
 
 def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | None, stride: int, causal: bool,
-                device: torch.device) -> Rows:
+                device: torch.device, aligned: bool = False) -> Rows:
     """Rows are the tokens of rank 0, stride, 2*stride, ... counted from the start of the sequence, not of the call.
 
     shape (B, T) of the new tokens, valid (B, T) which of them are no padding (None: all); count (B,) valid tokens before
-    them (None: 0).
+    them (None: 0). aligned: the caller knows that every count is a multiple of stride.
     """
     B, T = shape
-    if valid is None and (count is None or stride == 1):
+    if T == 1 and count is not None:
+        # A decoding step, where each operation costs a launch: no sort, and one row, the new one or the one before.
+        seen, begins = count[:, None] + 1, None
+        if stride > 1:
+            phase = count % stride
+            row_seen, begins = seen - phase[:, None], phase == 0
+        if valid is not None:
+            seen, begins = seen * valid, valid[:, 0] if begins is None else begins & valid[:, 0]
+        row_seen = seen if stride == 1 else row_seen
+        return Rows(seen, torch.zeros_like(seen), row_seen, n_rows=begins, there=valid, rank=count[:, None])
+    if valid is None and (count is None or stride == 1 or aligned):
         i = torch.arange(T, device=device)
         seen = (i + 1 if causal else torch.full_like(i, T)) + (0 if count is None else count[:, None])
         seen = seen.expand(B, T)
-        return Rows(seen, (i // stride).expand(B, T), seen[:, ::stride])
+        return Rows(seen, (i // stride).expand(B, T), seen[:, ::stride], rank=None if count is None else seen - 1)
     valid = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     has_past, count = count is not None, torch.zeros(B, dtype=torch.long, device=device) if count is None else count
     n_new = valid.sum(1)
@@ -551,9 +584,9 @@ def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | No
         row_seen = torch.cat([(count + offset - stride + 1).clamp(min=0)[:, None], row_seen], dim=1)
         row = row + 1
     key = torch.arange(T + stride - 1, device=device) - (stride - 1 - offset)[:, None]
+    there, key = (key >= 0) & (key < n_new[:, None]), key.clamp(0, T - 1)
     return Rows(seen, row.clamp(min=0), row_seen, query=order.gather(1, at.clamp(max=T - 1)),
-                n_rows=(at < n_new[:, None]).sum(1), key=order.gather(1, key.clamp(0, T - 1)),
-                there=(key >= 0) & (key < n_new[:, None]), rank=count[:, None] + key)
+                n_rows=(at < n_new[:, None]).sum(1), key=order.gather(1, key), there=there, rank=count[:, None] + key)
 
 
 # -- the module --------------------------------------------------------------------------------------------------------
@@ -665,48 +698,84 @@ class SEAttention(nn.Module):
         self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, softmax_scale: float | None = None,
-                state: SEAState | None = None, topk: int | None = None, kv_cached: bool = False) -> SEAOutput:
+                state: SEAState | None = None, topk: int | None = None, kv_cached: bool = False,
+                rows_at_once: int | None = None) -> SEAOutput:
         """q (B, H, T, D); k, v (B, Hkv, T, D), or, with kv_cached, (B, Hkv, S, D) with the past keys first.
 
         valid: bool, as long as k, False where a token is padding (either side, or between); its output is 0.
         softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state: SEAOutput.state of the call before.
         topk: keys per query and head, the config's by default; it may differ from call to call (the paper's dynamic k).
-        kv_cached: the caller keeps the KV cache, so the state carries none. Raises ValueError for what does not fit.
+        kv_cached: the caller keeps the KV cache, so the state carries none. For one query it may be a static buffer, longer than
+        the tokens so far, where the new token of sequence b stands at place state.count[b] and any finite numbers follow.
+        rows_at_once: compute so many queries at a time, each chunk with the state of the one before (causal only). The same
+        output and state, less memory: no scores or cells are kept. Raises ValueError for what does not fit.
         """
         config = self.config
-        self._check(q, k, v, valid, state, kv_cached)
-        B, H, T, D = q.shape
+        self._check(q, k, v, valid, state, kv_cached, rows_at_once)
+        (B, H, T, D), past = q.shape, 0 if state is None else state.n_tokens
         scale = D**-0.5 if softmax_scale is None else softmax_scale
-        if valid is not None:  # whatever padding holds, nan included, goes no further
-            q, k, v = (x.masked_fill(~valid[:, None, -x.shape[2] :, None], 0) for x in (q, k, v))
+        decoding = kv_cached and T == 1 and state is not None  # leaves the keys where they are, and reads what it selects
+        clean = lambda x: x.masked_fill(~valid[:, None, -x.shape[2] :, None], 0)
+        if valid is not None and not decoding:  # whatever padding holds, nan included, goes no further
+            q, k, v = clean(q), clean(k), clean(v)
         k_new, v_new = k[:, :, -T:], v[:, :, -T:]
+        if decoding and valid is not None:
+            q, k_new, v_new = clean(q), clean(k_new), clean(v_new)
+        elif decoding:  # a buffer may go on, and its sequences may differ in length
+            k_new, v_new = take(k, state.count[:, None]), take(v, state.count[:, None])
         if state is not None and not kv_cached:
             if valid is not None or state.valid is not None:
                 ones = lambda x: torch.ones(B, x.shape[2], dtype=torch.bool, device=x.device)
                 past_valid = ones(state.k) if state.valid is None else state.valid
                 valid = torch.cat([past_valid, ones(k) if valid is None else valid], dim=1)
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
-        ops = operations(config, q)
-        new = None if valid is None else valid[:, -T:]
-        count = None if state is None else state.count
-        rows = choose_rows((B, T), new, count, config.query_stride, config.causal, q.device)
+        keys, values, new, order = k, v, None if valid is None else valid[:, -T:], None
+        if valid is not None and config.method == "sea":
+            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first
+            if not decoding:
+                keys, values, order = take(k, order), take(v, order), None
 
-        context, scores, gates, next_state = self.estimate_attention(ops, q, k_new, v_new, rows, scale, state)
-        if next_state is not None:
+        call = dict(softmax_scale=scale, topk=config.topk if topk is None else topk, order=order)
+        if rows_at_once is None or T <= rows_at_once:
+            result = self._attend(q, k_new, v_new, keys, values, new, state, **call)
+        else:
+            # As models want it, (B, T, H, D) in memory. Chunks begin with a row where they can, so that none has to be sought.
+            out, seen, aligned = q.new_empty(B, T, H, D).transpose(1, 2), [], state is None and new is None
+            size = max(rows_at_once // config.query_stride, 1) * config.query_stride
+            for i in range(0, T, size):
+                at, end = slice(i, i + size), past + min(i + size, T)
+                result = self._attend(q[:, :, at], k_new[:, :, at], v_new[:, :, at], keys[:, :, :end], values[:, :, :end],
+                                      None if new is None else new[:, at], state, aligned=aligned, **call)
+                out[:, :, at], state = result.out, result.state
+                seen.append(result.seen)
+                del result  # its scores, before the next chunk makes its own
+            result = SEAOutput(out, torch.cat(seen, dim=1), state)
+        if result.state is not None:
+            result.state.n_tokens = past + T
+            if not kv_cached:
+                result.state.k, result.state.v, result.state.valid = k, v, valid
+        return result
+
+    def _attend(self, q: Tensor, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, new: Tensor | None,
+                state: SEAState | None, *, softmax_scale: float, topk: int, order: Tensor | None,
+                aligned: bool = False) -> SEAOutput:
+        """New tokens q, k_new, v_new (B, H or Hkv, T, D), new (B, T) which of them are no padding, over all keys k, v
+        (B, Hkv, S, D), the valid ones first, or where order says; aligned as in choose_rows."""
+        config, (B, _, T, _) = self.config, q.shape
+        ops, count = operations(config, q), None if state is None else state.count
+        rows = choose_rows((B, T), new, count, config.query_stride, config.causal, q.device, aligned)
+        context, scores, gates, next_state = self.estimate_attention(ops, q, k_new, v_new, rows, softmax_scale, state)
+        if next_state is not None and count is not None and new is None:
+            next_state.count = rows.seen[:, -1]
+        elif next_state is not None:
             n_new = torch.full((B,), T, device=q.device) if new is None else new.sum(1)
             next_state.count = n_new if count is None else count + n_new
-            next_state.n_tokens = k.shape[2]
-            if not kv_cached:
-                next_state.k, next_state.v, next_state.valid = k, v, valid
         if config.method == "performer":
             out = take(context, rows.row) * (rows.seen > 0)[:, None, :, None]
             return SEAOutput(out.to(q.dtype), rows.seen, next_state)
 
-        cells = ops.select_cells(scores, rows.row_seen, config.topk if topk is None else topk, config.group)
-        if valid is not None:
-            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first
-            k, v = take(k, order), take(v, order)
-        sparse = ops.sparse_attention(q, k, v, cells, rows.seen, scale, row=rows.row)
+        cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
+        sparse = ops.sparse_attention(q, k, v, cells, rows.seen, softmax_scale, row=rows.row, order=order)
         if config.causal:
             past_sum = None if state is None else state.v_sum
             out, next_state.v_sum = ops.mix_average(sparse, v_new, gates, rows.seen, rows.row, new, past_sum)
@@ -732,11 +801,8 @@ class SEAttention(nn.Module):
 
         past = SEAState(None, 0, None) if state is None else state
         position = None
-        if sea and rows.rank is None:  # ranks count from 0 or, streaming, from each sequence's own
-            rank = None if state is None else state.count[:, None] + torch.arange(v.shape[2], device=v.device)
-            position = self.position[: v.shape[2]][None] if state is None else self.position[rank]
-        elif sea:
-            position = self.position[rows.rank.clamp(0, len(self.position) - 1)]
+        if sea:
+            position = self.position[: v.shape[2]][None] if rows.rank is None else self.position[rows.rank]
         context, sums = (ops if sea else torch_operations).causal_context(
             q, k, v, position, self.projection, softmax_scale, stride=stride, lead=lead, there=rows.there, past=past.sums)
         next_state = SEAState(count=None, n_tokens=0, sums=sums)
@@ -746,8 +812,12 @@ class SEAttention(nn.Module):
         image, gates = ops.encode_rows(context, v_row, self.encoder, self.decoder, cnn.norm, self.gate)
         scores, next_state.conv_rows = ops.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, past.conv_rows,
                                                       rows.n_rows)
-        if stride > 1:
-            if state is not None:
+        if stride > 1 and rows.n_rows is not None and rows.n_rows.dtype == torch.bool:
+            begins = rows.n_rows[:, None, None, None]
+            scores, gates = torch.where(begins, scores, state.last_scores), torch.where(begins, gates, state.last_gates)
+            next_state.last_scores, next_state.last_gates = scores, gates
+        elif stride > 1:
+            if state is not None and rows.n_rows is not None:
                 scores, gates = torch.cat([state.last_scores, scores], 2), torch.cat([state.last_gates, gates], 2)
             if rows.n_rows is None:
                 next_state.last_scores, next_state.last_gates = scores[:, :, -1:].clone(), gates[:, :, -1:].clone()
@@ -775,7 +845,7 @@ class SEAttention(nn.Module):
         image = rearrange(self.decoder(z), "b h t (c p) -> b (h c) t p", c=self.channels)
         return context, self.cnn(image, n_rows), self.gate(z)
 
-    def _check(self, q, k, v, valid, state, kv_cached) -> None:
+    def _check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
         config = self.config
         _check_qkv(q, k, v)
         (B, H, T, D), S = q.shape, k.shape[2]
@@ -789,13 +859,16 @@ class SEAttention(nn.Module):
             _expect(S >= T, "k", f"at least the {T} tokens of q", S)
             _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
             past = 0 if state is None else state.n_tokens
-            _expect(S == past + T, "k", f"{past} tokens of the state and {T} of q", S)
+            longer = T == 1 and state is not None and valid is None and S > past  # a static buffer
+            _expect(S == past + T or longer, "k", f"{past} tokens of the state and {T} of q", S)
         else:
             _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
             _expect(state is None or state.k is not None, "state", "one that carries the KV cache (or kv_cached=True)",
                     "one without")
         _expect(valid is None or (valid.dtype == torch.bool and valid.shape == (B, S)), "valid", f"bool of shape {(B, S)}",
                 None if valid is None else f"{valid.dtype} {tuple(valid.shape)}")
+        _expect(rows_at_once is None or (isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal), "rows_at_once",
+                "an integer >= 1, and a causal layer, or None", rows_at_once)
         total = S if kv_cached or state is None else S + state.k.shape[2]
         _expect(not config.causal or config.method == "performer" or total <= config.max_positions, "k",
                 f"at most max_positions = {config.max_positions} tokens, padding included", total)

@@ -168,6 +168,29 @@ def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, padded, t
         assert torch.equal(out, recomputed(model, x, mask.bool(), 9)), options
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@torch.no_grad()
+def test_a_long_prefill_in_chunks_is_the_same(kind, padding, monkeypatch):
+    model, x = convert.attach(tiny(kind), width=8, topk=3, query_stride=2), tokens(n=16)
+    mask = torch.ones_like(x)
+    mask[0, {"none": slice(0), "left": slice(5), "right": slice(-5, None)}[padding]] = 0
+    calls, results, attend = [], [], sea.SEAttention._attend
+    monkeypatch.setattr(sea.SEAttention, "_attend", lambda self, q, *xs, **kw: calls.append(q.shape[2]) or attend(self, q, *xs, **kw))
+    for rows in (convert.ROWS_AT_ONCE, 5):
+        monkeypatch.setattr(convert, "ROWS_AT_ONCE", rows)
+        calls.clear()
+        logits = model(x, attention_mask=mask).logits
+        assert calls == ([16, 16] if rows > 16 else [4] * 8)  # chunks are whole estimated rows
+        tokens_ = model.generate(x, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=1)
+        results.append((logits, tokens_))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[1][1], results[0][1])
+    with convert.record(model) as records:  # who looks inside gets the scores
+        model(x, attention_mask=mask)
+    assert all(r.sea.scores is not None for r in records)
+
+
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, top_k=5),
                                      dict(do_sample=True, num_return_sequences=3)])
 @torch.no_grad()

@@ -142,6 +142,8 @@ def test_any_split_is_one_call(case, kv_cached, padded, method, data):
     valid = None
     if padded:
         valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(q) * T, max_size=len(q) * T))).view(len(q), T)
+        for x in (q, k, v):
+            x.masked_fill_(~valid[:, None, :, None], torch.nan)
     whole = layer(q, k, v, valid=valid)
     parts = split_and_run(layer, q, k, v, valid, cuts, kv_cached)
     torch.testing.assert_close(torch.cat([p.out for p in parts], 2), whole.out, **CLOSE)
@@ -149,6 +151,52 @@ def test_any_split_is_one_call(case, kv_cached, padded, method, data):
         assert torch.equal(torch.cat([p.mask for p in parts], 2), whole.mask)
     torch.testing.assert_close(parts[-1].state.sums, whole.state.sums, **CLOSE)
     assert torch.equal(parts[-1].state.count, whole.state.count)
+
+
+def tensors_of(state) -> dict[str, torch.Tensor]:
+    """What a state holds, each of the two conv_rows by a name of its own."""
+    values = {name: x if isinstance(x, tuple) else (x,) for name, x in vars(state).items()}
+    return {f"{name}[{i}]": x for name, xs in values.items() for i, x in enumerate(xs) if isinstance(x, torch.Tensor)}
+
+
+@given(causal_cases, st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from(["sea", "performer"]), st.data())
+def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, method, data):
+    """Whatever the padding, the query stride and the past: the same output, state and gradients."""
+    case = replace(case, stride=1) if method == "performer" else case
+    layer, (q, k, v), T = case.layer(method=method).requires_grad_(False), case.qkv(), max(case.tokens)
+    cut = data.draw(st.integers(0, T - 1), label="tokens before")
+    valid = torch.rand(len(q), T, generator=torch.Generator().manual_seed(case.seed)) < 0.7 if padded else None
+    of = lambda first, last: dict(valid=None if valid is None else valid[:, first:last], kv_cached=kv_cached)
+    state = layer(*(x[:, :, :cut] for x in (q, k, v)), **of(0, cut)).state if cut else None
+    results = []
+    for rows_at_once in (None, rows):
+        first, q_new = 0 if kv_cached else cut, q[:, :, cut:].detach().requires_grad_()
+        result = layer(q_new, k[:, :, first:], v[:, :, first:], state=state, rows_at_once=rows_at_once, **of(first, T))
+        result.out.square().sum().backward()
+        results.append({"out": result.out, "seen": result.seen, "dq": q_new.grad, **tensors_of(result.state)})
+        assert result.state.n_tokens == T and (result.scores is None) == (method == "performer" or T - cut > (rows_at_once or T))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, **CLOSE, msg=lambda m: f"{name}: {m}")
+
+
+@given(causal_cases, st.integers(1, 5), st.integers(0, 3), st.data())
+def test_a_static_buffer_holds_sequences_of_any_lengths(case, steps, room, data):
+    """Each sequence alone, decoded token by token, is its row of a batch in one long buffer, whose state is kept in place."""
+    layer, (q, k, v) = case.layer(), case.qkv(max(case.tokens) + steps)
+    longest = max(case.tokens)
+    valid = torch.arange(longest) < torch.tensor(case.tokens)[:, None]
+    state = layer(*(x[:, :, :longest] for x in (q, k, v)), valid=valid, kv_cached=True).state
+    held = tensors_of(state)
+    pad = lambda x: F.pad(x, (0, 0, 0, room), value=9.0)
+    for i in range(steps):
+        new = torch.stack([x[:, n + i] for x, n in zip(q, case.tokens)])[:, :, None]
+        result = layer(new, pad(k), pad(v), state=state, kv_cached=True)
+        for b, n in enumerate(case.tokens):
+            alone = layer(*(x[b : b + 1, :, : n + i + 1] for x in (q, k, v)))
+            torch.testing.assert_close(result.out[b, :, 0], alone.out[0, :, -1], **CLOSE)
+            assert torch.equal(result.mask[b, :, 0], alone.mask[0, :, -1])
+        state.copy_(result.state)
+        assert all(x is held[name] for name, x in tensors_of(state).items())
 
 
 @given(cases(), st.data())
@@ -766,6 +814,12 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("valid", "bool", "torch.int64", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 6, dtype=torch.long))),
     ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
+    ("rows_at_once", ">= 1", "0", lambda a, q, k, v: a(q, k, v, rows_at_once=0)),
+    ("state", "the caller keeps", "its own", lambda a, q, k, v: a(q, k, v).state.copy_(a(q, k, v).state)),
+    ("other", "count of shape (2,)", "(1,)", lambda a, q, k, v: a(q, k, v, kv_cached=True).state.copy_(
+        a(q[:1], k[:1], v[:1], kv_cached=True).state)),
+    ("k", "6 tokens of the state and 1 of q", "6",
+     lambda a, q, k, v: a(q[:, :, :1], k, v, state=a(q, k, v).state, kv_cached=True)),
     ("k", "max_positions = 16", "18", lambda a, q, k, v: a(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))),
     ("k", "max_positions = 16", "18", lambda a, q, k, v: a(q, k, v, state=a(q, k, v, state=a(q, k, v).state).state)),
     ("state", "batch of 1", "(2,)", lambda a, q, k, v: a(q[:1], k[:1], v[:1], state=a(q, k, v).state)),
@@ -800,4 +854,6 @@ def test_bidirectional_refuses_a_state():
     state = SEAttention(SEAConfig(**GOOD))(q, k, v).state
     with pytest.raises(ValueError, match="^state: expected None when bidirectional"):
         layer(q, k, v, state=state)
+    with pytest.raises(ValueError, match="^rows_at_once: expected .* a causal layer, or None, got 3"):
+        layer(q, k, v, rows_at_once=3)
     assert layer(q, k, v).state is None
