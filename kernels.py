@@ -5,6 +5,9 @@ the letters mean. Copy this file away and it works: it needs torch and Triton on
 statistics, sums and accumulators are fp32 whatever the input is; inputs are fp16, bf16 or fp32 and may be strided.
 
 A mask of cells is packed to one bit a cell (CellBits): 32 bytes a query and head at width 256. It is never expanded.
+
+One query a sequence, without gradient, is a decoding step: it lasts as long as its launches and their latencies, so most
+operations have a kernel of their own for it, one launch each, that leaves tiles, chunks and segments out.
 """
 
 import importlib.metadata
@@ -64,6 +67,11 @@ def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
     _expect(x.dtype in (torch.float32, torch.float16, torch.bfloat16), name, "float32, float16 or bfloat16", x.dtype)
     _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
+
+
+def _is_step(x: Tensor) -> bool:
+    """A decoding step: one row, and no gradient wanted."""
+    return x.shape[2] == 1 and not torch.is_grad_enabled()
 
 
 # -- masks of cells, packed --------------------------------------------------------------------------------------------
@@ -601,6 +609,66 @@ def _sum_parts_kernel(counts_ptr, slots_ptr, per_program_ptr, part_ptr, dk_ptr, 
     tl.store(dv_ptr + at_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_n)
 
 
+# The same for one query a sequence: all selected keys, and no other, in one dense list of `total`.
+# One program: one head; grid (B * H,). Key number s of the list has rank s + (keys of the cells skipped before it): of those
+# cells p that are off and before which, p included, at most s keys are selected.
+#   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bits (B, H, R, words), seen and row (B, 1) int, row None for 0
+#   order (B, S) int, the place of the key of each rank, or None; o (B, H, 1, D) contiguous
+# fp32: everything, no dots: a tile of rows would hold one query. Reads each selected key once, in blocks as wide as
+# registers allow, since the longest list of a head (H * topk keys, or a single cell) decides how long this takes. Keys
+# from seen on are not touched, whatever they hold. Limits: D <= 256. Reference: sea.sparse_attention.
+@triton.jit
+def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, order_ptr, o_ptr, q_stride, k_stride,
+                                  v_stride, H, R, n_key, qk_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                                  WORDS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_bh = tl.program_id(0).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    t = tl.load(seen_ptr + b).to(tl.int32)
+    row = 0 if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
+    # -- how many keys each cell selects or skips
+    offs_w, p = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_W * 32)
+    word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + offs_w, mask=offs_w < WORDS, other=0)
+    on = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,)) != 0
+    n = (tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key)).to(tl.int32)
+    selected, skipped = tl.cumsum(tl.where(on, n, 0), axis=0), tl.where(on, 0, n)  # selected: up to a cell, it included
+    total = tl.sum(tl.where(on, n, 0), axis=0)
+
+    offs_n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    q = _vector(q_ptr + b * q_stride[0] + h * q_stride[1], d * q_stride[3], d < D) * qk_scale
+    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + d[None, :] * k_stride[3]
+    v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + d[None, :] * v_stride[3]
+    m_i, l_i = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, total, BLOCK_N):
+        at = start + offs_n
+        j = (at + tl.sum(tl.where(selected[None, :] <= at[:, None], skipped[None, :], 0), axis=1)).to(tl.int64)
+        if order_ptr is not None:
+            j = tl.load(order_ptr + b * n_key + j, mask=at < total, other=0).to(tl.int64)
+        mask_n = (at < total)[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + j[:, None] * k_stride[2], mask=mask_n, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        v = tl.load(v_ptr + j[:, None] * v_stride[2], mask=mask_n, other=0.0).to(tl.float32)
+        s = tl.where(at < total, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(s, axis=0))
+        p_n, alpha = tl.exp2(s - m_new), tl.exp2(m_i - m_new)
+        l_i, m_i = l_i * alpha + tl.sum(p_n, axis=0), m_new
+        acc = acc * alpha + tl.sum(p_n[:, None] * v, axis=0)
+    acc = acc / tl.where(l_i == 0, 1.0, l_i)
+    tl.store(o_ptr + pid_bh * D + d, acc.to(o_ptr.dtype.element_ty), mask=d < D)
+
+
+STEP = dict(numbers=8192, num_warps=8)  # of keys that a program of the kernel above holds at a time, and of as many values
+
+
+def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width):
+    (B, H, _, D), (Hkv, S), words = q.shape, k.shape[1:3], bits.shape[3]
+    o, block_d = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device), triton.next_power_of_2(D)
+    _sparse_attention_step_kernel[(B * H,)](
+        q, k, v, bits, seen, row, order, o, q.stride(), k.stride(), v.stride(), H, bits.shape[2], S,
+        softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width, WORDS=words, BLOCK_W=triton.next_power_of_2(words),
+        BLOCK_N=min(STEP["numbers"] // block_d, 256), BLOCK_D=block_d, num_warps=STEP["num_warps"])
+    return o
+
+
 def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict, union: Tensor | None = None):
     """runs, steps, max_runs: the key blocks that each tile visits."""
     B, H, R, words = bits.shape
@@ -682,7 +750,7 @@ class _SparseAttention(torch.autograd.Function):
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None, *,
-                     row: Tensor | None = None, block: int = 1024) -> Tensor:
+                     row: Tensor | None = None, order: Tensor | None = None, block: int = 1024) -> Tensor:
     """sea.sparse_attention. mask may also be CellBits, which saves packing it. `block` is accepted and not used.
 
     Gradients reach q, k and v, summed in a fixed order if DETERMINISTIC.
@@ -702,11 +770,19 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
     _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}", None if row is None else tuple(row.shape))
+    _expect(order is None or order.shape == (B, k.shape[2]), "order", f"shape (B, S) = {(B, k.shape[2])}",
+            None if order is None else tuple(order.shape))
     cells = mask if isinstance(mask, CellBits) else pack_mask(mask)
     scale = D**-0.5 if softmax_scale is None else softmax_scale
     row = None if row is None else row.contiguous()
+    bits, seen = cells.bits.contiguous(), seen.contiguous()
     with torch.cuda.device_of(q):
-        return _SparseAttention.apply(q, k, v, cells.bits.contiguous(), seen.contiguous(), row, float(scale), cells.width)
+        if _is_step(q):
+            order = None if order is None else order.contiguous()
+            return _sparse_attention_step(q, k, v, bits, seen, row, order, float(scale), cells.width)
+        if order is not None:
+            k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, D)) for x in (k, v))
+        return _SparseAttention.apply(q, k, v, bits, seen, row, float(scale), cells.width)
 
 
 # -- teacher attention pooled to cells ---------------------------------------------------------------------------------
@@ -1169,6 +1245,64 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
         tl.store(dpos_ptr + out, dpos, mask=at)
 
 
+# One token a sequence: sums = past + phi(k)^T [pos ; v ; 1], c = phi(q) sums / den.
+# One program: the half of pos or that of v, of one key/value head and the query heads that share it; grid (2, B * Hkv).
+#   q (B, H, 1, D), k, v (B, Hkv, 1, D), any strides; pos (1 or B, 1, D); w (D, m), any dtype; there (B,) int8 or None
+#   past (B, Hkv, m, 2D+1) fp32, or None for 0; sums the same; context (B, H, 1, 2D): contiguous
+# fp32: everything, no dots. Reads and writes the sums once. Reference: sea.causal_context.
+@triton.jit
+def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, past_ptr, sums_ptr, context_ptr, q_strides, k_strides,
+                         v_strides, pos_strides, HKV, q_scale, k_scale, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+                         BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
+    half, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    d, f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    in_d, in_f = d < D, f < M
+    at = in_f[:, None] & in_d[None, :]  # (BLOCK_F, BLOCK_D)
+    w = tl.load(w_ptr + d[None, :] * M + f[:, None], mask=at, other=0.0).to(tl.float32)
+    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], d * k_strides[3], in_d)
+    f_k = tl.where(in_f, tl.maximum(tl.sum(w * k[None, :], axis=1) * k_scale, 0.0) + 1e-3, 0.0)
+    if half == 0:
+        x = _vector(pos_ptr + b * pos_strides[0], d, in_d)
+    else:
+        x = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], d * v_strides[3], in_d)
+    if there_ptr is not None:
+        f_k = tl.where(tl.load(there_ptr + b) != 0, f_k, 0.0)
+    sums, norm = f_k[:, None] * x[None, :], f_k
+    # -- the state before and after
+    first = pid_bh * M * (2 * D + 1) + f * (2 * D + 1)
+    of_half = first[:, None] + half * D + d[None, :]
+    if past_ptr is not None:
+        sums += tl.load(past_ptr + of_half, mask=at, other=0.0)
+        norm += tl.load(past_ptr + first + 2 * D, mask=in_f, other=0.0)
+    tl.store(sums_ptr + of_half, sums, mask=at)
+    if half == 0:
+        tl.store(sums_ptr + first + 2 * D, norm, mask=in_f)
+    # -- its rows
+    for i in range(0, GROUP):
+        h = kv * GROUP + i
+        q = _vector(q_ptr + b * q_strides[0] + h * q_strides[1], d * q_strides[3], in_d)
+        f_q = tl.where(in_f, tl.maximum(tl.sum(w * q[None, :], axis=1) * q_scale, 0.0) + 1e-3, 0.0)
+        den = tl.sum(f_q * norm, axis=0)
+        c = tl.sum(f_q[:, None] * sums, axis=0) / tl.where(den == 0.0, 1.0, den)
+        c_ptr = context_ptr + ((b * HKV * GROUP + h) * 2 + half) * D + d
+        tl.store(c_ptr, c.to(context_ptr.dtype.element_ty), mask=in_d)
+
+
+def _causal_context_step(q, k, v, position, past, projection, there, softmax_scale):
+    (B, H, _, D), Hkv, M = q.shape, k.shape[1], projection.shape[1]
+    position, past = position.contiguous(), None if past is None else past.float().contiguous()
+    block_d, block_f = triton.next_power_of_2(D), triton.next_power_of_2(M)
+    sums = torch.empty(B, Hkv, M, 2 * D + 1, dtype=torch.float32, device=q.device)
+    context = torch.empty(B, H, 1, 2 * D, dtype=q.dtype, device=q.device)
+    _context_step_kernel[(2, B * Hkv)](
+        q, k, v, position, projection.contiguous(), None if there is None else there.contiguous().view(torch.int8), past, sums,
+        context, q.stride(), k.stride(), v.stride(), (position.stride(0) * (len(position) > 1), position.stride(1)), Hkv,
+        softmax_scale * D**0.25, D**-0.25, GROUP=H // Hkv, D=D, M=M, BLOCK_D=block_d, BLOCK_F=block_f,
+        num_warps=4 if block_d * block_f <= 4096 else 8)
+    return context, sums
+
+
 # Keys a chunk, and programs to fill the GPU with; warps forward and backward.
 CONTEXT = dict(keys=64, programs=528, warps=4, warps_backward=8)
 
@@ -1245,6 +1379,8 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, pro
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     with torch.cuda.device_of(q):
+        if _is_step(q) and k.shape[2] == 1 and lead < stride:  # the row sees its own key
+            return _causal_context_step(q, k, v, position, past, projection, there, float(softmax_scale))
         return _CausalContext.apply(q, k, v, position, past, projection, there, float(softmax_scale), stride, lead)
 
 
@@ -1403,7 +1539,7 @@ ENCODE_BACKWARD = dict(BLOCK_R=32, num_warps=4)
 def _encode_launch(context, v, P, tiles):
     """Grid and keywords of both kernels."""
     B, H, R, D = *context.shape[:3], context.shape[3] // 2
-    tiles = tiles if context.dtype != torch.float32 else dict(BLOCK_R=16, num_warps=4)
+    tiles = tiles if context.dtype != torch.float32 and R > 16 else dict(BLOCK_R=16, num_warps=4)
     return (triton.cdiv(R, tiles["BLOCK_R"]), B * H), dict(
         v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D, P=P, BLOCK_D=_power_of_2(D, v.dtype),
         BLOCK_Z=_power_of_2(2 * D, v.dtype), BLOCK_P=_power_of_2(P, v.dtype), PRECISION="ieee", **tiles)
@@ -1495,6 +1631,18 @@ def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.con
     return tl.reshape(x, (BLOCK_H * 4, BLOCK_T * BLOCK_P))
 
 
+@triton.jit
+def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+               BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """LayerNorm(1x1 conv of x to 4 cells): (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P) fp32. up (4H, C)."""
+    offs_c, offs_u, cell = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, 4 * BLOCK_P)
+    up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & (offs_c < C)[None, :]).to(x.dtype)
+    y = tl.dot(up, x, input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
+    y, in_w = _to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P), cell < WIDTH
+    return _normed(y, _vector(gain_ptr, cell, in_w), _vector(bias_ptr, cell, in_w), in_w, WIDTH)
+
+
 # out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with up also scores = LayerNorm(1x1 conv of it to 4 cells).
 # One program: BLOCK_T rows of all channels; grid (cdiv(R, BLOCK_T), B). The convolution is 9 products of the (C, C) weights
 # of a tap with the shifted (C, BLOCK_T * BLOCK_P) image; shifts come from the cache.
@@ -1515,16 +1663,85 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, out_
         out = out_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :]
         tl.store(out, acc, mask=in_c[:, None] & at[None, :])
     else:
-        offs_u = tl.arange(0, 4 * BLOCK_H)
-        up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & in_c[None, :])
-        y = tl.dot(up, acc.to(up.dtype), input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
-        y = _to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P)
+        y = _to_scores(acc.to(x_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T, BLOCK_P, BLOCK_C,
+                       BLOCK_H, PRECISION)
         cell, n = tl.arange(0, 4 * BLOCK_P), tl.arange(0, BLOCK_H * BLOCK_T)
-        in_w = cell < WIDTH
-        y = _normed(y, _vector(gain_ptr, cell, in_w), _vector(bias_ptr, cell, in_w), in_w, WIDTH)
         h, t = n // BLOCK_T, tl.program_id(0) * BLOCK_T + n % BLOCK_T
         out = out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :]
-        tl.store(out, y, mask=((h < H) & (t < R))[:, None] & in_w[None, :])
+        tl.store(out, y, mask=((h < H) & (t < R))[:, None] & (cell < WIDTH)[None, :])
+
+
+@triton.jit
+def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, begins, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """relu(conv3x3) of one row x (C, P) after the 4 rows of the past (C, 4, P): (BLOCK_C, BLOCK_P) fp32. next: the last 4 rows
+    with x, or, unless it begins a row, without. w (C, C, 3, 3)."""
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    in_c = (c < C)[:, None]
+    at, of_past = in_c & (p < P)[None, :], c[:, None] * 4 * P + p[None, :]
+    for i in tl.static_range(3):
+        tl.store(next_ptr + of_past + i * P, tl.load(past_ptr + of_past + (i + begins) * P, mask=at, other=0.0), mask=at)
+    newest = tl.load(x_ptr + c[:, None] * P + p[None, :], mask=at, other=0.0)
+    last = tl.load(past_ptr + of_past + 3 * P, mask=at, other=0.0)
+    tl.store(next_ptr + of_past + 3 * P, tl.where(begins != 0, newest, last), mask=at)
+    acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    w_ptr, at_w = w_ptr + (c[:, None] * C + c[None, :]) * 9, in_c & (c < C)[None, :]
+    left, right = at & (p >= 2)[None, :], at & (p + 2 < P)[None, :]
+    for i in tl.static_range(3):
+        if i < 2:  # rows t-4 and t-2, the first and third of the past
+            x = past_ptr + of_past + i * 2 * P
+        else:
+            x = x_ptr + c[:, None] * P + p[None, :]
+        # all loads before the first product: what this takes is their latency
+        x_0, x_1, x_2 = tl.load(x - 2, mask=left, other=0.0), tl.load(x, mask=at, other=0.0), tl.load(x + 2, mask=right, other=0.0)
+        w_0 = tl.load(w_ptr + 3 * i, mask=at_w, other=0.0).to(x_0.dtype)
+        w_1 = tl.load(w_ptr + 3 * i + 1, mask=at_w, other=0.0).to(x_0.dtype)
+        w_2 = tl.load(w_ptr + 3 * i + 2, mask=at_w, other=0.0).to(x_0.dtype)
+        acc += tl.dot(w_0, x_0, input_precision=PRECISION)
+        acc += tl.dot(w_1, x_1, input_precision=PRECISION)
+        acc += tl.dot(w_2, x_2, input_precision=PRECISION)
+    return tl.maximum(acc + _vector(b_ptr, c, c < C)[:, None], 0.0)
+
+
+# The whole CNN for one row a sequence, of those that begin one; the others keep their past.
+# One program: one sequence, all channels; grid (B,).
+#   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, 4, P), middle (B, C, P) scratch: contiguous; w1, w2 (C, C, 3, 3),
+#   up (4H, C) and the vectors: any dtype; begins (B,) int or None: all do -> scores (B, H, 1, width)
+# fp32: accumulators and the norm. Reference: sea.causal_cnn.
+@triton.jit
+def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, past1_ptr, past2_ptr,
+                     begins_ptr, middle_ptr, next1_ptr, next2_ptr, scores_ptr, P, WIDTH: tl.constexpr, C: tl.constexpr,
+                     H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    begins = 1 if begins_ptr is None else (tl.load(begins_ptr + b) != 0).to(tl.int32)
+    past = b * C * 4 * P
+    x = _conv_step(past1_ptr + past, next1_ptr + past, image_ptr + b * C * P, w1_ptr, b1_ptr, begins, P, C, BLOCK_P, BLOCK_C,
+                   PRECISION)
+    # -- the second convolution wants this row's neighbours, which other threads hold
+    c, p, middle_ptr = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P), middle_ptr + b * C * P
+    tl.store(middle_ptr + c[:, None] * P + p[None, :], x, mask=(c < C)[:, None] & (p < P)[None, :])
+    tl.debug_barrier()
+    x = _conv_step(past2_ptr + past, next2_ptr + past, middle_ptr, w2_ptr, b2_ptr, begins, P, C, BLOCK_P, BLOCK_C, PRECISION)
+    x = x.to(image_ptr.dtype.element_ty)
+    y = _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, 1, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+    h, cell = tl.arange(0, BLOCK_H), tl.arange(0, 4 * BLOCK_P)
+    tl.store(scores_ptr + (b * H + h)[:, None] * WIDTH + cell[None, :], y, mask=(h < H)[:, None] & (cell < WIDTH)[None, :])
+
+
+def _causal_cnn_step(n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
+    (B, C, _, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
+    new = lambda *size: torch.empty(*size, dtype=dtype, device=image.device)
+    scores, middle, next1, next2 = new(B, H, 1, width), new(B, C, P), new(B, C, HISTORY, P), new(B, C, HISTORY, P)
+    begins = None if n_rows is None else n_rows.contiguous()
+    begins = begins.view(torch.int8) if begins is not None and begins.dtype == torch.bool else begins
+    tiles = _conv_tiles(image, "second")
+    del tiles["BLOCK_T"]
+    tiles["num_warps"] = 4 if tiles["BLOCK_C"] * tiles["BLOCK_P"] <= 4096 else 8
+    _cnn_step_kernel[(B,)](image.contiguous(), *(w.contiguous() for w in (w1, b1, w2, b2, up, up_b, gain, bias)),
+                           past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), begins, middle, next1, next2, scores,
+                           WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)), **tiles)
+    return scores, next1, next2
 
 
 # From the gradient of scores to dx, that of the second convolution before its relu.
@@ -1729,8 +1946,9 @@ def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d,
     """sea.causal_cnn, in the dtype of image."""
     _check_tensor("image", image, 4, "(B, 2H, R, P)")
     weights = [w for layer in (conv1, conv2, up, norm) for w in (layer.weight, layer.bias)]
+    run = _causal_cnn_step if _is_step(image) and past is not None else _CausalCNN.apply
     with torch.cuda.device_of(image):
-        scores, *last_rows = _CausalCNN.apply(n_rows, image, *weights, *(past or (None, None)))
+        scores, *last_rows = run(n_rows, image, *weights, *(past or (None, None)))
     return scores, tuple(last_rows)
 
 
@@ -1777,6 +1995,42 @@ def _running_mean(v_ptr, before_ptr, valid_ptr, v_strides, i, of_query, in_t, at
     triangle = (tl.arange(0, BLOCK_T)[:, None] >= tl.arange(0, BLOCK_T)[None, :]).to(v.dtype)
     sums = tl.dot(triangle, v, input_precision="ieee") + _vector(before_ptr, d, d < D)[None, :]
     return sums / tl.maximum(seen, 1).to(tl.float32)[:, None]
+
+
+# The same for one query a sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
+# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums, or None for 0; the rest as
+# above, with T = 1. fp32: everything. Reference: sea.mix_average.
+@triton.jit
+def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, valid_ptr, out_ptr, sums_ptr, v_strides, HKV, R,
+                     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_bh, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    total = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], d * v_strides[3], d < D)
+    if valid_ptr is not None:
+        total = tl.where(tl.load(valid_ptr + b) != 0, total, 0.0)
+    if past_ptr is not None:
+        total += _vector(past_ptr + pid_bh * D, d, d < D)
+    tl.store(sums_ptr + pid_bh * D + d, total, mask=d < D)
+    seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b).to(tl.int64)
+    mean = total / tl.maximum(seen, 1).to(tl.float32)
+    for i in range(0, GROUP):
+        h = pid_bh * GROUP + i  # of all sequences
+        s_prob = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2).to(tl.float32))
+        s_mix = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2 + 1).to(tl.float32))
+        out = s_mix * s_prob * _vector(sparse_ptr + h * D, d, d < D) + (1.0 - s_mix) * mean
+        tl.store(out_ptr + h * D + d, tl.where(seen > 0, out, 0.0).to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _mix_average_step(sparse, v, gates, past, seen, row, valid):
+    (B, H, _, D), Hkv = sparse.shape, v.shape[1]
+    out = torch.empty(B, H, 1, D, dtype=sparse.dtype, device=sparse.device)
+    sums = torch.empty(B, Hkv, D, dtype=torch.float32, device=v.device)
+    past = None if past is None else past.float().contiguous()
+    valid = None if valid is None else valid.contiguous().view(torch.int8)
+    _mix_step_kernel[(B * Hkv,)](sparse.contiguous(), v, past, gates.contiguous(), seen.contiguous(), row.contiguous(), valid, out,
+                                 sums, v.stride(), Hkv, gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D),
+                                 num_warps=1)
+    return out, sums
 
 
 # With w_i = (1 - s_mix) * do / seen: dsparse = s_mix s_prob do, dv_j = sum over i >= j of w_i, and the gates' gradients.
@@ -1891,8 +2145,9 @@ def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Ten
                 past: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from one query to the next."""
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
+    run = _mix_average_step if _is_step(sparse) else _MixAverage.apply
     with torch.cuda.device_of(v):
-        return _MixAverage.apply(sparse, v, gates, past, seen, row, valid)
+        return run(sparse, v, gates, past, seen, row, valid)
 
 
 # -- the student's dense scores against the teacher's --------------------------------------------------------------------

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from hypothesis import example, given, settings
@@ -297,6 +298,13 @@ def test_sparse_attention_matches_reference(case):
     check_sparse_attention(case)
 
 
+def test_keys_in_any_order():
+    q, k, v, mask, seen, row = Sparse(torch.float32, True, 33, 20, (2, 1, 2), 16, 9, 0.5, 3, True, "gaps", True, 64, 3).tensors()
+    order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
+    expected = kernels.sparse_attention(q, sea.take(k, order), sea.take(v, order), mask, seen, row=row)
+    assert torch.equal(kernels.sparse_attention(q, k, v, mask, seen, row=row, order=order), expected)
+
+
 def test_seen_in_any_order():
     """No law says that `seen` grows: a tile's shortest query may stand anywhere."""
     case = Sparse(torch.float32, True, 33, 120, (1, 1, 2), 16, 9, 0.1, 3, True, "contiguous", True, 64, 3)
@@ -329,7 +337,8 @@ def test_full_mask_is_dense_attention():
 @pytest.mark.parametrize("argument, change", [
     ("k", dict(k=torch.zeros(1, 3, 8, 4))), ("v", dict(v=torch.zeros(1, 1, 7, 4))), ("seen", dict(seen=torch.ones(1, 7))),
     ("mask", dict(mask=torch.zeros(1, 2, 4, 5).bool())), ("mask", dict(mask=torch.zeros(1, 2, 8, 5))),
-    ("row", dict(row=torch.zeros(1, 7).long())), ("q", dict(q=torch.zeros(1, 2, 8))), ("q", dict(q=torch.zeros(1, 2, 8, 4).double())),
+    ("row", dict(row=torch.zeros(1, 7).long())), ("order", dict(order=torch.zeros(1, 7).long())),
+    ("q", dict(q=torch.zeros(1, 2, 8))), ("q", dict(q=torch.zeros(1, 2, 8, 4).double())),
     ("k", dict(k=torch.zeros(1, 1, 8, 4).half())),
 ])
 def test_arguments_that_do_not_fit_are_named(argument, change):
@@ -405,7 +414,7 @@ class Layer:
     def config(self, **changes):
         _, Hkv, group = self.heads
         fields = dict(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=self.topk, query_stride=self.stride,
-                      nbf=2, max_positions=4096)
+                      nbf=2 if self.D < 64 else 8, max_positions=4096)
         return sea.SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes):
@@ -545,6 +554,123 @@ def test_layer_is_the_same_on_both_backends(case):
     check_layer(case)
 
 
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_tiles():
+    """Only the kernels of a decoding step may run."""
+    functions = (kernels._SparseAttention, kernels._CausalContext, kernels._CausalCNN, kernels._MixAverage)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for function in functions:
+            stack.enter_context(mock.patch.object(function, "apply", side_effect=AssertionError(f"{function.__name__} ran")))
+        yield
+
+
+def step_as_accurate_as_eager(case, kernel, reference, inputs) -> None:
+    def step(*xs):
+        with no_tiles():
+            return kernel(*xs)
+    as_accurate_as_eager(case, step, torch.no_grad()(reference), inputs)
+
+
+def check_step(case):
+    """causal_context, causal_cnn and mix_average of one token a sequence. `padded`: of some sequences it is no token."""
+    case = replace(case, T=1)
+    (q, k, v), valid, (B, Hkv, group), H = case.qkv(), case.valid(), case.heads, case.heads[1] * case.heads[2]
+    layer, generator = case.layer(), torch.Generator().manual_seed(case.seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
+    cnn, m, begins = layer.cnn, layer.projection.shape[1], None if valid is None else valid[:, 0]
+    own = lambda x: x if x is None or x.dtype == torch.float64 else x.float()  # sums of the past are fp32
+
+    def context(f):
+        def run(q, k, v, position, past=None):
+            context, sums = f(q, k, v, position, layer.projection, 0.3, stride=case.stride, lead=case.stride - 1, there=valid,
+                              past=own(past))
+            return context.to(q.dtype), sums
+        return run
+
+    def rows(f):
+        def run(image, *past):
+            mine = (layer.double() if image.dtype == torch.float64 else layer.to(case.dtype)).cnn
+            scores, last = f(image, mine.conv1, mine.conv2, mine.up, mine.norm_out, past, begins)
+            keep = 1 if begins is None else begins[:, None, None, None]  # the scores of a row that does not begin are anything
+            return scores * keep, *last
+        return run
+
+    seen = torch.full((B, 1), 7, device=DEVICE) * (1 if valid is None else valid)
+    mix = lambda f: lambda sparse, v, gates, past=None: f(sparse, v, gates, seen, torch.ones_like(seen), valid, own(past))
+    position, sums, v_sum = make(B if case.seed % 3 else 1, 1, case.D), make(B, Hkv, m, 2 * case.D + 1).abs(), make(B, Hkv, case.D)
+    of_past = lambda x: [x] if case.seed % 2 else []
+    xs = [q, k, v, position, *of_past(sums)]
+    step_as_accurate_as_eager(case, context(kernels.causal_context), context(sea.causal_context), xs)
+    step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, make(B, H, 2, 2), *of_past(v_sum)])
+    image, past = make(B, 2 * H, 1, cnn.norm.weight.shape[0]), make(2, B, 2 * H, 4, cnn.norm.weight.shape[0])
+    step_as_accurate_as_eager(case, rows(kernels.causal_cnn), rows(sea.causal_cnn), [image, *past])
+
+
+@given(LAYERS)
+@example(Layer(torch.float32, 1, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1))
+@example(Layer(torch.float16, 1, 1, (1, 1, 2), 64, 256, 4, False, "heads last", 2))
+@settings(FEW)
+def test_a_step_of_the_estimator_and_the_mix_matches_reference(case):
+    check_step(case)
+
+
+def check_sparse_step(case):
+    """Keys from `seen` on hold NaN: a static buffer goes on behind them. With `padded`, keys stand in any order."""
+    case = replace(case, T=1)
+    q, k, v, mask, seen, row = case.tensors()
+    generator, n = torch.Generator().manual_seed(case.seed), k.shape[2]
+    seen = torch.randint(n // 2, n + 1, (len(q), 1), generator=generator).to(DEVICE) * (seen > 0)
+    row = torch.ones_like(seen) if case.stride > 1 else None  # of two
+    mask = mask if row is None else torch.cat([~mask, mask], 2)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in q]).to(DEVICE) if case.padded else None
+
+    def kernel(q, k, v):
+        later = (torch.arange(n, device=DEVICE) >= seen)
+        later = later if order is None else torch.zeros_like(later).scatter(1, order, later)  # by place
+        with no_tiles():
+            k, v = (x.masked_fill(later[:, None, :, None], torch.nan) for x in (k, v))
+            return kernels.sparse_attention(q, k, v, mask, seen, row=row, order=order)
+
+    reference = torch.no_grad()(lambda q, k, v: sea.sparse_attention(q, k, v, mask, seen, row=row, order=order))
+    as_accurate_as_eager(case, kernel, reference, [q, k, v])
+
+
+@given(sparse_cases())
+@example(Sparse(torch.float32, True, 1, 600, (2, 2, 2), 17, 3, 0.5, 1, False, "gaps", True, 64, 1))  # a cell in several blocks
+@example(Sparse(torch.float16, True, 1, 40, (1, 1, 2), 64, 256, 0.3, 2, False, "heads last", True, 64, 0))  # cells without keys
+@example(Sparse(torch.float16, True, 1, 999, (1, 1, 2), 128, 40, 1.0, 1, True, "contiguous", True, 64, 0))
+@settings(FEW)
+def test_a_step_of_sparse_attention_matches_reference(case):
+    check_sparse_step(case)
+
+
+def check_decoding(case, first, rtol=1e-3):
+    """Token by token after `first`: the outputs and cells of the reference's one call, in fp32."""
+    ours, theirs, valid = case.layer(backend="triton"), case.layer(backend="torch"), case.valid()
+    (q, k, v), of = case.qkv(), lambda n: None if valid is None else valid[:, :n]
+    with torch.no_grad():
+        whole = theirs(q, k, v, valid=valid)
+        state = ours(*(x[:, :, :first] for x in (q, k, v)), valid=of(first), kv_cached=True).state
+        for n in range(first, case.T):
+            with no_tiles():
+                result = ours(q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1], valid=of(n + 1), state=state, kv_cached=True)
+            torch.testing.assert_close(result.out, whole.out[:, :, n : n + 1], rtol=rtol, atol=1e-4)
+            assert torch.equal(result.mask, whole.mask[:, :, n : n + 1]), case
+            state = result.state
+
+
+@given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
+@example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
+@example(Layer(torch.float32, 18, 1, (2, 1, 1), 2, 58, 3, True, "contiguous", 66), 5)  # only the second of two tokens is one
+@settings(max_examples=10)
+def test_decoding_is_the_whole_on_both_backends(case, steps):
+    case = replace(case, T=max(2, case.T))
+    check_decoding(case, max(1, case.T - steps))
+
+
 @pytest.mark.parametrize("stride", [1, 3])
 def test_distillation_is_the_same_on_both_backends(stride):
     """Weights in fp32, autocast to half precision: the losses and gradients of a training step, to rounding."""
@@ -608,7 +734,8 @@ else:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"], ["--distill", "--layers", "1"]])
+@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"], ["--distill", "--layers", "1"], ["--decode"],
+                                     ["--prefill", "--layers", "1"]])
 def test_bench_measures(tmp_path, capsys, options):
     import bench
 
@@ -618,6 +745,11 @@ def test_bench_measures(tmp_path, capsys, options):
     assert CUDA or "this measures the plain PyTorch path" in printed
     if "--distill" in options:
         assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
+    for mode, names in (("decode", 3 * 2), ("prefill", 5)):  # dense and two strides, at two batches or in chunks and in one call
+        if f"--{mode}" in options and not CUDA:
+            assert report["results"].keys() == {64, 128}
+            assert all(len(row) == names and all("ms" in r for r in row.values()) for row in report["results"].values())
+            assert all((tmp_path / f"bench_{mode}.{kind}").exists() for kind in ("json", "png"))
     if options:
         assert "stride 4" in printed or "T 128 T x T: " in printed
         return
@@ -759,6 +891,80 @@ def test_a_layer_is_bit_equal_from_run_to_run(stride):
         assert all(map(torch.equal, first, run()))
 
 
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extra, width, D, density", [(4999, 256, 64, 0.05), (131071, 256, 64, 0.01), (70000, 1000, 128, 0.02),
+                                                      (3000, 128, 80, 1.0)])
+def test_large_step_of_sparse_attention_matches_reference(dtype, extra, width, D, density):
+    check_sparse_step(Sparse(dtype, True, 1, extra, (2, 2, 2), D, width, density, 1, False, "heads last", True, 64, 0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype, D, stride, padded", [(torch.float32, 64, 4, True), (torch.float16, 64, 1, False),
+                                                      (torch.bfloat16, 64, 4, True), (torch.bfloat16, 128, 1, False)])
+def test_large_step_of_the_estimator_matches_reference(dtype, D, stride, padded):
+    case = Layer(dtype, 300, stride, (2, 4, 3), D, 256, 64, padded, "heads last", 1)
+    check_step(case)
+    if dtype == torch.float32:
+        check_decoding(case, 280)
+
+
+@gpu
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_captured_step_replayed_is_eager_steps(stride):
+    """A CUDA graph of one step, its keys in a static buffer that holds NaN behind the last token, its state kept in place."""
+    case = Layer(torch.bfloat16, 300, stride, (2, 2, 2), 64, 256, 8, False, "contiguous", 1)
+    layer, (q, k, v), first = case.layer(backend="triton").to(torch.bfloat16), case.qkv(), 285
+
+    @torch.no_grad()
+    def start():
+        buffers = [F.pad(x[:, :, :first], (0, 0, 0, 100), value=float("nan")) for x in (k, v)]
+        return layer(*(x[:, :, :first] for x in (q, k, v)), kv_cached=True).state, buffers
+
+    @torch.no_grad()
+    def step(tokens, state, buffers):
+        for x, buffer in zip(tokens[1:], buffers):
+            buffer.scatter_(2, state.count[:, None, None, None].expand_as(x), x)
+        result = layer(tokens[0], *buffers, state=state, kv_cached=True)
+        state.copy_(result.state)
+        return result.out
+
+    tokens = lambda n: [x[:, :, n : n + 1] for x in (q, k, v)]
+    (state, buffers), eager = start(), []
+    for n in range(first, case.T):
+        eager.append(step(tokens(n), state, buffers))
+    # -- the same in a graph
+    static, (state, buffers) = [x.clone() for x in tokens(first)], start()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(static, *start())  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(static, state, buffers)
+    for n, expected in zip(range(first, case.T), eager):
+        for x, new in zip(static, tokens(n)):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(out, expected) and out.isfinite().all(), n
+    assert (state.count == case.T).all()
+
+
+@gpu
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_large_rows_at_once_is_one_call(stride, padded):
+    """In fp32; a chunk's sums are added in another order, so cells that are as good as equal may change places."""
+    case = Layer(torch.float32, 3000, stride, (2, 2, 2), 64, 256, 64, padded, "heads last", 1)
+    layer, qkv = case.layer(backend="triton"), case.qkv()
+    with torch.no_grad():
+        whole, parts = (layer(*qkv, valid=case.valid(), rows_at_once=n) for n in (None, 700))
+    differ = ((whole.out - parts.out).abs() > 1e-3 * whole.out.abs().max()).any(-1)
+    assert differ.float().mean() < 1e-2
+    torch.testing.assert_close(parts.state.sums, whole.state.sums, rtol=1e-4, atol=1e-2)
+
+
 # -- every launch compiles for the GPU ---------------------------------------------------------------------------------
 
 
@@ -781,12 +987,19 @@ def launches(capability):
         for valid, with_scores in ((None, True), (None, False), (torch.ones(B, S, dtype=torch.bool), True)):
             result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
             yield (result.out, result.scores) if with_scores else result.out
+            with torch.no_grad():  # decoding, with and without padding
+                layer, new = sea.SEAttention(config).to(dtype), torch.ones(B, H, 1, D, dtype=dtype)
+                longer = None if valid is None else torch.ones(B, S + 1, dtype=torch.bool)
+                kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
+                layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
         for kernels.DETERMINISTIC in (True, False):
             yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
         if (dtype, D, width, capability) == (torch.bfloat16, 128, 1024, 90):  # the widest convolutions
             cnn = sea.CausalCNN(32, 1024).to(dtype)
             image = torch.ones(1, 64, 8, 256, dtype=dtype, requires_grad=True)
             yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
+            with torch.no_grad():
+                kernels.causal_cnn(image[:, :, :1], cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, (image[:, :, :4], image[:, :, :4]))
         if dtype == torch.bfloat16:
             kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
 
