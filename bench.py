@@ -5,6 +5,8 @@
     python bench.py --break-even            from which T SEA wins on this machine
     python bench.py --profile 32768         where the time goes at one T
     python bench.py --distill               time and memory of a distillation step, against one with T x T tensors
+    python bench.py --decode                a decoding step against SDPA on the same keys, contexts of 8k ... 512k, batch 1 and 16
+    python bench.py --prefill               time and memory of a model's prefill, in chunks and in one call, against SDPA
 
 One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png. Without a GPU it measures the plain
 PyTorch path at small T and says so.
@@ -15,6 +17,12 @@ the positions within a window. Without: random walks, since real neighbours are 
 inputs for a moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
 which is the worst case for the kernels. That case is measured too, as "random masks". A position table trained at 2,048 is
 stretched to T.
+
+--decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first 8,192 tokens of each
+context, and is then told the whole context's number of tokens: how many keys are selected depends on that, and they lie all
+over the context. A step is one CUDA graph: attention with its estimator, and the state written back for the next step; adding
+the new key and value to the cache, which dense attention needs as well, is left out of both. --prefill takes an OPT with
+random weights, whose cells are as good as random.
 """
 
 import argparse
@@ -35,6 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sea
 
 TRAINED = 2048
+ROOM = 64  # steps that --decode's static buffer of keys has room for
+PROMPT = 8192  # tokens that --decode's state has seen
 REFERENCE = 16384  # the plain PyTorch path computes all scores: beyond this T it is not worth the wait
 PYTORCH = "plain PyTorch path of SEA"
 
@@ -45,7 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks)")
     add("--data", help="text file for --model, UTF-8")
-    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, 256 and 512 without a GPU)")
+    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 ... "
+        "524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
+    add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2], help="sequences decoded at a time")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
     add("--heads", type=int, default=12)
     add("--d-head", type=int, default=64)
@@ -56,14 +68,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
     add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random weights, "
         "at the first of --strides")
-    add("--layers", type=int, default=12 if cuda else 1, help="of --distill's model")
+    add("--decode", action="store_true", help="only measure decoding steps")
+    add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers with random weights")
+    add("--layers", type=int, default=12 if cuda else 1, help="of the model of --distill and --prefill")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for bench.json and bench.png")
     args = p.parse_args(argv)
     if args.model and not args.data:
         p.error("--data: expected a text file with --model, got none")
     if args.lengths is None:
-        args.lengths = ([2048, 8192, 32768] if args.distill else [2**i * 1024 for i in range(9)]) if cuda else [256, 512]
+        longest = 32768 if args.distill else 524288 if args.decode else 131072 if args.prefill else None
+        lengths = [longest // 4**i for i in (3, 2, 1, 0)][0 if args.decode else 1 :] if longest else [2**i * 1024 for i in range(9)]
+        args.lengths = lengths if cuda else [256, 512]
     return args
 
 
@@ -95,9 +111,9 @@ def model_inputs(args, T: int, device) -> list[torch.Tensor]:
     return [torch.cat(x, 2)[:, : args.heads, :T].contiguous() for x in zip(*parts)]
 
 
-def walk_inputs(args, T: int, device) -> list[torch.Tensor]:
+def walk_inputs(args, T: int, device, seed: int = 0) -> list[torch.Tensor]:
     """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half of theirs."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     kernel = torch.exp(-torch.arange(512, device=device) / 100.0)
     kernel = kernel / kernel.square().sum().sqrt()
 
@@ -153,6 +169,7 @@ def milliseconds(run, repeats: int = 20, graph: bool = True) -> float:
             times.append(1000 * (time.perf_counter() - start))
         return sorted(times)[1]
     stream, captured, times = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3 if graph else 1):
             run()
@@ -313,27 +330,30 @@ def break_even(args, layer, inputs, dtype, device) -> None:
         print(f"stride {stride}: SEA's forward is faster from about T = {high:,}")
 
 
-def distillation(args, device) -> dict[int, dict]:
-    """A step of distill.py, one sequence, on the linear path and on the plain PyTorch path that keeps T x T tensors."""
+def opt(args, T: int, device) -> torch.nn.Module:
+    """An OPT of args.layers layers with random weights, for T tokens: OPT-125m by default."""
     from transformers import OPTConfig, OPTForCausalLM
 
+    torch.manual_seed(0)
+    hidden = args.heads * args.d_head
+    with torch.device(device):
+        return OPTForCausalLM(OPTConfig(hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
+                                        num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=T))
+
+
+def distillation(args, device) -> dict[int, dict]:
+    """A step of distill.py, one sequence, on the linear path and on the plain PyTorch path that keeps T x T tensors."""
     import convert
     import distill
 
-    hidden, rows = args.heads * args.d_head, {}
-    options = argparse.Namespace(device=device)
+    rows, options = {}, argparse.Namespace(device=device)
     for T in args.lengths:
         rows[T] = {}
         for name, backend, block in (("linear", "auto", None), ("T x T", "torch", T)):
-            def model():
-                torch.manual_seed(0)
-                return OPTForCausalLM(OPTConfig(hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
-                                                num_hidden_layers=args.layers, num_attention_heads=args.heads,
-                                                max_position_embeddings=T)).to(device)
-
-            teacher = model().eval().requires_grad_(False)
+            teacher = opt(args, T, device).eval().requires_grad_(False)
             teacher.set_attn_implementation("sea_teacher")
-            student = convert.attach(model(), width=args.width, topk=args.topk, query_stride=args.strides[0], backend=backend)
+            student = convert.attach(opt(args, T, device), width=args.width, topk=args.topk, query_stride=args.strides[0],
+                                     backend=backend)
             optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
             x = torch.randint(5, 50000, (1, T), device=device)
 
@@ -357,6 +377,145 @@ def distillation(args, device) -> dict[int, dict]:
             if device == "cuda":
                 torch.cuda.empty_cache()
     return rows
+
+
+# -- decoding and prefill ----------------------------------------------------------------------------------------------
+
+
+def decode_inputs(args, S: int, B: int, dtype, device) -> tuple[torch.Tensor, ...]:
+    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two random walks, in turn:
+    what a step does is in no sequence quicker for another being like it."""
+    k, v = (torch.zeros(B, args.heads, S + ROOM, args.d_head, dtype=dtype, device=device) for _ in range(2))
+    q = k.new_zeros(B, args.heads, min(PROMPT, S - 1) + 1, args.d_head)
+    for b in range(B):
+        if b < 2:
+            all_q, k[b, :, :S], v[b, :, :S] = (x[0] for x in walk_inputs(args, S, device, seed=1 + b))
+            q[b, :, :-1], q[b, :, -1] = all_q[:, : q.shape[2] - 1], all_q[:, -1]
+            del all_q
+        else:
+            q[b], k[b], v[b] = q[b % 2], k[b % 2], v[b % 2]
+    return q, k, v
+
+
+@torch.no_grad()
+def decode(args, layer, S: int, B: int, dtype, device) -> dict[str, dict]:
+    """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on average and at most."""
+    gib = args.heads * S * args.d_head * (2 * B * dtype.itemsize + 8 * 4) / 2**30  # keys and values, and the walks
+    free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else gib
+    if gib > free:
+        return {"all": dict(error=f"skipped, needs {gib:.0f} GiB of the {free:.0f} that are free")}
+    q, k, v = decode_inputs(args, S, B, dtype, device)
+    q, prompt, results = q[:, :, -1:], q[:, :, :-1], {}
+
+    def dense(backend):
+        with sdpa_kernel(backend) if device == "cuda" else contextlib.nullcontext():
+            F.scaled_dot_product_attention(q, k[:, :, :S], v[:, :, :S])  # one query: causal without a mask
+
+    backends = dict(SDPA=None)
+    if device == "cuda":
+        backends = dict(FlashAttention=SDPBackend.FLASH_ATTENTION, cuDNN=SDPBackend.CUDNN_ATTENTION)
+    runs = {name: functools.partial(dense, backend) for name, backend in backends.items()}
+    for stride in args.strides:
+        module, n = stretched(layer, S + ROOM, stride, dtype), prompt.shape[2]
+        state = module(prompt, k[:, :, :n], v[:, :, :n], kv_cached=True, rows_at_once=TRAINED).state
+        state.count.fill_(S - 1)
+        state.n_tokens = S - 1
+
+        def step(module=module, state=state):
+            result = module(q, k, v, state=state, kv_cached=True)
+            state.copy_(result.state)
+            return result
+
+        runs[f"SEA stride {stride}"] = step
+    for name, run in runs.items():
+        try:
+            results[name] = dict(ms=milliseconds(run))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            results[name] = dict(error=str(error).splitlines()[0])
+        if name.startswith("SEA") and "ms" in results[name]:
+            result = run()
+            keys = (sea.keys_per_cell(result.seen, args.width)[:, None] * result.mask).sum(-1)
+            results[name] |= dict(keys=keys.float().mean().item(), most=keys.max().item())
+    return results
+
+
+def decoding(args, layer, dtype, device) -> dict[int, dict]:
+    rows = {}
+    for S in args.lengths:
+        rows[S] = {}
+        for B in args.batches:
+            found = decode(args, layer, S, B, dtype, device)
+            dense = [r["ms"] for name, r in found.items() if "ms" in r and not name.startswith("SEA")]
+            for name, r in found.items():
+                rows[S][f"batch {B}, {name}"] = r
+                more = ""
+                if name.startswith("SEA") and "ms" in r:
+                    more = f", {r['keys']:.0f} keys a head, {r['most']} at most"
+                    more += f", {min(dense) / r['ms']:.2f}x the speed of the fastest dense" if dense else ""
+                print(f"context {S:,} batch {B} {name}: " + (f"{r['ms']:.4f} ms{more}" if "ms" in r else r["error"]), flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def prefill(args, dtype, device) -> dict[int, dict]:
+    """A prompt of T tokens, its keys and values kept, logits of the last token only: time, and memory above the weights."""
+    import convert
+
+    rows = {}
+    for T in args.lengths:
+        rows[T], x = {}, torch.randint(5, 50000, (1, T), device=device)
+        chunk = convert.ROWS_AT_ONCE if device == "cuda" else T // 2
+        found = [("SDPA", None, None)]
+        found += [(f"SEA stride {r}, {how}", r, n) for r in args.strides for how, n in (("chunks", chunk), ("one call", T))]
+        for name, stride, rows_at_once in found:
+            model = opt(args, T, device).to(dtype).eval()
+            if stride is not None:
+                convert.attach(model, width=args.width, topk=args.topk, query_stride=stride)
+
+            @torch.no_grad()
+            def run():
+                model(x, use_cache=True, logits_to_keep=1)
+
+            with mock.patch.object(convert, "ROWS_AT_ONCE", rows_at_once):
+                try:
+                    rows[T][name] = dict(ms=milliseconds(run, repeats=5, graph=False), mib=peak_mib(run))
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    rows[T][name] = dict(error=str(error).splitlines()[0])
+            weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+            r, dense = rows[T][name], rows[T]["SDPA"]
+            r["weights_mib"] = weights
+            if "ms" in r:
+                more = f", {r['ms'] / dense['ms']:.2f}x SDPA's time" if stride is not None and "ms" in dense else ""
+                more += f" and {r['mib'] / dense['mib']:.2f}x its memory" if more and r["mib"] else ""
+                above = f"{r['mib'] or 0:,.0f} MiB above the weights' {weights:,.0f}"
+                print(f"T {T:,} {name}: {r['ms']:.1f} ms, {above}{more}", flush=True)
+            else:
+                print(f"T {T:,} {name}: {r['error']}", flush=True)
+            del model
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str, xlabel: str) -> None:
+    """A log-log panel for each field, a line for each name; `fields` name their axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(fields), figsize=(6 * len(fields), 4.8), layout="constrained", squeeze=False)
+    for axis, (field, label) in zip(axes[0], fields.items()):
+        for name in dict.fromkeys(name for row in rows.values() for name in row):
+            points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
+            if points:
+                axis.loglog(*zip(*points), marker="o", label=name, linestyle="-" if "SEA" in name else "--")
+        axis.set(xlabel=xlabel, ylabel=label)
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
 
 
 def profile(args, layer, inputs, T: int, dtype, device) -> None:
@@ -391,8 +550,8 @@ def main(argv: list[str] | None = None) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
-    print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B 1, H {args.heads}, D {args.d_head}, width "
-          f"{args.width}, topk {args.topk}, causal")
+    print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B "
+          f"{args.batches if args.decode else 1}, H {args.heads}, D {args.d_head}, width {args.width}, topk {args.topk}, causal")
     if device == "cpu":
         print("no GPU: this measures the plain PyTorch path")
     out = Path(args.out)
@@ -401,6 +560,21 @@ def main(argv: list[str] | None = None) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         report |= dict(results=distillation(args, device))
         (out / "bench_distill.json").write_text(json.dumps(report, indent=1))
+        return report
+    if args.prefill:
+        out.mkdir(parents=True, exist_ok=True)
+        report |= dict(results=prefill(args, dtype, device))
+        (out / "bench_prefill.json").write_text(json.dumps(report, indent=1))
+        plot_lines(report["results"], dict(ms="ms", mib="MiB above the weights"), out / "bench_prefill.png",
+                   f"prefill of an OPT of {args.layers} layers ({name})", "tokens")
+        return report
+    if args.decode:
+        out.mkdir(parents=True, exist_ok=True)
+        layer = trained_layer(args, *walk_inputs(args, 16 * TRAINED if device == "cuda" else max(args.lengths), device), device)
+        report |= dict(results=decoding(args, layer, dtype, device))
+        (out / "bench_decode.json").write_text(json.dumps(report, indent=1))
+        title = f"decoding, estimator included ({name})"
+        plot_lines(report["results"], dict(ms="ms a step"), out / "bench_decode.png", title, "context")
         return report
     longest = args.profile or max(args.lengths)
     inputs = (model_inputs if args.model else walk_inputs)(args, longest, device)
