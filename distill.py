@@ -95,6 +95,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(none: auto)")
     add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
+    add("--cell-keys", action="store_true", help="add each query's product with the mean key of a cell to its estimated score, see "
+        "sea.cell_key_scores: a far better estimate, in plain PyTorch so far")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
@@ -691,7 +693,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
                 options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name, backend=args.backend or "auto")
-                convert.attach(student, **options, query_stride=(args.query_stride or 1) if name == "sea" else 1)
+                if name == "sea":
+                    options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys)
+                convert.attach(student, **options)
         student.to(args.device)
         before = after = perplexity(student, valid, args)
         cost = (None, None)

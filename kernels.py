@@ -626,9 +626,9 @@ def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_p
     t = tl.load(seen_ptr + b).to(tl.int32)
     row = 0 if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
     # -- how many keys each cell selects or skips
-    offs_w, p = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_W * 32)
-    word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + offs_w, mask=offs_w < WORDS, other=0)
-    on = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,)) != 0
+    p = tl.arange(0, BLOCK_W * 32)
+    word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + p // 32, mask=p < WORDS * 32, other=0)
+    on = ((word >> p % 32) & 1) != 0
     n = (tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key)).to(tl.int32)
     selected, skipped = tl.cumsum(tl.where(on, n, 0), axis=0), tl.where(on, 0, n)  # selected: up to a cell, it included
     total = tl.sum(tl.where(on, n, 0), axis=0)
@@ -661,7 +661,8 @@ STEP = dict(numbers=8192, num_warps=8)  # of keys that a program of the kernel a
 
 def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width):
     (B, H, _, D), (Hkv, S), words = q.shape, k.shape[1:3], bits.shape[3]
-    o, block_d = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device), triton.next_power_of_2(D)
+    # At least 32: Triton 3.6 makes wrong addresses of heads that two threads read.
+    o, block_d = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device), max(32, triton.next_power_of_2(D))
     _sparse_attention_step_kernel[(B * H,)](
         q, k, v, bits, seen, row, order, o, q.stride(), k.stride(), v.stride(), H, bits.shape[2], S,
         softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width, WORDS=words, BLOCK_W=triton.next_power_of_2(words),

@@ -65,6 +65,7 @@ class SEAConfig:
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; those between reuse that row's cells and gates (causal only)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
+    cell_keys: bool = False  # add each query's product with the mean key of a cell to its score, see cell_key_scores
     method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
     seed: int = 0  # of the random features
     backend: str = "auto"  # kernels.py on a GPU where it lies beside this file and fits; or "torch", or "triton" to insist
@@ -83,6 +84,8 @@ class SEAConfig:
         if self.causal:
             _expect(self.group in GROUPS[:2], "group", f"one of {GROUPS[:2]} when causal, since the others rank "
                     "a query's cells against later queries'", repr(self.group))
+        _expect(not self.cell_keys or (self.causal and self.method == "sea"), "cell_keys",
+                "False unless causal and method = 'sea'", self.cell_keys)
         _expect(self.query_stride == 1 or (self.causal and self.method == "sea"), "query_stride",
                 "1 unless causal and method = 'sea'", self.query_stride)
 
@@ -249,6 +252,70 @@ def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d,
         x = F.relu(conv(x))
     scores = rearrange(up(x), "b (h s) t p -> b h t (p s)", s=4)[..., : norm.weight.shape[0]]
     return norm(scores), tuple(last_rows)
+
+
+def bin_level(seen, n_bins: int):
+    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys, for an int or an int tensor."""
+    if isinstance(seen, int):
+        return max(0, (max(1, -(-seen // n_bins)) - 1).bit_length())
+    return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
+
+
+def bin_sums(k: Tensor, n_bins: int, level: int, rank: Tensor | None = None, there: Tensor | None = None,
+             past: Tensor | None = None, past_level: Tensor | None = None) -> Tensor:
+    """Sums of the keys k (B, Hkv, N, D) in bins of 2**level: (B, Hkv, n_bins, D). Bin b holds those of rank b * 2**level on.
+
+    rank (1 or B, N): their ranks, 0, 1, ... by default; there (B, N): which keys there are. past (B, Hkv, n_bins, D): sums of
+    earlier keys, in bins of 2**past_level (B,); what does not fit into n_bins bins is left out, as past of a higher level is.
+    """
+    B, Hkv, N, D = k.shape
+    if rank is None:
+        size = n_bins << level
+        return F.pad(k[:, :, :size], (0, 0, 0, max(0, size - N))).unflatten(2, (n_bins, 1 << level)).sum(3)
+    add = lambda to, x, at: to.scatter_add(2, at[:, None, :, None].clamp(0, n_bins - 1).expand_as(x), x)
+    at = rank.expand(B, N) >> level
+    inside = at < n_bins if there is None else (at < n_bins) & there
+    sums = add(k.new_zeros(B, Hkv, n_bins, D), k.masked_fill(~inside[:, None, :, None], 0), at)
+    if past is not None:
+        up = level - past_level[:, None]  # (B, 1)
+        at = torch.arange(n_bins, device=k.device) >> up.clamp(min=0)
+        sums = add(sums, past.masked_fill((up < 0)[:, None, :, None], 0).to(k.dtype), at)
+    return sums
+
+
+@torch.no_grad()
+def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, *,
+                    rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
+                    count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (mean of the keys of a cell) * softmax_scale, less the largest of the row, at least -32: (B, H, R, width) fp32 at least.
+
+    Linear attention with the identity for phi and, for values, one-hot places: q sum_j k_j onehot(bin(j))^T, in O(S). 2 * width
+    bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most a cell wide; a cell takes the
+    bin its middle key is in, or, at the end of the row, the last bin that is full. Differs: the paper has no such term. Random
+    features do not tell single keys apart; without it the estimate is little more than a mean over all texts.
+
+    q (B, H, R, D) of the estimated rows, which see row_seen (B, R) keys; k (B, Hkv, N, D) the new keys, rank and there as in
+    bin_sums; n_keys: at least as many as any row sees. past and the second result (B, Hkv, 2*width, D): bin_sums before the new
+    keys, at the level of count (B,), and after them. No gradient: a student whose keys are still far from its teacher's would be
+    dragged by this term alone. The limit keeps layers whose scores lie thousands apart from drowning the loss of all others.
+    """
+    n_bins, H = 2 * width, q.shape[1]
+    q, k, t = at_least_fp32(q) * softmax_scale, at_least_fp32(k), row_seen
+    past_level = None if count is None else bin_level(count, n_bins)
+    if count is not None and rank is None:
+        rank = count[:, None] + torch.arange(k.shape[2], device=k.device)
+    n_new = torch.full((len(k),), k.shape[2], device=k.device) if there is None else there.sum(1)
+    last = bin_level(n_new if count is None else count + n_new, n_bins)
+    level, middle = bin_level(t, n_bins), (2 * torch.arange(width, device=q.device) + 1) * t[..., None] // (2 * width)
+    scores, next_sums = q.new_zeros(*q.shape[:3], width), None
+    for e in range(bin_level(n_keys, n_bins) + 1):
+        sums = bin_sums(k, n_bins, e, rank, there, past, past_level)
+        at = torch.minimum(middle >> e, (t[..., None] >> e) - 1).clamp(0, n_bins - 1)[:, None].expand_as(scores)
+        with no_autocast(q):
+            products = q @ repeat_heads(sums / 2**e, H).mT
+        scores = torch.where((level == e)[:, None, :, None], products.gather(-1, at), scores)
+        next_sums = sums if next_sums is None else torch.where((last == e)[:, None, None, None], sums, next_sums)
+    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), next_sums
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
@@ -473,6 +540,7 @@ class SEAState:
     conv_rows: tuple[Tensor, Tensor] | None = None  # the last input rows of each convolution, 2 x (B, 2H, 4, width/4)
     last_scores: Tensor | None = None  # (B, H, 1, width), the last estimated row, for the queries that reuse it
     last_gates: Tensor | None = None  # (B, H, 1, 2)
+    key_sums: Tensor | None = None  # (B, Hkv, 2*width, D), of cell_key_scores
     k: Tensor | None = None  # (B, Hkv, S, D)
     v: Tensor | None = None
     valid: Tensor | None = None  # (B, S), None: all
@@ -691,6 +759,8 @@ class SEAttention(nn.Module):
         self.gate = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gate.weight)  # gates start open: a student that begins as half an average
         nn.init.constant_(self.gate.bias, 4.0)  # needs hundreds of steps to recover
+        if config.cell_keys:
+            self.key_gain = nn.Parameter(torch.ones(H))
 
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
@@ -812,6 +882,12 @@ class SEAttention(nn.Module):
         image, gates = ops.encode_rows(context, v_row, self.encoder, self.decoder, cnn.norm, self.gate)
         scores, next_state.conv_rows = ops.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, past.conv_rows,
                                                       rows.n_rows)
+        if config.cell_keys:
+            n_keys = k.shape[2] if state is None else config.max_positions
+            of_keys, next_state.key_sums = cell_key_scores(
+                q, k, rows.row_seen[:, -q.shape[2] :], config.width, softmax_scale, n_keys, rank=rows.rank, there=rows.there,
+                past=past.key_sums, count=past.count)
+            scores = (scores + self.key_gain[:, None, None] * of_keys).to(scores.dtype)
         if stride > 1 and rows.n_rows is not None and rows.n_rows.dtype == torch.bool:
             begins = rows.n_rows[:, None, None, None]
             scores, gates = torch.where(begins, scores, state.last_scores), torch.where(begins, gates, state.last_gates)

@@ -32,10 +32,12 @@ class Case:
     topk: int
     group: str
     seed: int
+    cell_keys: bool = False
 
     def config(self, **changes) -> SEAConfig:
         fields = dict(n_head=self.n_kv_head * self.heads_per_kv, n_kv_head=self.n_kv_head, d_head=self.d_head, width=self.width,
-                      topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99)
+                      topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99,
+                      cell_keys=self.cell_keys and changes.get("method") != "performer")
         return SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes) -> SEAttention:
@@ -67,6 +69,7 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2):
         topk=draw(st.integers(1, 8)),
         group=draw(st.sampled_from(sea.GROUPS[:2] if causal else sea.GROUPS)),
         seed=draw(st.integers(0, 999)),
+        cell_keys=causal and draw(st.booleans()),
     )
 
 
@@ -335,6 +338,16 @@ def test_autocast_keeps_sums_in_fp32(case):
 # -- the whole layer against the method, written out -------------------------------------------------------------------
 
 
+def mean_key(k, t: int, p: int, width: int):
+    """Of the bin that holds the middle key of cell p, or of the last full bin, when t keys k (T, D) are seen."""
+    size = 1
+    while 2 * width * size < t:
+        size *= 2
+    first = min((2 * p + 1) * t // (2 * width) // size, t // size - 1) * size
+    assert first + size <= t
+    return k[first : first + size].mean(0)
+
+
 def naive_layer(layer: SEAttention, q, k, v):
     """Sections 1 to 4 of the method for one sequence q (H, T, D), k, v (Hkv, T, D), a number at a time where it helps.
 
@@ -392,6 +405,10 @@ def naive_layer(layer: SEAttention, q, k, v):
         x, parts = conv("cnn.up", x.repeat_interleave(2, 1)[:, :R], R, (-1, 0, 1)), 2
     scores = torch.stack([x[h * parts + p % parts, :, p // parts] for h in range(H) for p in range(width)]).view(H, width, R).mT
     scores = norm("cnn.norm_out", scores) if c.causal else scores
+    if c.cell_keys:
+        for h, (n, i) in itertools.product(range(H), enumerate(rows)):
+            of_keys = torch.stack([D**-0.5 * q[h, i] @ mean_key(k[h], i + 1, p, width) for p in range(width)])
+            scores[h, n] += w["key_gain"][h] * (of_keys - of_keys.max()).clamp(min=-32)
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     mask = brute_force_topk(probs[None], row_seen, c.topk, c.group)[0]
@@ -505,6 +522,17 @@ def test_interpolated_identity_is_linear_interpolation(t, d):
         expected = torch.zeros(d + 1, dtype=torch.float64)
         expected[math.floor(x)], expected[math.floor(x) + 1] = 1 - x % 1, x % 1
         torch.testing.assert_close(rows[r], expected[:d], **CLOSE)
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99))
+def test_cell_key_scores_are_products_with_mean_keys(T, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, h, T, 3, generator=generator, dtype=torch.float64) for h in (2, 1))
+    q = q * torch.rand(T, 1, generator=generator) ** 2 * 40  # some rows reach the limit
+    got, _ = sea.cell_key_scores(q, k, torch.arange(1, T + 1)[None], width, 0.7, T)
+    for t in range(1, T + 1):
+        expected = torch.stack([0.7 * q[0, :, t - 1] @ mean_key(k[0, 0], t, p, width) for p in range(width)], -1)
+        torch.testing.assert_close(got[0, :, t - 1], (expected - expected.amax(-1, keepdim=True)).clamp(min=-32))
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
