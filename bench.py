@@ -505,7 +505,7 @@ def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(fields), figsize=(6 * len(fields), 4.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(fields), figsize=(4 + 4 * len(fields), 4.8), layout="constrained", squeeze=False)
     for axis, (field, label) in zip(axes[0], fields.items()):
         for name in dict.fromkeys(name for row in rows.values() for name in row):
             points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
@@ -513,7 +513,7 @@ def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title:
                 axis.loglog(*zip(*points), marker="o", label=name, linestyle="-" if "SEA" in name else "--")
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3, which="both")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

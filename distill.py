@@ -679,7 +679,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
-    points, lines = {}, {"teacher": timed_perplexity(teacher, valid, args)} if args.eval_topk else {}
+    points, lines = {}, {}
 
     for name in ["loaded"] if args.load else args.method:
         start = time.perf_counter()
@@ -718,6 +718,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         elif args.eval_topk:
             lines[name] = timed_perplexity(student, valid, args)
 
+    if args.eval_topk:
+        lines = {"teacher": timed_perplexity(teacher, valid, args), **lines}
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
     for name, ppl, keys, seconds, memory in table:
         cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
