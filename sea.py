@@ -529,6 +529,9 @@ def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tenso
 class SEAState:
     """What a causal layer needs of the past; constant in size but for the KV cache (None where the caller keeps it).
 
+    Numbers a sequence: Hkv*m*(E+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of conv_rows, H*(width+2) with a
+    stride, and Hkv*2*width*D in fp32 with cell_keys. At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8.
+
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new token; with this state any
     split of a sequence into calls gives what one call gives.
     """
