@@ -37,7 +37,7 @@ import convert
 import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
-METHODS = ("sea", "performer", "dense")
+METHODS = ("sea", "performer", "dense", "oracle")
 
 # What differs between the two jobs. "paper": section 4 and appendix of the paper. "tiny": found by trying, for 2 CPU cores.
 DEFAULTS = {
@@ -63,8 +63,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="training text file, UTF-8; documents are separated by three newlines (none: WikiText-2 with "
         "--model, else Python's documentation)")
     add("--valid-data", help="validation text file (none: the validation split, or the last tenth of --data)")
-    add("--method", nargs="+", choices=METHODS, default=METHODS, help="students to train, one after the other; performer and "
-        "dense, the model itself trained with the same losses and steps, are controls")
+    add("--method", nargs="+", choices=METHODS, default=METHODS[:3], help="students to train, one after the other; performer and "
+        "dense, the model itself trained with the same losses and steps, are controls; oracle is SEA with cells chosen from the "
+        "teacher's own attention, the bound for any estimator of that width")
     add("--load", help="start from this saved student instead of a fresh one")
     add("--eval-only", action="store_true", help="measure, do not train")
     add("--eval-topk", type=integers, default=[], metavar="K,K,...",
@@ -466,6 +467,55 @@ def pyplot():
     return plt
 
 
+def follow_teacher(student, teacher) -> None:
+    """The oracle: choose the student's cells, from now on, from the teacher's own attention to the same tokens."""
+    records = []
+
+    def look(model, args, kwargs):
+        with torch.no_grad(), convert.record(teacher) as found:
+            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
+        records[:] = found
+
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    for i, module in enumerate(convert.attention_modules(student)):
+        def estimate(ops, q, k, v, rows, *args, i=i, of_student=module.sea.estimate_attention, config=module.sea.config):
+            context, scores, gates, state = of_student(ops, q, k, v, rows, *args)
+            pooled = ops.pool_attention(records[i].q, records[i].k, rows.seen, config.width, records[i].scale)
+            best = best_scores(pooled, rows.seen)[:, :, :: config.query_stride]
+            return context, best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
+
+        module.sea.estimate_attention = estimate
+
+
+def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
+    """The scores (B, H, T, width) that estimate the attention best: the log of its mean in each cell."""
+    return (pooled.cells / sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None].clamp(min=1)).clamp(min=1e-30).log()
+
+
+@torch.no_grad()
+def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]:
+    """Of each layer, over windows `data`: kl(teacher's attention || estimate) in nats a row, and the least that cells of this width
+    allow; the share of the teacher's attention that is kept, under the cells selected, and that of the best cells, as many."""
+    layers = []
+    for x in data.split(args.micro_batch):
+        with autocast(args), convert.record(teacher) as teachers, convert.record(student) as students:
+            for model in (teacher, student):
+                model(x.to(args.device), use_cache=False)
+        seen = torch.arange(1, x.shape[1] + 1, device=args.device).expand(x.shape)
+        for i, (s, t) in enumerate(zip(students, teachers)):
+            ops, c = sea.operations(s.config, t.q), s.config
+            pooled = ops.pool_attention(t.q, t.k, seen, c.width, t.scale)
+            best = best_scores(pooled, seen)
+            loss = lambda scores, row, weight: sea.estimate_loss(scores, pooled, seen, row=row, kl_weight=weight)
+            kl = lambda scores, row: loss(scores, row, 1.0) - loss(scores, row, 0.0)
+            share = lambda mask: (pooled.cells * mask).sum(-1).mean()
+            found = dict(kl=kl(s.sea.scores, s.sea.row), least=kl(best, None), kept=share(s.sea.mask),
+                         best=share(sea.topk_mask(best.softmax(-1), seen, c.topk, c.group)))
+            layers = layers if i < len(layers) else [*layers, dict.fromkeys(found, 0.0)]
+            layers[i] = {name: layers[i][name] + value.item() * len(x) / len(data) for name, value in found.items()}
+    return layers
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -700,10 +750,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch.manual_seed(args.seed)
             student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
             if name != "dense":
-                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, method=name, backend=args.backend or "auto")
-                if name == "sea":
+                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, backend=args.backend or "auto",
+                               method="performer" if name == "performer" else "sea")
+                if name != "performer":
                     options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys)
                 convert.attach(student, **options)
+                if name == "oracle":
+                    follow_teacher(student, teacher)
         student.to(args.device)
         before = after = perplexity(student, valid, args)
         cost = (None, None)
@@ -714,6 +767,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             cost = (time.perf_counter() - start, peak_memory(args))
         table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), *cost))
         results |= {f"{name} before": before, name: after}
+        if name in ("sea", "oracle"):
+            layers = layer_report(student, teacher, valid[:8], args)
+            log.record(name=name, layers=layers)
+            print(f"{name}, by layer: KL of the estimate in nats, the least for this width, the attention kept, the most for this topk")
+            for i, layer in enumerate(layers):
+                print(f"  {i:3} {layer['kl']:7.3f} {layer['least']:7.3f} {layer['kept']:7.3f} {layer['best']:7.3f}", flush=True)
         if name == "sea":
             pictured = student
             own = convert.attention_modules(student)[0].sea.config.topk

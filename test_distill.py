@@ -467,6 +467,20 @@ def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
     assert not torch.equal(fresh["model.decoder.layers.0.self_attn.sea.decoder.weight"], after["model.decoder.layers.0.self_attn.sea.decoder.weight"])
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
+    results = distill.main([
+        "--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--width", "8", "--topk",
+        "2", "--steps", "1", "--batch", "2", "--method", "sea", "oracle", "--query-stride", str(stride), "--out", str(tmp_path)])
+    assert {"sea", "oracle", "oracle before"} <= results.keys()
+    reports = {r["name"]: r["layers"] for r in map(json.loads, (tmp_path / "log.jsonl").open()) if "layers" in r}
+    for ours, best in zip(reports["sea"], reports["oracle"], strict=True):
+        assert ours["kl"] > ours["least"] > 0 and 0 < ours["kept"] < ours["best"] < 1
+        assert best["kept"] > ours["kept"]
+        if stride == 1:  # otherwise a row serves queries whose own best cells are others
+            assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
+
+
 def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
     run_steps(home, tmp_path / "a")
     results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
