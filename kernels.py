@@ -1953,6 +1953,151 @@ def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d,
     return scores, tuple(last_rows)
 
 
+# -- estimator: products with the mean key of each cell ----------------------------------------------------------------
+
+
+@triton.jit
+def _bin_level(t, N_BINS: tl.constexpr):
+    """sea.bin_level: the number of bits of (t - 1) // N_BINS, read off the exponent of a float, exact for t < 2^24 * N_BINS."""
+    x = (tl.maximum(t, 1) - 1) // N_BINS
+    return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
+
+
+# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e = level(count), level(count) + 1, ...
+# One program: one bin of one level of one key/value head; grid (N_BINS, n_level, B * Hkv).
+#   k (B, Hkv, N, D), any strides; first (B,) int, the rank that place 0 has or would have, None: 0; there (B, N) int8 or None
+#   count (B,) int: keys before, None: 0; new (B,) int: keys that are new, None: N
+#   past (B, Hkv, N_BINS, D) fp32 or None: bins of the keys before, at the level of count
+#   means (B * Hkv, n_level, N_BINS, D) in the dtype of k; sums (B, Hkv, N_BINS, D) fp32: of the level of count + new
+# fp32: the sums, in a fixed order. A bin's keys stand side by side, and each level reads half as many as the next: all levels
+# together read each key twice. Reference: sea.bin_sums.
+@triton.jit(do_not_specialize=["N"])
+def _bin_keys_kernel(k_ptr, first_ptr, there_ptr, count_ptr, new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, N,
+                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    bin, pid_e, n_level = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    pid_bh = tl.program_id(2).to(tl.int64)
+    b, h = pid_bh // HKV, pid_bh % HKV
+    count = 0 if count_ptr is None else tl.load(count_ptr + b).to(tl.int32)
+    level = 0 if count_ptr is None else _bin_level(count, N_BINS)
+    last = _bin_level(count + (N if new_ptr is None else tl.load(new_ptr + b).to(tl.int32)), N_BINS)
+    e = level + pid_e
+    begin = (bin << e) - (0 if first_ptr is None else tl.load(first_ptr + b).to(tl.int64))
+    end = tl.minimum(begin + (tl.full((), 1, tl.int64) << e), N).to(tl.int32)
+    begin = tl.minimum(tl.maximum(begin, 0), N).to(tl.int32)
+
+    offs_n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        j = (start + offs_n).to(tl.int64)
+        there = j < end
+        if there_ptr is not None:
+            there &= tl.load(there_ptr + b * N + j, mask=there, other=0) != 0
+        acc += _tile(k_ptr, j, d, k_strides[2], k_strides[3], there[:, None] & (d < D)[None, :]).to(tl.float32)
+    if past_ptr is not None:
+        begin = tl.minimum(bin << pid_e, N_BINS).to(tl.int32)
+        end = tl.minimum((bin + 1) << pid_e, N_BINS).to(tl.int32)
+        for start in range(begin, end, BLOCK_N):
+            i = (start + offs_n).to(tl.int64)
+            acc += _tile(past_ptr + pid_bh * N_BINS * D, i, d, D, 1, (i < end)[:, None] & (d < D)[None, :])
+    x = tl.sum(acc, axis=0)
+    mean = x / (1 << e).to(tl.float32)
+    means_ptr += ((pid_bh * n_level + pid_e) * N_BINS + bin) * D + d
+    tl.store(means_ptr, mean.to(means_ptr.dtype.element_ty), mask=d < D)
+    if e == last:
+        tl.store(sums_ptr + (pid_bh * N_BINS + bin) * D + d, x, mask=d < D)
+
+
+# scores[p] = max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p).
+# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). It loops over the levels of its rows, nearly always
+# one, and over BLOCK_B of its bins at a time; each cell takes its bin's product out of those of its row.
+#   q (B, H, R, D), any strides; means and count as above; seen (B, R) int; scores (B, H, R, WIDTH) contiguous, any dtype
+# fp32: products (of means rounded to the dtype of k), maximum. Fast on tensor cores; a tile reads its bins once, from the L2
+# cache, and its products never leave the chip, where eager writes 2 * WIDTH of them for each row and level. Limits: WIDTH <=
+# 2048, since whole rows stay in registers. Reference: sea.cell_key_scores.
+@triton.jit
+def _cell_key_kernel(q_ptr, means_ptr, seen_ptr, count_ptr, scores_ptr, q_strides, H, R, n_level, softmax_scale,
+                     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
+    pid_bh = tl.program_id(1).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    r = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    d, p, offs_b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
+    q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], r, d, q_strides[2], q_strides[3],
+              (r < R)[:, None] & (d < D)[None, :])  # (BLOCK_T, BLOCK_D)
+    t = tl.load(seen_ptr + b * R + r, mask=r < R, other=0).to(tl.int32)
+    level = _bin_level(t, 2 * WIDTH)
+    lowest = 0 if count_ptr is None else _bin_level(tl.load(count_ptr + b).to(tl.int32), 2 * WIDTH)
+    first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
+    end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
+    means_ptr += (b * (H // GROUP) + h // GROUP) * n_level * 2 * WIDTH * D
+    scores = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)  # and stay so for a row that sees nothing
+    for e in range(first, end):
+        # -- each cell's bin, (BLOCK_T, BLOCK_P); -1 in rows of other levels. In int64: 2 t p passes 2^31 at t = 1M, width 1024
+        middle = (t.to(tl.int64)[:, None] * (2 * p + 1)[None, :]) // (2 * WIDTH)
+        at = tl.minimum((middle >> e).to(tl.int32), (t >> e)[:, None] - 1)
+        at = tl.where(((level == e) & (t > 0))[:, None] & (p < WIDTH)[None, :], at, -1)
+        for start in range(0, tl.max(tl.max(at, axis=1), axis=0) + 1, BLOCK_B):
+            in_b = start + offs_b < 2 * WIDTH
+            mean = _tile(means_ptr, (e - lowest).to(tl.int64) * 2 * WIDTH + start + offs_b, d, D, 1,
+                         in_b[:, None] & (d < D)[None, :])  # (BLOCK_B, BLOCK_D)
+            products = tl.dot(q, tl.trans(mean), input_precision="ieee")
+            place = at - start
+            of_block = (place >= 0) & (place < BLOCK_B)
+            scores = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), scores)
+    s = tl.where((p < WIDTH)[None, :], scores * softmax_scale, -float("inf"))
+    s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
+    tl.store(scores_ptr + (pid_bh * R + r[:, None]) * WIDTH + p[None, :], s.to(scores_ptr.dtype.element_ty),
+             mask=(r < R)[:, None] & (p < WIDTH)[None, :])
+
+
+def _cell_key_tiles(dtype: torch.dtype, width: int) -> dict:
+    """A warp holds whole rows of products, so at most a warp a row: Triton's compiler asserts for a gather from fewer
+    (github.com/triton-lang/triton/issues/11600)."""
+    block_p = max(16, triton.next_power_of_2(width))
+    if dtype == torch.float32:  # "ieee" dots run without tensor cores
+        return dict(BLOCK_T=16, BLOCK_B=32, BLOCK_P=block_p, num_warps=min(max(block_p // 64, 4), 16), num_stages=1)
+    block_t = min(max(8192 // block_p, 16), 32)
+    return dict(BLOCK_T=block_t, BLOCK_B=64, BLOCK_P=block_p, num_warps=min(max(block_t * block_p // 1024, 4), 16), num_stages=2)
+
+
+@torch.no_grad()
+def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, *,
+                    rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
+                    count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sea.cell_key_scores, the scores in the dtype of q. The keys stand in the order of their ranks, without gaps between those
+    that are there, and a row sees those of `count` at least, or none."""
+    for name, x in (("q", q), ("k", k)):
+        _check_tensor(name, x, 4, "(B, heads, tokens, D)")
+    _expect(width <= 2048, "width", "at most 2048, the cells of a row have to fit into registers", width)
+    (B, H, R, D), (Hkv, N), n_bins = q.shape, k.shape[1:3], 2 * width
+    _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
+    level = lambda n: max(0, n - 1).__floordiv__(n_bins).bit_length()
+    # Rows of this call are of the level of count or later. N keys more are at most level(N) + 1 levels more.
+    n_level = level(max(n_keys, N)) + 1 if count is None else min(level(n_keys), level(N) + 1) + 1
+    first, new = count if rank is None else rank.expand(B, N)[:, 0], None
+    if there is not None:
+        new, there = there.sum(1), there.contiguous()
+        if rank is not None and N > 1:
+            place = there.int().argmax(1, keepdim=True)  # of any that is there
+            first = (rank.expand(B, N).gather(1, place) - place)[:, 0]
+        there = there.view(torch.int8)
+    first, count = (None if x is None else x.contiguous() for x in (first, count))
+    past, row_seen = None if past is None else past.float().contiguous(), row_seen.contiguous()
+    means = torch.empty(B * Hkv, n_level, n_bins, D, dtype=k.dtype, device=k.device)
+    sums = torch.empty(B, Hkv, n_bins, D, dtype=torch.float32, device=k.device)
+    scores = torch.empty(B, H, R, width, dtype=q.dtype, device=q.device)
+    tiles = _cell_key_tiles(q.dtype, width)
+    with torch.cuda.device_of(q):
+        _bin_keys_kernel[(n_bins, n_level, B * Hkv)](
+            k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_N=32,
+            BLOCK_D=max(32, triton.next_power_of_2(D)), num_warps=2)
+        _cell_key_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B * H)](
+            q, means, row_seen, count, scores, q.stride(), H, R, n_level, float(softmax_scale), GROUP=H // Hkv, D=D, WIDTH=width,
+            BLOCK_D=_power_of_2(D, q.dtype), **tiles)
+    return scores, sums
+
+
 # -- mix ---------------------------------------------------------------------------------------------------------------
 
 
