@@ -692,6 +692,7 @@ def operations(config: SEAConfig, q: Tensor):
     size = max(64, power(config.n_features)) * max(64, power(config.d_head))
     fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
     fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
+    fits = fits and (not config.cell_keys or config.width <= 2048)  # cells of a row, in registers
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:
@@ -887,10 +888,11 @@ class SEAttention(nn.Module):
                                                       rows.n_rows)
         if config.cell_keys:
             n_keys = k.shape[2] if state is None else config.max_positions
-            of_keys, next_state.key_sums = cell_key_scores(
+            of_keys, next_state.key_sums = ops.cell_key_scores(
                 q, k, rows.row_seen[:, -q.shape[2] :], config.width, softmax_scale, n_keys, rank=rows.rank, there=rows.there,
                 past=past.key_sums, count=past.count)
-            scores = (scores + self.key_gain[:, None, None] * of_keys).to(scores.dtype)
+            gain = self.key_gain[:, None, None].to(scores.dtype)
+            scores = torch.addcmul(scores, gain, of_keys).to(scores.dtype)  # and no product of its own beside it
         if stride > 1 and rows.n_rows is not None and rows.n_rows.dtype == torch.bool:
             begins = rows.n_rows[:, None, None, None]
             scores, gates = torch.where(begins, scores, state.last_scores), torch.where(begins, gates, state.last_gates)
