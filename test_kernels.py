@@ -114,8 +114,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         assert size(error) <= budget, f"result {i}: error {size(error):.2e} > {budget:.2e}: {case}"
 
 
-TWINS = ["causal_context", "encode_rows", "causal_cnn", "topk_mask", "select_cells", "sparse_attention", "mix_average",
-         "pool_attention", "score_loss"]
+TWINS = ["causal_context", "encode_rows", "causal_cnn", "cell_key_scores", "topk_mask", "select_cells", "sparse_attention",
+         "mix_average", "pool_attention", "score_loss"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
@@ -411,11 +411,12 @@ class Layer:
     padded: bool
     layout: str
     seed: int
+    cell_keys: bool = False
 
     def config(self, **changes):
         _, Hkv, group = self.heads
         fields = dict(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=self.topk, query_stride=self.stride,
-                      nbf=2 if self.D < 64 else 8, max_positions=4096)
+                      nbf=2 if self.D < 64 else 8, max_positions=4096, cell_keys=self.cell_keys)
         return sea.SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes):
@@ -438,7 +439,7 @@ class Layer:
 LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=sizes(1, 5, 1, 3),
                    heads=HEADS, D=sizes(2, BLOCK + 3, 19),
                    width=sizes(1, 5 * BLOCK + 3, 83), topk=st.integers(1, 9), padded=st.booleans(), layout=LAYOUTS,
-                   seed=st.integers(0, 99))
+                   seed=st.integers(0, 99), cell_keys=st.booleans())
 FEWER = settings(max_examples=8)
 
 
@@ -506,6 +507,35 @@ def _check_estimator(case):
     as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates, *v_sum])
 
 
+def check_cell_key_scores(case, before=0, softmax_scale=0.3):
+    """Of the last tokens, after `before` others whose bins are given; rows and keys as the layer hands them over."""
+    (q, k, _), valid, (B, Hkv, _), stride, T = case.qkv(), case.valid(), case.heads, case.stride, case.T
+    of = lambda at: None if valid is None else valid[:, at]
+    choose = lambda at, n, count: sea.choose_rows((B, n), of(at), count, stride, True, q.device)
+
+    def call(f, at, rows, count, q, k, past=None):
+        q, k = q[:, :, at], k[:, :, at]
+        if rows.query is None:
+            q = q[:, :, ::stride]
+        else:
+            q, k = sea.take(q, rows.query), sea.take(k, rows.key)
+        rank = None if rows.key is None and case.seed % 2 else rows.rank
+        past = past if past is None or past.dtype == torch.float64 else past.float()
+        scores, sums = f(q, k, rows.row_seen[:, -q.shape[2] :], case.width, softmax_scale, T, rank=rank, there=rows.there,
+                         past=past, count=count)
+        if rows.n_rows is not None and rows.n_rows.dtype == torch.bool:  # the scores of a row that does not begin are anything
+            scores = scores * rows.n_rows[:, None, None, None]
+        return scores.to(q.dtype), sums
+
+    count, past, head, tail = None, [], slice(0, before), slice(before, T)
+    if before:
+        past = [call(sea.cell_key_scores, head, choose(head, before, None), None, q, k)[1].to(case.dtype)]
+        count = torch.full((B,), before, device=DEVICE) if valid is None else valid[:, head].sum(1)
+    rows = choose(tail, T - before, count)
+    as_accurate_as_eager(case, *(lambda q, k, *past, f=f: call(f, tail, rows, count, q, k, *past)
+                                 for f in (kernels.cell_key_scores, sea.cell_key_scores)), [q, k, *past])
+
+
 def check_layer(case, *, rtol=2e-4):
     """Both backends in fp32: the same cells, outputs, states and gradients of everything; and any split gives the whole."""
     ours, theirs = case.layer(backend="triton"), case.layer(backend="torch")
@@ -519,7 +549,7 @@ def check_layer(case, *, rtol=2e-4):
         loss = sum((x * torch.randn(x.shape, generator=generator).to(DEVICE)).sum() for x in (result.out, result.scores * used))
         loss.backward()
         grads = {name: p.grad for name, p in layer.named_parameters()} | dict(zip("qkv", (x.grad for x in xs)))
-        state = {name: x for name, x in vars(result.state).items() if isinstance(x, torch.Tensor) and name in ("sums", "v_sum")}
+        state = {name: x for name, x in vars(result.state).items() if name in ("sums", "v_sum", "key_sums") and x is not None}
         results.append({"out": result.out, "mask": result.mask, **state, **{f"d{name}": g for name, g in grads.items()}})
     assert torch.equal(results[0].pop("mask"), results[1].pop("mask")), case
     for name, expected in results[1].items():
@@ -550,7 +580,30 @@ def test_encode_cnn_and_mix_match_reference(case):
     check_estimator(case)
 
 
+@given(LAYERS, st.integers(0, 6 * BLOCK), st.sampled_from([0.3, 5.0]))
+@example(Layer(torch.float32, 35, 1, (1, 1, 2), 16, 8, 4, False, "gaps", 1), 0, 0.3)  # levels begin after 16 and 32 keys
+@example(Layer(torch.float32, 34, 3, (2, 2, 1), 16, 4, 4, True, "gaps", 2), 7, 0.3)
+@example(Layer(torch.float32, 33, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 32, 0.3)  # a step that begins a level
+@example(Layer(torch.float16, 33, 1, (1, 1, 2), 64, 64, 4, False, "heads last", 0), 32, 5.0)
+@settings(FEW)
+def test_cell_key_scores_match_reference(case, before, softmax_scale):
+    check_cell_key_scores(case, min(before, case.T - 1), softmax_scale)
+
+
+def test_cell_key_scores_are_exact_at_any_length():
+    """Where 2 * t * p passes 2^31, and a level begins."""
+    width, count = 200, torch.tensor([400 * 2**14 - 2], device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    q, k, past = (torch.randn(1, 1, n, 4, generator=generator).to(DEVICE) for n in (5, 5, 400))
+    seen = count + torch.arange(1, 6, device=DEVICE)[None]
+    ours, theirs = (f(q, k, seen, width, 2.0**14, 2**24, past=past, count=count)
+                    for f in (kernels.cell_key_scores, sea.cell_key_scores))
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x, y)
+
+
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
+@example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1, cell_keys=True))
 @settings(max_examples=4)
 def test_layer_is_the_same_on_both_backends(case):
     check_layer(case)
@@ -666,6 +719,8 @@ def check_decoding(case, first, rtol=1e-3):
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
 @example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
+@example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1, cell_keys=True), 6)  # a level begins
+@example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1, cell_keys=True), 6)
 @example(Layer(torch.float32, 18, 1, (2, 1, 1), 2, 58, 3, True, "contiguous", 66), 5)  # only the second of two tokens is one
 @settings(max_examples=10)
 def test_decoding_is_the_whole_on_both_backends(case, steps):
@@ -684,7 +739,8 @@ def test_distillation_is_the_same_on_both_backends(stride):
     for backend in ("torch", "triton"):
         teacher = tiny("opt").to(DEVICE).requires_grad_(False)
         teacher.set_attn_implementation("sea_teacher")
-        student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=4, backend=backend, query_stride=stride)
+        student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=4, backend=backend, query_stride=stride,
+                                 cell_keys=stride > 1)
         with torch.autocast(DEVICE, torch.bfloat16 if CUDA else torch.float16):
             terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights())
         sum(terms.values()).backward()
@@ -704,7 +760,8 @@ def test_a_backend_that_cannot_run_raises():
     assert performer(q, q, q).out.isfinite().all()
 
 
-@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4), dict(n_head=33, width=1024)])
+@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4),
+                                    dict(n_head=33, width=1024), dict(n_head=1, d_head=32, width=4096, cell_keys=True)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
     on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
@@ -852,6 +909,14 @@ def test_large_estimator_matches_reference(dtype, D, stride):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, before, width, D, stride, padded", [(5000, 0, 256, 64, 1, False), (5000, 0, 1000, 128, 4, False),
+                                                                 (5000, 3100, 128, 80, 3, True), (4097, 4096, 256, 64, 1, False)])
+def test_large_cell_key_scores_match_reference(dtype, T, before, width, D, stride, padded):
+    check_cell_key_scores(Layer(dtype, T, stride, (1, 2, 2), D, width, 64, padded, "heads last", 0), before, D**-0.5)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, width", [(12, 256), (12, 1024), (32, 1000)])
 def test_large_selection_is_that_of_sea_bit_for_bit(dtype, H, width):
     scores, _ = Cells(dtype, "causal_batch", 1, H, 512, width, 64, 0, "heads last", 0).tensors()
@@ -880,7 +945,7 @@ def test_gradients_are_bit_equal_from_run_to_run(dtype):
 @gpu
 @pytest.mark.parametrize("stride", [1, 4])
 def test_a_layer_is_bit_equal_from_run_to_run(stride):
-    case = Layer(torch.bfloat16, 5000, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1)
+    case = Layer(torch.bfloat16, 5000, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1, cell_keys=True)
     layer, q = case.layer(backend="triton", nbf=8, max_positions=8192).to(torch.bfloat16), [x.requires_grad_() for x in case.qkv()]
 
     def run():
@@ -915,7 +980,7 @@ def test_large_step_of_the_estimator_matches_reference(dtype, D, stride, padded)
 @pytest.mark.parametrize("stride", [1, 4])
 def test_a_captured_step_replayed_is_eager_steps(stride):
     """A CUDA graph of one step, its keys in a static buffer that holds NaN behind the last token, its state kept in place."""
-    case = Layer(torch.bfloat16, 300, stride, (2, 2, 2), 64, 256, 8, False, "contiguous", 1)
+    case = Layer(torch.bfloat16, 300, stride, (2, 2, 2), 64, 140, 8, False, "contiguous", 1, cell_keys=True)
     layer, (q, k, v), first = case.layer(backend="triton").to(torch.bfloat16), case.qkv(), 285
 
     @torch.no_grad()
@@ -987,6 +1052,7 @@ def launches(capability):
         yield kernels.score_loss(q, k, q.detach(), k.detach(), seen)
         config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
         for valid, with_scores in ((None, True), (None, False), (torch.ones(B, S, dtype=torch.bool), True)):
+            config = replace(config, cell_keys=with_scores)
             result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
             yield (result.out, result.scores) if with_scores else result.out
             with torch.no_grad():  # decoding, with and without padding
