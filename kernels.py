@@ -2052,7 +2052,7 @@ def _cell_key_kernel(q_ptr, means_ptr, seen_ptr, count_ptr, scores_ptr, q_stride
 
 
 def _cell_key_tiles(dtype: torch.dtype, width: int) -> dict:
-    """A warp holds whole rows of products, so at most a warp a row: Triton's compiler asserts for a gather from fewer
+    """A warp holds whole rows of products, so at most a warp a row: Triton's compiler fails at a gather from fewer
     (github.com/triton-lang/triton/issues/11600)."""
     block_p = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:  # "ieee" dots run without tensor cores
