@@ -888,7 +888,8 @@ class SEAttention(nn.Module):
                                                       rows.n_rows)
         if config.cell_keys:
             n_keys = k.shape[2] if state is None else config.max_positions
-            of_keys, next_state.key_sums = ops.cell_key_scores(
+            insists = config.backend == "triton"  # those kernels have run in Triton's interpreter only
+            of_keys, next_state.key_sums = (ops if insists else torch_operations).cell_key_scores(
                 q, k, rows.row_seen[:, -q.shape[2] :], config.width, softmax_scale, n_keys, rank=rows.rank, there=rows.there,
                 past=past.key_sums, count=past.count)
             gain = self.key_gain[:, None, None].to(scores.dtype)
