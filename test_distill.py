@@ -148,12 +148,12 @@ def recomputed(model, x, mask, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("stride, cell_keys", [(1, False), (1, True), (3, True)])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, padded, tmp_path):
+def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, cell_keys, padded, tmp_path):
     """Greedy, with transformers' cache, left-padded too, for a student saved and loaded; grouped-query and rotary included."""
-    model = convert.attach(tiny(kind), width=8, topk=3, query_stride=stride)
+    model = convert.attach(tiny(kind), width=5, topk=3, query_stride=stride, cell_keys=cell_keys)
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     model.tie_weights()
@@ -311,10 +311,10 @@ def test_no_argument_trains_its_own_teacher(tmp_path):
     assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
 
 
-def student_and_teacher():
+def student_and_teacher(**options):
     teacher = tiny("opt").requires_grad_(False)
     teacher.set_attn_implementation("sea_teacher")
-    return convert.attach(tiny("opt"), width=8, topk=4), teacher
+    return convert.attach(tiny("opt"), width=8, topk=4, **options), teacher
 
 
 def test_distillation_lowers_every_term():
@@ -331,8 +331,9 @@ def test_distillation_lowers_every_term():
         assert terms[name] < first[name], name
 
 
-def test_every_new_weight_learns():
-    student, teacher = student_and_teacher()
+@pytest.mark.parametrize("cell_keys", [False, True])
+def test_every_new_weight_learns(cell_keys):
+    student, teacher = student_and_teacher(cell_keys=cell_keys)
     sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights()).values()).backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
