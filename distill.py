@@ -468,7 +468,8 @@ def pyplot():
 
 
 def follow_teacher(student, teacher) -> None:
-    """The oracle: choose the student's cells, from now on, from the teacher's own attention to the same tokens."""
+    """The oracle: choose the student's cells, from now on, from the teacher's own attention to the same tokens. Once saved
+    it is a plain SEA student again, whose estimator has learned nothing."""
     records = []
 
     def look(model, args, kwargs):
