@@ -63,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--d-head", type=int, default=64)
     add("--width", type=int, default=256, help="cells of an estimated row")
     add("--topk", type=int, default=64, help="keys per query and head, on average")
+    add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="see SEAConfig")
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
     add("--forward-only", action="store_true")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
@@ -128,7 +129,7 @@ def walk_inputs(args, T: int, device, seed: int = 0) -> list[torch.Tensor]:
 def trained_layer(args, q, k, v, device) -> sea.SEAttention:
     """A layer whose estimator has seen these inputs, its position table stretched to the longest T."""
     torch.manual_seed(0)
-    config = dict(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk)
+    config = dict(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk, cell_keys=args.cell_keys)
     layer = sea.SEAttention(sea.SEAConfig(**config, max_positions=TRAINED, backend="torch")).to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), 2e-3)
     n = min(TRAINED, q.shape[2], 2048 if q.is_cuda else 256)
@@ -353,7 +354,7 @@ def distillation(args, device) -> dict[int, dict]:
             teacher = opt(args, T, device).eval().requires_grad_(False)
             teacher.set_attn_implementation("sea_teacher")
             student = convert.attach(opt(args, T, device), width=args.width, topk=args.topk, query_stride=args.strides[0],
-                                     backend=backend)
+                                     cell_keys=args.cell_keys, backend=backend)
             optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
             x = torch.randint(5, 50000, (1, T), device=device)
 
@@ -471,7 +472,7 @@ def prefill(args, dtype, device) -> dict[int, dict]:
         for name, stride, rows_at_once in found:
             model = opt(args, T, device).to(dtype).eval()
             if stride is not None:
-                convert.attach(model, width=args.width, topk=args.topk, query_stride=stride)
+                convert.attach(model, width=args.width, topk=args.topk, query_stride=stride, cell_keys=args.cell_keys)
 
             @torch.no_grad()
             def run():

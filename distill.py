@@ -96,8 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(none: auto)")
     add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
-    add("--cell-keys", action="store_true", help="add each query's product with the mean key of a cell to its estimated score, see "
-        "sea.cell_key_scores: a far better estimate")
+    add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="add each query's product with the mean key of a cell "
+        "to its estimated score, see sea.add_cell_keys: a far better estimate")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "

@@ -1964,65 +1964,74 @@ def _bin_level(t, N_BINS: tl.constexpr):
 
 
 # Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e = level(count), level(count) + 1, ...
-# One program: one bin of one level of one key/value head; grid (N_BINS, n_level, B * Hkv).
+# One program: BLOCK_B bins of one level of one key/value head, SPLIT keys of each at a time; grid (cdiv(N_BINS, BLOCK_B),
+# n_level, B * Hkv).
 #   k (B, Hkv, N, D), any strides; first (B,) int, the rank that place 0 has or would have, None: 0; there (B, N) int8 or None
 #   count (B,) int: keys before, None: 0; new (B,) int: keys that are new, None: N
 #   past (B, Hkv, N_BINS, D) fp32 or None: bins of the keys before, at the level of count
 #   means (B * Hkv, n_level, N_BINS, D) in the dtype of k; sums (B, Hkv, N_BINS, D) fp32: of the level of count + new
-# fp32: the sums, in a fixed order. A bin's keys stand side by side, and each level reads half as many as the next: all levels
-# together read each key twice. Reference: sea.bin_sums.
+# fp32: the sums, in a fixed order. Each level reads half as many keys as the next: all together read each key twice.
+# Reference: sea.bin_sums.
 @triton.jit(do_not_specialize=["N"])
 def _bin_keys_kernel(k_ptr, first_ptr, there_ptr, count_ptr, new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, N,
-                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    bin, pid_e, n_level = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_e, n_level = tl.program_id(1), tl.num_programs(1)
     pid_bh = tl.program_id(2).to(tl.int64)
     b, h = pid_bh // HKV, pid_bh % HKV
     count = 0 if count_ptr is None else tl.load(count_ptr + b).to(tl.int32)
     level = 0 if count_ptr is None else _bin_level(count, N_BINS)
     last = _bin_level(count + (N if new_ptr is None else tl.load(new_ptr + b).to(tl.int32)), N_BINS)
     e = level + pid_e
-    begin = (bin << e) - (0 if first_ptr is None else tl.load(first_ptr + b).to(tl.int64))
-    end = tl.minimum(begin + (tl.full((), 1, tl.int64) << e), N).to(tl.int32)
-    begin = tl.minimum(tl.maximum(begin, 0), N).to(tl.int32)
 
-    offs_n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    rows, d = tl.arange(0, BLOCK_B * SPLIT), tl.arange(0, BLOCK_D)
+    bin, part = (tl.program_id(0) * BLOCK_B + rows // SPLIT).to(tl.int64), rows % SPLIT
+    # -- keys: bin b begins at place `begin`; the first and last of all that lie in these bins
+    begin = (bin << e) - (0 if first_ptr is None else tl.load(first_ptr + b).to(tl.int64))
+    size = tl.full((), 1, tl.int64) << e
+    first = tl.maximum(-tl.max(begin, axis=0), 0).to(tl.int32)
+    end = tl.minimum(tl.maximum(N - tl.min(begin, axis=0), 0), size).to(tl.int32)
     k_ptr += b * k_strides[0] + h * k_strides[1]
-    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = (start + offs_n).to(tl.int64)
-        there = j < end
+    acc = tl.zeros((BLOCK_B * SPLIT, BLOCK_D), tl.float32)
+    for start in range(first, end, SPLIT):
+        i = start + part
+        j = begin + i
+        there = (i < size) & (j >= 0) & (j < N)
         if there_ptr is not None:
             there &= tl.load(there_ptr + b * N + j, mask=there, other=0) != 0
         acc += _tile(k_ptr, j, d, k_strides[2], k_strides[3], there[:, None] & (d < D)[None, :]).to(tl.float32)
     if past_ptr is not None:
-        begin = tl.minimum(bin << pid_e, N_BINS).to(tl.int32)
-        end = tl.minimum((bin + 1) << pid_e, N_BINS).to(tl.int32)
-        for start in range(begin, end, BLOCK_N):
-            i = (start + offs_n).to(tl.int64)
-            acc += _tile(past_ptr + pid_bh * N_BINS * D, i, d, D, 1, (i < end)[:, None] & (d < D)[None, :])
-    x = tl.sum(acc, axis=0)
-    mean = x / (1 << e).to(tl.float32)
-    means_ptr += ((pid_bh * n_level + pid_e) * N_BINS + bin) * D + d
-    tl.store(means_ptr, mean.to(means_ptr.dtype.element_ty), mask=d < D)
+        for start in range(0, 1 << pid_e, SPLIT):
+            i = start + part
+            j = (bin << pid_e) + i
+            there = (i < (1 << pid_e)) & (j < N_BINS)
+            acc += _tile(past_ptr + pid_bh * N_BINS * D, j, d, D, 1, there[:, None] & (d < D)[None, :])
+    x = tl.sum(tl.reshape(acc, (BLOCK_B, SPLIT, BLOCK_D)), axis=1)  # (BLOCK_B, BLOCK_D)
+    bin = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    at, there = bin[:, None] * D + d[None, :], (bin < N_BINS)[:, None] & (d < D)[None, :]
+    mean = x * tl.exp2(-e.to(tl.float32))
+    tl.store(means_ptr + (pid_bh * n_level + pid_e) * N_BINS * D + at, mean.to(means_ptr.dtype.element_ty), mask=there)
     if e == last:
-        tl.store(sums_ptr + (pid_bh * N_BINS + bin) * D + d, x, mask=d < D)
+        tl.store(sums_ptr + pid_bh * N_BINS * D + at, x, mask=there)
 
 
-# scores[p] = max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p).
-# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). It loops over the levels of its rows, nearly always
-# one, and over BLOCK_B of its bins at a time; each cell takes its bin's product out of those of its row.
-#   q (B, H, R, D), any strides; means and count as above; seen (B, R) int; scores (B, H, R, WIDTH) contiguous, any dtype
-# fp32: products (of means rounded to the dtype of k), maximum. Fast on tensor cores; a tile reads its bins once, from the L2
-# cache, and its products never leave the chip, where eager writes 2 * WIDTH of them for each row and level. Limits: WIDTH <=
-# 2048, since whole rows stay in registers. Reference: sea.cell_key_scores.
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p), the maximum over
+# the row's full bins; or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
+# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). For each level of its rows, nearly always one, it goes
+# over all of their bins for the maximum, then over the cells, BLOCK_P at a time, and the few blocks of bins these lie in: each
+# cell takes its bin's product out of those of its row.
+#   q (B, H, R, D), any strides; means and count as above; seen (B, R) int; x (B, H, R, WIDTH) contiguous, in place
+#   parts (B * H, programs) fp32, BACKWARD: each program's sum
+# fp32: products (of means rounded to the dtype of k), maximum. Bins come from the L2 cache, and products never leave the chip,
+# where eager writes 2 * WIDTH of them for each row and level. Small blocks, since a gather costs as many shuffles as there are
+# cells times bins that they might lie in. Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_key_kernel(q_ptr, means_ptr, seen_ptr, count_ptr, scores_ptr, q_strides, H, R, n_level, softmax_scale,
-                     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
-                     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, parts_ptr, q_strides, H, R, n_level, softmax_scale,
+                      GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr,
+                      BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     r = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    d, p, offs_b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
+    d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
     q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], r, d, q_strides[2], q_strides[3],
               (r < R)[:, None] & (d < D)[None, :])  # (BLOCK_T, BLOCK_D)
     t = tl.load(seen_ptr + b * R + r, mask=r < R, other=0).to(tl.int32)
@@ -2031,71 +2040,172 @@ def _cell_key_kernel(q_ptr, means_ptr, seen_ptr, count_ptr, scores_ptr, q_stride
     first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
     end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
     means_ptr += (b * (H // GROUP) + h // GROUP) * n_level * 2 * WIDTH * D
-    scores = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)  # and stay so for a row that sees nothing
+    x_ptr += pid_bh * R * WIDTH
+    gain = tl.load(gain_ptr + h).to(tl.float32)
+    acc = tl.zeros((BLOCK_T,), tl.float32)
     for e in range(first, end):
-        # -- each cell's bin, (BLOCK_T, BLOCK_P); -1 in rows of other levels. In int64: 2 t p passes 2^31 at t = 1M, width 1024
-        middle = (t.to(tl.int64)[:, None] * (2 * p + 1)[None, :]) // (2 * WIDTH)
-        at = tl.minimum((middle >> e).to(tl.int32), (t >> e)[:, None] - 1)
-        at = tl.where(((level == e) & (t > 0))[:, None] & (p < WIDTH)[None, :], at, -1)
-        for start in range(0, tl.max(tl.max(at, axis=1), axis=0) + 1, BLOCK_B):
-            in_b = start + offs_b < 2 * WIDTH
-            mean = _tile(means_ptr, (e - lowest).to(tl.int64) * 2 * WIDTH + start + offs_b, d, D, 1,
-                         in_b[:, None] & (d < D)[None, :])  # (BLOCK_B, BLOCK_D)
-            products = tl.dot(q, tl.trans(mean), input_precision="ieee")
-            place = at - start
-            of_block = (place >= 0) & (place < BLOCK_B)
-            scores = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), scores)
-    s = tl.where((p < WIDTH)[None, :], scores * softmax_scale, -float("inf"))
-    s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
-    tl.store(scores_ptr + (pid_bh * R + r[:, None]) * WIDTH + p[None, :], s.to(scores_ptr.dtype.element_ty),
-             mask=(r < R)[:, None] & (p < WIDTH)[None, :])
+        mine, full = (level == e) & (t > 0), t >> e
+        of_level = means_ptr + (e - lowest).to(tl.int64) * 2 * WIDTH * D
+        # -- the largest product of each row
+        top = tl.full((BLOCK_T,), -float("inf"), tl.float32)
+        for start in range(0, tl.max(tl.where(mine, full, 0), axis=0), BLOCK_B):
+            bin = start + offs_b
+            s = _bin_products(q, of_level, bin, d, softmax_scale, D, WIDTH)  # (BLOCK_T, BLOCK_B)
+            top = tl.maximum(top, tl.max(tl.where(bin[None, :] < full[:, None], s, -float("inf")), axis=1))
+        for first_cell in range(0, WIDTH, BLOCK_P):
+            # -- each cell's bin, (BLOCK_T, BLOCK_P). In int64: 2 t p passes 2^31 at t = 1M, width 1024
+            p = first_cell + offs_p
+            there = mine[:, None] & (p < WIDTH)[None, :]
+            middle = (t.to(tl.int64)[:, None] * (2 * p + 1)[None, :]) // (2 * WIDTH)
+            at = tl.minimum((middle >> e).to(tl.int32), full[:, None] - 1)
+            low = tl.min(tl.min(tl.where(there, at, 2 * WIDTH), axis=1), axis=0)
+            high = tl.max(tl.max(tl.where(there, at, 0), axis=1), axis=0)
+            s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+            for start in range(low, high + 1, BLOCK_B):
+                products = _bin_products(q, of_level, start + offs_b, d, softmax_scale, D, WIDTH)
+                place = at - start
+                of_block = (place >= 0) & (place < BLOCK_B)
+                s = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), s)
+            s = tl.where(there, tl.maximum(s - top[:, None], -32.0), 0.0)
+            x_ptrs = x_ptr + r[:, None] * WIDTH + p[None, :]
+            x = tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32)
+            if BACKWARD:
+                acc += tl.sum(x * s, axis=1)
+            else:
+                tl.store(x_ptrs, (x + gain * s).to(x_ptr.dtype.element_ty), mask=there)
+    if BACKWARD:
+        tl.store(parts_ptr + pid_bh * tl.num_programs(0) + tl.program_id(0), tl.sum(acc, axis=0))
 
 
-def _cell_key_tiles(dtype: torch.dtype, width: int) -> dict:
-    """A warp holds whole rows of products, so at most a warp a row: Triton's compiler fails at a gather from fewer
-    (github.com/triton-lang/triton/issues/11600)."""
-    block_p = max(16, triton.next_power_of_2(width))
-    if dtype == torch.float32:  # "ieee" dots run without tensor cores
-        return dict(BLOCK_T=16, BLOCK_B=32, BLOCK_P=block_p, num_warps=min(max(block_p // 64, 4), 16), num_stages=1)
-    block_t = min(max(8192 // block_p, 16), 32)
-    return dict(BLOCK_T=block_t, BLOCK_B=64, BLOCK_P=block_p, num_warps=min(max(block_t * block_p // 1024, 4), 16), num_stages=2)
+@triton.jit
+def _bin_products(q, means_ptr, bin, d, softmax_scale, D: tl.constexpr, WIDTH: tl.constexpr):
+    """softmax_scale * q . mean key of each bin, fp32."""
+    mean = _tile(means_ptr, bin.to(tl.int64), d, D, 1, (bin < 2 * WIDTH)[:, None] & (d < D)[None, :])
+    return tl.dot(q, tl.trans(mean), input_precision="ieee") * softmax_scale
 
 
-@torch.no_grad()
-def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, *,
-                    rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
-                    count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """sea.cell_key_scores, the scores in the dtype of q. The keys stand in the order of their ranks, without gaps between those
-    that are there, and a row sees those of `count` at least, or none."""
-    for name, x in (("q", q), ("k", k)):
+# One token a sequence: its key added to its bin, the bins moved up a level where it begins one, and the scores of its row.
+# One program: one key/value head and the query heads that share it; grid (B * Hkv,).
+#   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides; there (B,) int8 or None
+#   seen (B, 1), count (B,) int; past and sums (B, Hkv, 2 * WIDTH, D) fp32, at the levels of count and after it
+#   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
+# fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
+@triton.jit
+def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, there_ptr, seen_ptr, count_ptr, past_ptr, products_ptr, sums_ptr,
+                           q_strides, k_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                           BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_bh = tl.program_id(0).to(tl.int64)
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    d, offs_b, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
+    count, new = tl.load(count_ptr + b).to(tl.int32), 1
+    if there_ptr is not None:
+        new = (tl.load(there_ptr + b) != 0).to(tl.int32)
+    level, last = _bin_level(count, 2 * WIDTH), _bin_level(count + new, 2 * WIDTH)
+    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], d * k_strides[3], d < D)
+    of_head = pid_bh * 2 * WIDTH * D
+    for start in range(0, 2 * WIDTH, BLOCK_B):
+        bin = start + offs_b
+        there = (bin < 2 * WIDTH)[:, None] & (d < D)[None, :]
+        old = (bin << (last - level))[:, None]
+        at = past_ptr + of_head + old * D + d[None, :]
+        x = tl.load(at, mask=there & (old < 2 * WIDTH), other=0.0)
+        x += tl.load(at + D, mask=there & (old + 1 < 2 * WIDTH) & (last > level), other=0.0)
+        x += tl.where((bin == (count >> last))[:, None] & (new != 0), k[None, :], 0.0)
+        tl.store(sums_ptr + of_head + bin[:, None] * D + d[None, :], x, mask=there)
+        mean = (x * tl.exp2(-last.to(tl.float32))).to(k_ptr.dtype.element_ty).to(tl.float32)
+        for g in range(0, GROUP):
+            q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], d * q_strides[3], d < D)
+            products = tl.sum(mean * q[None, :], axis=1) * softmax_scale
+            tl.store(products_ptr + (pid_bh * GROUP + g) * 2 * WIDTH + bin, products, mask=bin < 2 * WIDTH)
+    tl.debug_barrier()
+    t = tl.load(seen_ptr + b).to(tl.int32)
+    full, bin = tl.maximum(t >> last, 1), tl.arange(0, 2 * BLOCK_P)
+    middle = (t.to(tl.int64) * (2 * p + 1)) // (2 * WIDTH)
+    at = tl.minimum((middle >> last).to(tl.int32), full - 1)
+    for g in range(0, GROUP):
+        h = pid_bh * GROUP + g
+        products = tl.load(products_ptr + h * 2 * WIDTH + bin, mask=(bin < full) & (bin < 2 * WIDTH), other=-float("inf"))
+        s = tl.load(products_ptr + h * 2 * WIDTH + at, mask=p < WIDTH, other=0.0) - tl.max(products, axis=0)
+        x = _vector(x_ptr + h * WIDTH, p, p < WIDTH)
+        gain = tl.load(gain_ptr + kv * GROUP + g).to(tl.float32)
+        tl.store(x_ptr + h * WIDTH + p, (x + gain * tl.maximum(s, -32.0)).to(x_ptr.dtype.element_ty), mask=(p < WIDTH) & (t > 0))
+
+
+# Bins and cells a block, rows of half precision, and warps.
+CELL_KEYS = dict(rows=32, bins=32, cells=32, warps=4)
+
+
+def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
+    (B, H, R, D), width, (_, n_level, _, _) = q.shape, x.shape[-1], means.shape
+    block_t = 16 if q.dtype == torch.float32 else CELL_KEYS["rows"]  # "ieee" dots run without tensor cores
+    _cell_keys_kernel[(triton.cdiv(R, block_t), B * H)](
+        x, gain, q, means, row_seen, count, parts, q.stride(), H, R, n_level, float(softmax_scale), GROUP=B * H // len(means), D=D,
+        WIDTH=width, BACKWARD=parts is not None, BLOCK_T=block_t, BLOCK_B=CELL_KEYS["bins"], BLOCK_P=CELL_KEYS["cells"],
+        BLOCK_D=_power_of_2(D, q.dtype), num_warps=CELL_KEYS["warps"], num_stages=2)
+
+
+class _AddCellKeys(torch.autograd.Function):
+    """In place, since scores are the largest tensor of a layer."""
+
+    @staticmethod
+    def forward(ctx, scores, gain, q, means, row_seen, count, softmax_scale):
+        ctx.mark_dirty(scores)
+        ctx.save_for_backward(gain, q, means, row_seen, count)
+        ctx.softmax_scale = softmax_scale
+        _cell_keys_launch(scores, gain, q, means, row_seen, count, None, softmax_scale)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dscores):
+        gain, q, means, row_seen, count = ctx.saved_tensors
+        (B, H, R, _), dscores = q.shape, dscores.contiguous()
+        parts = torch.empty(B, H, triton.cdiv(R, 16 if q.dtype == torch.float32 else CELL_KEYS["rows"]), dtype=torch.float32,
+                            device=q.device)
+        _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
+        return dscores, parts.sum((0, 2)).to(gain.dtype), None, None, None, None, None
+
+
+def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float, n_keys: int, *,
+                  rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
+                  count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sea.add_cell_keys, in place. The keys stand in the order of their ranks, without gaps between those that are there, and a
+    row sees those of `count` at least, or none."""
+    for name, x in (("scores", scores), ("q", q), ("k", k)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
-    _expect(width <= 2048, "width", "at most 2048, the cells of a row have to fit into registers", width)
-    (B, H, R, D), (Hkv, N), n_bins = q.shape, k.shape[1:3], 2 * width
+    (B, H, R, D), (Hkv, N), width = q.shape, k.shape[1:3], scores.shape[-1]
+    _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}", tuple(scores.shape))
+    _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
+    n_bins, row_seen, gain = 2 * width, row_seen.contiguous(), gain.contiguous()
+    q, k = q.detach(), k.detach()
+    past, count = None if past is None else past.float().contiguous(), None if count is None else count.contiguous()
+    sums = torch.empty(B, Hkv, n_bins, D, dtype=torch.float32, device=k.device)
+    block_d = triton.next_power_of_2(D)
+    if _is_step(q) and N == 1 and past is not None:
+        products, block_p = torch.empty(B * H, n_bins, dtype=torch.float32, device=q.device), triton.next_power_of_2(width)
+        with torch.cuda.device_of(q):
+            _cell_keys_step_kernel[(B * Hkv,)](
+                scores, gain, q, k, None if there is None else there.contiguous().view(torch.int8), row_seen, count, past, products,
+                sums, q.stride(), k.stride(), Hkv, float(softmax_scale), GROUP=H // Hkv, D=D, WIDTH=width, BLOCK_P=block_p,
+                BLOCK_B=min(2 * block_p, max(1, 16384 // block_d)), BLOCK_D=block_d, num_warps=16 if block_p * block_d > 4096 else 4)
+        return scores, sums
     level = lambda n: max(0, n - 1).__floordiv__(n_bins).bit_length()
     # Rows of this call are of the level of count or later. N keys more are at most level(N) + 1 levels more.
     n_level = level(max(n_keys, N)) + 1 if count is None else min(level(n_keys), level(N) + 1) + 1
-    first, new = count if rank is None else rank.expand(B, N)[:, 0], None
+    first, new = count if rank is None else rank.expand(B, N)[:, 0].contiguous(), None
     if there is not None:
         new, there = there.sum(1), there.contiguous()
         if rank is not None and N > 1:
             place = there.int().argmax(1, keepdim=True)  # of any that is there
-            first = (rank.expand(B, N).gather(1, place) - place)[:, 0]
+            first = (rank.expand(B, N).gather(1, place) - place)[:, 0].contiguous()
         there = there.view(torch.int8)
-    first, count = (None if x is None else x.contiguous() for x in (first, count))
-    past, row_seen = None if past is None else past.float().contiguous(), row_seen.contiguous()
     means = torch.empty(B * Hkv, n_level, n_bins, D, dtype=k.dtype, device=k.device)
-    sums = torch.empty(B, Hkv, n_bins, D, dtype=torch.float32, device=k.device)
-    scores = torch.empty(B, H, R, width, dtype=q.dtype, device=q.device)
-    tiles = _cell_key_tiles(q.dtype, width)
     with torch.cuda.device_of(q):
-        _bin_keys_kernel[(n_bins, n_level, B * Hkv)](
-            k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_N=32,
-            BLOCK_D=max(32, triton.next_power_of_2(D)), num_warps=2)
-        _cell_key_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B * H)](
-            q, means, row_seen, count, scores, q.stride(), H, R, n_level, float(softmax_scale), GROUP=H // Hkv, D=D, WIDTH=width,
-            BLOCK_D=_power_of_2(D, q.dtype), **tiles)
-    return scores, sums
+        _bin_keys_kernel[(triton.cdiv(n_bins, 16), n_level, B * Hkv)](
+            k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_B=16, SPLIT=8,
+            BLOCK_D=block_d, num_warps=4 if block_d <= 64 else 8)
+        return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
 
 
 # -- mix ---------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class SEAConfig:
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; those between reuse that row's cells and gates (causal only)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
-    cell_keys: bool = False  # add each query's product with the mean key of a cell to its score, see cell_key_scores
+    cell_keys: bool = True  # add each query's product with the mean key of a cell to its score, see add_cell_keys (causal only)
     method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
     seed: int = 0  # of the random features
     backend: str = "auto"  # kernels.py on a GPU where it lies beside this file and fits; or "torch", or "triton" to insist
@@ -84,8 +84,6 @@ class SEAConfig:
         if self.causal:
             _expect(self.group in GROUPS[:2], "group", f"one of {GROUPS[:2]} when causal, since the others rank "
                     "a query's cells against later queries'", repr(self.group))
-        _expect(not self.cell_keys or (self.causal and self.method == "sea"), "cell_keys",
-                "False unless causal and method = 'sea'", self.cell_keys)
         _expect(self.query_stride == 1 or (self.causal and self.method == "sea"), "query_stride",
                 "1 unless causal and method = 'sea'", self.query_stride)
 
@@ -283,39 +281,49 @@ def bin_sums(k: Tensor, n_bins: int, level: int, rank: Tensor | None = None, the
     return sums
 
 
-@torch.no_grad()
-def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, *,
-                    rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
-                    count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q (mean of the keys of a cell) * softmax_scale, less the largest of the row, at least -32: (B, H, R, width) fp32 at least.
+def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float, n_keys: int, *,
+                  rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
+                  count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """scores + gain * q (mean of the keys of a cell) * softmax_scale, less the row's largest, at least -32: (B, H, R, width).
 
     Linear attention with the identity for phi and, for values, one-hot places: q sum_j k_j onehot(bin(j))^T, in O(S). 2 * width
     bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most a cell wide; a cell takes the
-    bin its middle key is in, or, at the end of the row, the last bin that is full. Differs: the paper has no such term. Random
-    features do not tell single keys apart; without it the estimate is little more than a mean over all texts.
+    bin its middle key is in, or, at the end of the row, the last bin that is full; the row's largest is that of all its full bins.
+    Differs: the paper has no such term. Random features do not tell single keys apart; without it the estimate is little more than
+    a mean over all texts.
 
-    q (B, H, R, D) of the estimated rows, which see row_seen (B, R) keys; k (B, Hkv, N, D) the new keys, rank and there as in
-    bin_sums; n_keys: at least as many as any row sees. past and the second result (B, Hkv, 2*width, D): bin_sums before the new
-    keys, at the level of count (B,), and after them. No gradient: a student whose keys are still far from its teacher's would be
-    dragged by this term alone. The limit keeps layers whose scores lie thousands apart from drowning the loss of all others.
+    scores (B, H, R, width) of causal_cnn, gain (H,); q (B, H, R, D) of the estimated rows, which see row_seen (B, R) keys; k (B,
+    Hkv, N, D) the new keys, rank and there as in bin_sums; n_keys: at least as many as any row sees. past and the second result
+    (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count (B,), and after them. No gradient to q and k: a student
+    whose keys are still far from its teacher's would be dragged by this term alone. The limit keeps layers whose scores lie
+    thousands apart from drowning the loss of all others.
     """
+    with torch.no_grad(), no_autocast(q):
+        of_keys, key_sums = cell_key_scores(q, k, row_seen, scores.shape[-1], softmax_scale, n_keys, rank, there, past, count)
+    return torch.addcmul(scores, gain[:, None, None].to(scores.dtype), of_keys).to(scores.dtype), key_sums
+
+
+def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, rank: Tensor | None,
+                    there: Tensor | None, past: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What add_cell_keys adds, without its gain, fp32 at least, and the sums after the new keys."""
     n_bins, H = 2 * width, q.shape[1]
-    q, k, t = at_least_fp32(q) * softmax_scale, at_least_fp32(k), row_seen
+    q, k, t = at_least_fp32(q) * softmax_scale, at_least_fp32(k), row_seen[..., None]
     past_level = None if count is None else bin_level(count, n_bins)
     if count is not None and rank is None:
         rank = count[:, None] + torch.arange(k.shape[2], device=k.device)
     n_new = torch.full((len(k),), k.shape[2], device=k.device) if there is None else there.sum(1)
     last = bin_level(n_new if count is None else count + n_new, n_bins)
-    level, middle = bin_level(t, n_bins), (2 * torch.arange(width, device=q.device) + 1) * t[..., None] // (2 * width)
+    level, middle = bin_level(row_seen, n_bins), (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)
     scores, next_sums = q.new_zeros(*q.shape[:3], width), None
     for e in range(bin_level(n_keys, n_bins) + 1):
         sums = bin_sums(k, n_bins, e, rank, there, past, past_level)
-        at = torch.minimum(middle >> e, (t[..., None] >> e) - 1).clamp(0, n_bins - 1)[:, None].expand_as(scores)
-        with no_autocast(q):
-            products = q @ repeat_heads(sums / 2**e, H).mT
-        scores = torch.where((level == e)[:, None, :, None], products.gather(-1, at), scores)
+        products = q @ repeat_heads(sums / 2**e, H).mT  # (B, H, R, 2*width)
+        full = (t >> e).clamp(1, n_bins)
+        cells = products.gather(-1, torch.minimum(middle >> e, full - 1)[:, None].expand_as(scores))
+        largest = products.masked_fill((torch.arange(n_bins, device=q.device) >= full)[:, None], -torch.inf).amax(-1, keepdim=True)
+        scores = torch.where((level == e)[:, None, :, None], (cells - largest).clamp(min=-32), scores)
         next_sums = sums if next_sums is None else torch.where((last == e)[:, None, None, None], sums, next_sums)
-    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), next_sums
+    return scores, next_sums
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
@@ -543,7 +551,7 @@ class SEAState:
     conv_rows: tuple[Tensor, Tensor] | None = None  # the last input rows of each convolution, 2 x (B, 2H, 4, width/4)
     last_scores: Tensor | None = None  # (B, H, 1, width), the last estimated row, for the queries that reuse it
     last_gates: Tensor | None = None  # (B, H, 1, 2)
-    key_sums: Tensor | None = None  # (B, Hkv, 2*width, D), of cell_key_scores
+    key_sums: Tensor | None = None  # (B, Hkv, 2*width, D), of add_cell_keys
     k: Tensor | None = None  # (B, Hkv, S, D)
     v: Tensor | None = None
     valid: Tensor | None = None  # (B, S), None: all
@@ -638,9 +646,10 @@ def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | No
         return Rows(seen, torch.zeros_like(seen), row_seen, n_rows=begins, there=valid, rank=count[:, None])
     if valid is None and (count is None or stride == 1 or aligned):
         i = torch.arange(T, device=device)
-        seen = (i + 1 if causal else torch.full_like(i, T)) + (0 if count is None else count[:, None])
-        seen = seen.expand(B, T)
-        return Rows(seen, (i // stride).expand(B, T), seen[:, ::stride], rank=None if count is None else seen - 1)
+        seen = torch.arange(1, T + 1, device=device) if causal else torch.full_like(i, T)
+        seen, row = seen if count is None else seen + count[:, None], i if stride == 1 else i // stride
+        seen, row_seen = seen.expand(B, T), seen[..., ::stride].contiguous().expand(B, -1)
+        return Rows(seen, row.expand(B, T), row_seen, rank=None if count is None else seen - 1)
     valid = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     has_past, count = count is not None, torch.zeros(B, dtype=torch.long, device=device) if count is None else count
     n_new = valid.sum(1)
@@ -692,7 +701,6 @@ def operations(config: SEAConfig, q: Tensor):
     size = max(64, power(config.n_features)) * max(64, power(config.d_head))
     fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
     fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
-    fits = fits and (not config.cell_keys or config.width <= 2048)  # cells of a row, in registers
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:
@@ -763,7 +771,7 @@ class SEAttention(nn.Module):
         self.gate = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gate.weight)  # gates start open: a student that begins as half an average
         nn.init.constant_(self.gate.bias, 4.0)  # needs hundreds of steps to recover
-        if config.cell_keys:
+        if config.causal and config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(H))
 
     @torch.no_grad()
@@ -888,12 +896,9 @@ class SEAttention(nn.Module):
                                                       rows.n_rows)
         if config.cell_keys:
             n_keys = k.shape[2] if state is None else config.max_positions
-            insists = config.backend == "triton"  # those kernels have run in Triton's interpreter only
-            of_keys, next_state.key_sums = (ops if insists else torch_operations).cell_key_scores(
-                q, k, rows.row_seen[:, -q.shape[2] :], config.width, softmax_scale, n_keys, rank=rows.rank, there=rows.there,
+            scores, next_state.key_sums = ops.add_cell_keys(
+                scores, self.key_gain, q, k, rows.row_seen[:, -q.shape[2] :], softmax_scale, n_keys, rank=rows.rank, there=rows.there,
                 past=past.key_sums, count=past.count)
-            gain = self.key_gain[:, None, None].to(scores.dtype)
-            scores = torch.addcmul(scores, gain, of_keys).to(scores.dtype)  # and no product of its own beside it
         if stride > 1 and rows.n_rows is not None and rows.n_rows.dtype == torch.bool:
             begins = rows.n_rows[:, None, None, None]
             scores, gates = torch.where(begins, scores, state.last_scores), torch.where(begins, gates, state.last_gates)

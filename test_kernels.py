@@ -93,7 +93,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         out = list(out) if isinstance(out, (tuple, list)) else [out]
         generator = torch.Generator().manual_seed(0)
         douts = [torch.randn(x.shape, generator=generator).to(x.device, inputs[0].dtype).to(x.dtype) for x in out]
-        grads = torch.autograd.grad(out, xs, douts, allow_unused=True) if out[0].requires_grad else [None] * len(xs)
+        learn = [i for i, x in enumerate(out) if x.requires_grad]
+        grads = torch.autograd.grad([out[i] for i in learn], xs, [douts[i] for i in learn], allow_unused=True) if learn else [None] * len(xs)
         return out + [torch.zeros_like(x) if g is None else g for x, g in zip(xs, grads)]
 
     exact, eager = run(reference, lambda x: x.double()), run(reference, lambda x: x)
@@ -114,7 +115,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         assert size(error) <= budget, f"result {i}: error {size(error):.2e} > {budget:.2e}: {case}"
 
 
-TWINS = ["causal_context", "encode_rows", "causal_cnn", "cell_key_scores", "topk_mask", "select_cells", "sparse_attention",
+TWINS = ["causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask", "select_cells", "sparse_attention",
          "mix_average", "pool_attention", "score_loss"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
@@ -411,7 +412,7 @@ class Layer:
     padded: bool
     layout: str
     seed: int
-    cell_keys: bool = False
+    cell_keys: bool = True
 
     def config(self, **changes):
         _, Hkv, group = self.heads
@@ -439,7 +440,7 @@ class Layer:
 LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=sizes(1, 5, 1, 3),
                    heads=HEADS, D=sizes(2, BLOCK + 3, 19),
                    width=sizes(1, 5 * BLOCK + 3, 83), topk=st.integers(1, 9), padded=st.booleans(), layout=LAYOUTS,
-                   seed=st.integers(0, 99))
+                   seed=st.integers(0, 99), cell_keys=st.booleans())
 FEWER = settings(max_examples=8)
 
 
@@ -507,13 +508,14 @@ def _check_estimator(case):
     as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates, *v_sum])
 
 
-def check_cell_key_scores(case, before=0, softmax_scale=0.3):
+def check_cell_keys(case, before=0, softmax_scale=0.3):
     """Of the last tokens, after `before` others whose bins are given; rows and keys as the layer hands them over."""
     (q, k, _), valid, (B, Hkv, _), stride, T = case.qkv(), case.valid(), case.heads, case.stride, case.T
+    generator = torch.Generator().manual_seed(case.seed)
     of = lambda at: None if valid is None else valid[:, at]
     choose = lambda at, n, count: sea.choose_rows((B, n), of(at), count, stride, True, q.device)
 
-    def call(f, at, rows, count, q, k, past=None):
+    def call(f, at, rows, count, scores, gain, q, k, past=None):
         q, k = q[:, :, at], k[:, :, at]
         if rows.query is None:
             q = q[:, :, ::stride]
@@ -521,19 +523,23 @@ def check_cell_key_scores(case, before=0, softmax_scale=0.3):
             q, k = sea.take(q, rows.query), sea.take(k, rows.key)
         rank = None if rows.key is None and case.seed % 2 else rows.rank
         past = past if past is None or past.dtype == torch.float64 else past.float()
-        scores, sums = f(q, k, rows.row_seen[:, -q.shape[2] :], case.width, softmax_scale, T, rank=rank, there=rows.there,
-                         past=past, count=count)
+        scores, sums = f(scores + 0, gain, q, k, rows.row_seen[:, -q.shape[2] :], softmax_scale, T, rank=rank, there=rows.there,
+                         past=past, count=count)  # + 0: it works in place
         if rows.n_rows is not None and rows.n_rows.dtype == torch.bool:  # the scores of a row that does not begin are anything
             scores = scores * rows.n_rows[:, None, None, None]
         return scores.to(q.dtype), sums
 
-    count, past, head, tail = None, [], slice(0, before), slice(before, T)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
+    scores_of = lambda rows, n: make(B, q.shape[1], -(-n // stride) if rows.query is None else rows.query.shape[1], case.width)
+    count, past, head, tail, gain = None, [], slice(0, before), slice(before, T), make(q.shape[1])
     if before:
-        past = [call(sea.cell_key_scores, head, choose(head, before, None), None, q, k)[1].to(case.dtype)]
+        rows = choose(head, before, None)
+        past = [call(sea.add_cell_keys, head, rows, None, scores_of(rows, before), gain, q, k)[1].to(case.dtype)]
         count = torch.full((B,), before, device=DEVICE) if valid is None else valid[:, head].sum(1)
     rows = choose(tail, T - before, count)
-    as_accurate_as_eager(case, *(lambda q, k, *past, f=f: call(f, tail, rows, count, q, k, *past)
-                                 for f in (kernels.cell_key_scores, sea.cell_key_scores)), [q, k, *past])
+    check = step_as_accurate_as_eager if T - before == 1 and before else as_accurate_as_eager
+    check(case, *(lambda *xs, f=f: call(f, tail, rows, count, *xs) for f in (kernels.add_cell_keys, sea.add_cell_keys)),
+          [scores_of(rows, T - before), gain, q, k, *past])
 
 
 def check_layer(case, *, rtol=2e-4):
@@ -586,32 +592,28 @@ def test_encode_cnn_and_mix_match_reference(case):
 @example(Layer(torch.float32, 33, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 32, 0.3)  # a step that begins a level
 @example(Layer(torch.float16, 33, 1, (1, 1, 2), 64, 64, 4, False, "heads last", 0), 32, 5.0)
 @settings(FEW)
-def test_cell_key_scores_match_reference(case, before, softmax_scale):
-    check_cell_key_scores(case, min(before, case.T - 1), softmax_scale)
+def test_cell_keys_match_reference(case, before, softmax_scale):
+    check_cell_keys(case, min(before, case.T - 1), softmax_scale)
 
 
-def test_cell_key_scores_are_exact_at_any_length():
+@pytest.mark.parametrize("n", [5, 1])
+def test_cell_keys_are_exact_at_any_length(n):
     """Where 2 * t * p passes 2^31, and a level begins."""
     width, count = 200, torch.tensor([400 * 2**14 - 2], device=DEVICE)
     generator = torch.Generator().manual_seed(0)
-    q, k, past = (torch.randn(1, 1, n, 4, generator=generator).to(DEVICE) for n in (5, 5, 400))
-    seen = count + torch.arange(1, 6, device=DEVICE)[None]
-    ours, theirs = (f(q, k, seen, width, 2.0**14, 2**24, past=past, count=count)
-                    for f in (kernels.cell_key_scores, sea.cell_key_scores))
+    q, k, past = (torch.randn(1, 1, n, 4, generator=generator).to(DEVICE) for n in (n, n, 400))
+    seen, gain = count + torch.arange(1, n + 1, device=DEVICE)[None], torch.ones(1, device=DEVICE)
+    with torch.no_grad():
+        ours, theirs = (f(torch.zeros(1, 1, n, width, device=DEVICE), gain, q, k, seen, 2.0**14, 2**24, past=past, count=count)
+                        for f in (kernels.add_cell_keys, sea.add_cell_keys))
     for x, y in zip(ours, theirs):
         torch.testing.assert_close(x, y)
 
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
-@settings(max_examples=4)
+@example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1))
+@settings(max_examples=5)
 def test_layer_is_the_same_on_both_backends(case):
-    check_layer(case)
-
-
-@given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, cell_keys=True)))
-@example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1, cell_keys=True))
-@settings(max_examples=2)
-def test_layer_with_cell_keys_is_the_same_on_both_backends(case):
     check_layer(case)
 
 
@@ -621,7 +623,7 @@ def test_layer_with_cell_keys_is_the_same_on_both_backends(case):
 @contextlib.contextmanager
 def no_tiles():
     """Only the kernels of a decoding step may run."""
-    functions = (kernels._SparseAttention, kernels._CausalContext, kernels._CausalCNN, kernels._MixAverage)
+    functions = (kernels._SparseAttention, kernels._CausalContext, kernels._CausalCNN, kernels._AddCellKeys, kernels._MixAverage)
     with contextlib.ExitStack() as stack, torch.no_grad():
         for function in functions:
             stack.enter_context(mock.patch.object(function, "apply", side_effect=AssertionError(f"{function.__name__} ran")))
@@ -726,18 +728,12 @@ def check_decoding(case, first, rtol=1e-3):
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
 @example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
 @example(Layer(torch.float32, 18, 1, (2, 1, 1), 2, 58, 3, True, "contiguous", 66), 5)  # only the second of two tokens is one
+@example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 6)  # a level of cell keys begins
+@example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1), 6)
 @settings(max_examples=10)
 def test_decoding_is_the_whole_on_both_backends(case, steps):
     case = replace(case, T=max(2, case.T))
     check_decoding(case, max(1, case.T - steps))
-
-
-@pytest.mark.parametrize("case", [
-    Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1, cell_keys=True),  # a level begins
-    Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1, cell_keys=True),
-    Layer(torch.float32, 20, 1, (1, 2, 1), 19, 3, 2, False, "heads last", 2, cell_keys=True)])
-def test_decoding_with_cell_keys_is_the_whole_on_both_backends(case):
-    check_decoding(case, case.T - 6)
 
 
 @pytest.mark.parametrize("stride, cell_keys", [(1, False), (3, False), (3, True)])
@@ -773,7 +769,7 @@ def test_a_backend_that_cannot_run_raises():
 
 
 @pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4),
-                                    dict(n_head=33, width=1024), dict(n_head=1, d_head=32, width=4096, cell_keys=True)])
+                                    dict(n_head=33, width=1024)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
     on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
@@ -923,8 +919,8 @@ def test_large_estimator_matches_reference(dtype, D, stride):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T, before, width, D, stride, padded", [(5000, 0, 256, 64, 1, False), (5000, 0, 1000, 128, 4, False),
                                                                  (5000, 3100, 128, 80, 3, True), (4097, 4096, 256, 64, 1, False)])
-def test_large_cell_key_scores_match_reference(dtype, T, before, width, D, stride, padded):
-    check_cell_key_scores(Layer(dtype, T, stride, (1, 2, 2), D, width, 64, padded, "heads last", 0), before, D**-0.5)
+def test_large_cell_keys_match_reference(dtype, T, before, width, D, stride, padded):
+    check_cell_keys(Layer(dtype, T, stride, (1, 2, 2), D, width, 64, padded, "heads last", 0), before, D**-0.5)
 
 
 @gpu

@@ -37,7 +37,7 @@ class Case:
     def config(self, **changes) -> SEAConfig:
         fields = dict(n_head=self.n_kv_head * self.heads_per_kv, n_kv_head=self.n_kv_head, d_head=self.d_head, width=self.width,
                       topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99,
-                      cell_keys=self.cell_keys and changes.get("method") != "performer")
+                      cell_keys=self.cell_keys)
         return SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes) -> SEAttention:
@@ -338,14 +338,15 @@ def test_autocast_keeps_sums_in_fp32(case):
 # -- the whole layer against the method, written out -------------------------------------------------------------------
 
 
-def mean_key(k, t: int, p: int, width: int):
-    """Of the bin that holds the middle key of cell p, or of the last full bin, when t keys k (T, D) are seen."""
+def key_products(q, k, t: int, width: int):
+    """q (..., D) times the mean key of the bin that holds the middle key of each cell, or of the last full bin, when t keys k
+    (T, D) are seen; less the largest product with a full bin, at least -32: (..., width)."""
     size = 1
     while 2 * width * size < t:
         size *= 2
-    first = min((2 * p + 1) * t // (2 * width) // size, t // size - 1) * size
-    assert first + size <= t
-    return k[first : first + size].mean(0)
+    products = torch.stack([q @ k[i : i + size].mean(0) for i in range(0, t - size + 1, size)], -1)
+    bins = [min((2 * p + 1) * t // (2 * width) // size, t // size - 1) for p in range(width)]
+    return (products[..., bins] - products.amax(-1, keepdim=True)).clamp(min=-32)
 
 
 def naive_layer(layer: SEAttention, q, k, v):
@@ -407,8 +408,7 @@ def naive_layer(layer: SEAttention, q, k, v):
     scores = norm("cnn.norm_out", scores) if c.causal else scores
     if c.cell_keys:
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
-            of_keys = torch.stack([D**-0.5 * q[h, i] @ mean_key(k[h], i + 1, p, width) for p in range(width)])
-            scores[h, n] += w["key_gain"][h] * (of_keys - of_keys.max()).clamp(min=-32)
+            scores[h, n] += w["key_gain"][h] * key_products(D**-0.5 * q[h, i], k[h], i + 1, width)
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     mask = brute_force_topk(probs[None], row_seen, c.topk, c.group)[0]
@@ -525,14 +525,15 @@ def test_interpolated_identity_is_linear_interpolation(t, d):
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99))
-def test_cell_key_scores_are_products_with_mean_keys(T, width, seed):
+def test_cell_keys_are_products_with_mean_keys(T, width, seed):
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, h, T, 3, generator=generator, dtype=torch.float64) for h in (2, 1))
     q = q * torch.rand(T, 1, generator=generator) ** 2 * 40  # some rows reach the limit
-    got, _ = sea.cell_key_scores(q, k, torch.arange(1, T + 1)[None], width, 0.7, T)
+    scores, gain = torch.randn(1, 2, T, width, generator=generator, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
+    got, _ = sea.add_cell_keys(scores, gain, q, k, torch.arange(1, T + 1)[None], 0.7, T)
     for t in range(1, T + 1):
-        expected = torch.stack([0.7 * q[0, :, t - 1] @ mean_key(k[0, 0], t, p, width) for p in range(width)], -1)
-        torch.testing.assert_close(got[0, :, t - 1], (expected - expected.amax(-1, keepdim=True)).clamp(min=-32))
+        expected = gain[:, None] * key_products(0.7 * q[0, :, t - 1], k[0, 0], t, width)
+        torch.testing.assert_close(got[0, :, t - 1] - scores[0, :, t - 1], expected)
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
