@@ -226,8 +226,9 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 # -- sparse attention --------------------------------------------------------------------------------------------------
 #
-# The queries of one head are cut into tiles of BLOCK_M, the keys into blocks of BLOCK_N. A plan says which blocks a tile
-# has to visit: those under the union of its queries' cells, as runs of neighbouring blocks that do not overlap. So each
+# The queries of one head are cut into tiles of BLOCK_M, the keys into units of UNIT. A plan says which units a tile has to
+# visit: those under the union of its queries' cells, as runs of neighbouring units that do not overlap. A tile walks each run
+# from its first key, a block of BLOCK_N keys at a time, so that a cell of a block's width costs one, wherever it lies. Each
 # (query, key) pair is met at most once, and where cells are narrower than a block (early causal queries) a tile becomes an
 # ordinary dense one. Inside a block, a query's own bits decide. Work and memory are linear in T for a constant budget.
 
@@ -239,6 +240,8 @@ def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
     return dict(BLOCK_M=16, BLOCK_N=32, num_warps=2 if d_head <= 64 else 4, num_stages=2)
 
 
+UNIT = tl.constexpr(8)  # keys
+GAP = tl.constexpr(2)  # units between runs that are walked through: on average, half of a run's last block is waste
 PAIRS_PER_PROGRAM = 32  # (tile, key block) pairs that one program of the dk, dv kernel adds up, at least
 VISITORS = 256  # tiles that it looks through at a time
 
@@ -280,10 +283,10 @@ def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
     return ((word >> (cell & 31)) & 1) != 0
 
 
-# The key blocks that each tile of queries visits.
+# The keys that each tile of queries visits.
 # One program: one tile; grid (n_tile, B * H), n_tile = cdiv(T, BLOCK_M).
 #   bits (B, H, R, words) int32; seen (B, T) int; row (B, T) int or None: query i uses row i
-#   runs (B * H * n_tile, max_runs + 1, 2) int32: first block and end of each run, ascending, disjoint, not touching; the
+#   runs (B * H * n_tile, max_runs + 1, 2) int32: first unit and end of each run, ascending, more than GAP units apart; the
 #   last entry is only ever read ahead
 #   steps (B * H * n_tile,) int32: blocks in all
 #   union (B * H * n_tile, words + 2) int32, or None: the words of the tile's union of cells, its shortest and longest seen
@@ -320,35 +323,39 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H,
     on = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,))
     on_before = tl.reshape((before[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK_W * 32,))
 
-    # -- blocks of each cell that is on and covers a key
+    # -- units of each cell that is on and covers a key
     begin, end = _first_key(p, t_min, WIDTH), tl.minimum(_first_key(p + 1, t_max, WIDTH), n_key)
     on = (on != 0) & (p < WIDTH) & (begin < end)
     begin_before, end_before = _first_key(p - 1, t_min, WIDTH), tl.minimum(_first_key(p, t_max, WIDTH), n_key)
     on_before = (on_before != 0) & (p <= WIDTH) & (begin_before < end_before)
-    begin = (begin // BLOCK_N).to(tl.int32)
-    end = tl.where(on, ((end + BLOCK_N - 1) // BLOCK_N).to(tl.int32), 0)
-    end_before = tl.where(on_before, ((end_before + BLOCK_N - 1) // BLOCK_N).to(tl.int32), 0)
+    begin = (begin // UNIT).to(tl.int32)
+    end = tl.where(on, ((end + UNIT - 1) // UNIT).to(tl.int32), 0)
+    end_before = tl.where(on_before, ((end_before + UNIT - 1) // UNIT).to(tl.int32), 0)
     covered = tl.associative_scan(end_before, 0, _max)  # end of all cells before p; 0 if none is on
 
     # -- a run begins at a cell that leaves a gap; there, too, the run before it ends
-    new = on & ((begin > covered) | (covered == 0))
+    new = on & ((begin > covered + GAP) | (covered == 0))
     run = tl.cumsum(new.to(tl.int32), axis=0) - 1
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
     tl.store(runs_ptr + run * 2, begin, mask=new)
     tl.store(runs_ptr + run * 2 - 1, covered, mask=new & (run > 0))
     n_run, last_end = tl.sum(new.to(tl.int32), axis=0), tl.max(end, axis=0)
     tl.store(runs_ptr + n_run * 2 - 1, last_end, mask=n_run > 0)
-    tl.store(steps_ptr + tile, last_end + tl.sum(tl.where(new, covered - begin, 0), axis=0))
+    # -- blocks: a run's first unit and end are in the hands of different threads
+    tl.debug_barrier()
+    run = tl.arange(0, BLOCK_W * 16)
+    size = tl.load(runs_ptr + run * 2 + 1, mask=run < n_run, other=0) - tl.load(runs_ptr + run * 2, mask=run < n_run, other=0)
+    tl.store(steps_ptr + tile, tl.sum((size * UNIT + BLOCK_N - 1) // BLOCK_N, axis=0))
 
 
 @triton.jit
-def _next_block(runs_ptr, block, end):
-    """The walk over a tile's runs, without a branch: the pointer to the run, the block to visit, the run's end."""
-    jump = block + 1 == end
+def _next_block(runs_ptr, unit, end, BLOCK_N: tl.constexpr):
+    """The walk over a tile's runs, without a branch: the pointer to the run, the first unit of the block to visit, the run's end."""
+    jump = unit + BLOCK_N // UNIT >= end
     runs_ptr += tl.where(jump, 2, 0)
     following = tl.load(runs_ptr, mask=jump, other=0)
     end = tl.where(jump, tl.load(runs_ptr + 1, mask=jump, other=0), end)
-    return runs_ptr, tl.where(jump, following, block + 1), end
+    return runs_ptr, tl.where(jump, following, unit + BLOCK_N // UNIT), end
 
 
 # o = softmax(q k^T * softmax_scale) v over the kept keys; lse = log2 of the sum of 2^(scores * log2 e), +inf if none.
@@ -373,7 +380,7 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     # (BLOCK_M, BLOCK_D)
     q_ptr += b * q_stride[0] + h * q_stride[1] + offs_m[:, None].to(tl.int64) * q_stride[2] + offs_d[None, :] * q_stride[3]
     q = tl.load(q_ptr, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-    # (BLOCK_N, BLOCK_D), of block 0
+    # (BLOCK_N, BLOCK_D), of unit 0
     k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * k_stride[2] + offs_d[None, :] * k_stride[3]
     v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * v_stride[2] + offs_d[None, :] * v_stride[3]
 
@@ -381,21 +388,22 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
-    block, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
+    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
     for _ in range(tl.load(steps_ptr + tile)):
-        j, first = block * BLOCK_N + offs_n, block.to(tl.int64) * BLOCK_N
+        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
+        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
         mask_n = (j < n_key)[:, None] & mask_d[None, :]
         # -- scores, (BLOCK_M, BLOCK_N)
         k = tl.load(k_ptr + first * k_stride[2], mask=mask_n, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        s = tl.where(_is_kept(words_ptr[:, None], t[:, None], j[None, :], n_key, WIDTH), s, -float("inf"))
+        s = tl.where(_is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH), s, -float("inf"))
         # -- online softmax
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
         l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
         v = tl.load(v_ptr + first * v_stride[2], mask=mask_n, other=0.0)
         acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        runs_ptr, block, end = _next_block(runs_ptr, block, end)
+        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
     # -- write back
     empty = l_i == 0
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]
@@ -435,22 +443,23 @@ def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, se
     lse = tl.load(lse_ptr + at, mask=mask_m, other=float("inf"))
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     tl.store(delta_ptr + at, delta, mask=mask_m)
-    # (BLOCK_N, BLOCK_D), of block 0
+    # (BLOCK_N, BLOCK_D), of unit 0
     k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * k_stride[2] + offs_d[None, :] * k_stride[3]
     v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * v_stride[2] + offs_d[None, :] * v_stride[3]
     at_kv = (b * (H // GROUP) + h // GROUP) * n_key * D + offs_n[:, None] * D + offs_d[None, :]
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
-    block, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
+    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
     for _ in range(tl.load(steps_ptr + tile)):
-        j, first = block * BLOCK_N + offs_n, block.to(tl.int64) * BLOCK_N
+        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
+        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
         mask_n = (j < n_key)[:, None] & mask_d[None, :]
         # -- probabilities again, (BLOCK_M, BLOCK_N)
         k = tl.load(k_ptr + first * k_stride[2], mask=mask_n, other=0.0)
         v = tl.load(v_ptr + first * v_stride[2], mask=mask_n, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_key, WIDTH)
+        keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
         p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(k.dtype)
@@ -460,7 +469,7 @@ def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, se
             tl.atomic_add(dk_ptr + at_kv + first * D, dk, mask=mask_n, sem="relaxed")
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             tl.atomic_add(dv_ptr + at_kv + first * D, dv, mask=mask_n, sem="relaxed")
-        runs_ptr, block, end = _next_block(runs_ptr, block, end)
+        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + at[:, None] * D + offs_d[None, :], dq, mask=mask_md)
 
@@ -671,10 +680,10 @@ def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width
 
 
 def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict, union: Tensor | None = None):
-    """runs, steps, max_runs: the key blocks that each tile visits."""
+    """runs, steps, max_runs: the keys that each tile visits."""
     B, H, R, words = bits.shape
     T, n_tile = seen.shape[1], triton.cdiv(seen.shape[1], tiles["BLOCK_M"])
-    max_runs = min(-(-width // 2), triton.cdiv(n_key, tiles["BLOCK_N"]))
+    max_runs = min(-(-width // 2), triton.cdiv(n_key, UNIT.value * (GAP.value + 2)))
     runs = torch.empty(B * H * n_tile, max_runs + 1, 2, dtype=torch.int32, device=bits.device)
     steps = torch.empty(B * H * n_tile, dtype=torch.int32, device=bits.device)
     _plan_kernel[(n_tile, B * H)](bits, seen, row, runs, steps, union, H, T, R, n_key, max_runs, WIDTH=width, WORDS=words,
@@ -1963,9 +1972,10 @@ def _bin_level(t, N_BINS: tl.constexpr):
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 
-# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e = level(count), level(count) + 1, ...
-# One program: BLOCK_B bins of one level of one key/value head, SPLIT keys of each at a time; grid (cdiv(N_BINS, BLOCK_B),
-# n_level, B * Hkv).
+# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e = level(count), level(count) + 1, ...,
+# up to that of count + new.
+# One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid (cdiv(N_BINS, BLOCK_B), n_level,
+# B * Hkv). A sum is a product with ones, BLOCK_N keys at a time.
 #   k (B, Hkv, N, D), any strides; first (B,) int, the rank that place 0 has or would have, None: 0; there (B, N) int8 or None
 #   count (B,) int: keys before, None: 0; new (B,) int: keys that are new, None: N
 #   past (B, Hkv, N_BINS, D) fp32 or None: bins of the keys before, at the level of count
@@ -1974,56 +1984,51 @@ def _bin_level(t, N_BINS: tl.constexpr):
 # Reference: sea.bin_sums.
 @triton.jit(do_not_specialize=["N"])
 def _bin_keys_kernel(k_ptr, first_ptr, there_ptr, count_ptr, new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, N,
-                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_e, n_level = tl.program_id(1), tl.num_programs(1)
     pid_bh = tl.program_id(2).to(tl.int64)
     b, h = pid_bh // HKV, pid_bh % HKV
     count = 0 if count_ptr is None else tl.load(count_ptr + b).to(tl.int32)
-    level = 0 if count_ptr is None else _bin_level(count, N_BINS)
     last = _bin_level(count + (N if new_ptr is None else tl.load(new_ptr + b).to(tl.int32)), N_BINS)
-    e = level + pid_e
-
-    rows, d = tl.arange(0, BLOCK_B * SPLIT), tl.arange(0, BLOCK_D)
-    bin, part = (tl.program_id(0) * BLOCK_B + rows // SPLIT).to(tl.int64), rows % SPLIT
-    # -- keys: bin b begins at place `begin`; the first and last of all that lie in these bins
-    begin = (bin << e) - (0 if first_ptr is None else tl.load(first_ptr + b).to(tl.int64))
-    size = tl.full((), 1, tl.int64) << e
-    first = tl.maximum(-tl.max(begin, axis=0), 0).to(tl.int32)
-    end = tl.minimum(tl.maximum(N - tl.min(begin, axis=0), 0), size).to(tl.int32)
+    e = pid_e if count_ptr is None else _bin_level(count, N_BINS) + pid_e
+    if e > last:
+        return
+    offs_b, offs_n, d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    bin = (tl.program_id(0) * BLOCK_B + offs_b).to(tl.int64)
+    in_d = (d < D)[None, :]
+    # -- the first place of these bins, and those of them that hold keys
+    origin = (tl.program_id(0).to(tl.int64) * BLOCK_B << e) - (0 if first_ptr is None else tl.load(first_ptr + b).to(tl.int64))
+    end = tl.minimum(tl.maximum(origin + (tl.full((), BLOCK_B, tl.int64) << e), 0), N).to(tl.int32)
     k_ptr += b * k_strides[0] + h * k_strides[1]
-    acc = tl.zeros((BLOCK_B * SPLIT, BLOCK_D), tl.float32)
-    for start in range(first, end, SPLIT):
-        i = start + part
-        j = begin + i
-        there = (i < size) & (j >= 0) & (j < N)
+    acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for start in range(tl.minimum(tl.maximum(origin, 0), N).to(tl.int32), end, BLOCK_N):
+        j = (start + offs_n).to(tl.int64)
+        there = j < end
         if there_ptr is not None:
             there &= tl.load(there_ptr + b * N + j, mask=there, other=0) != 0
-        acc += _tile(k_ptr, j, d, k_strides[2], k_strides[3], there[:, None] & (d < D)[None, :]).to(tl.float32)
+        k = _tile(k_ptr, j, d, k_strides[2], k_strides[3], there[:, None] & in_d)  # (BLOCK_N, BLOCK_D)
+        one = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
+        acc += tl.dot(one.to(k.dtype), k, input_precision="ieee")
     if past_ptr is not None:
-        for start in range(0, 1 << pid_e, SPLIT):
-            i = start + part
-            j = (bin << pid_e) + i
-            there = (i < (1 << pid_e)) & (j < N_BINS)
-            acc += _tile(past_ptr + pid_bh * N_BINS * D, j, d, D, 1, there[:, None] & (d < D)[None, :])
-    x = tl.sum(tl.reshape(acc, (BLOCK_B, SPLIT, BLOCK_D)), axis=1)  # (BLOCK_B, BLOCK_D)
-    bin = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    at, there = bin[:, None] * D + d[None, :], (bin < N_BINS)[:, None] & (d < D)[None, :]
-    mean = x * tl.exp2(-e.to(tl.float32))
+        for i in range(0, 1 << pid_e):
+            of_past = (bin << pid_e) + i
+            acc += _tile(past_ptr + pid_bh * N_BINS * D, of_past, d, D, 1, (of_past < N_BINS)[:, None] & in_d)
+    at, there = bin[:, None] * D + d[None, :], (bin < N_BINS)[:, None] & in_d
+    mean = acc * tl.exp2(-e.to(tl.float32))
     tl.store(means_ptr + (pid_bh * n_level + pid_e) * N_BINS * D + at, mean.to(means_ptr.dtype.element_ty), mask=there)
     if e == last:
-        tl.store(sums_ptr + pid_bh * N_BINS * D + at, x, mask=there)
+        tl.store(sums_ptr + pid_bh * N_BINS * D + at, acc, mask=there)
 
 
-# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p), the maximum over
-# the row's full bins; or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
-# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). For each level of its rows, nearly always one, it goes
-# over all of their bins for the maximum, then over the cells, BLOCK_P at a time, and the few blocks of bins these lie in: each
-# cell takes its bin's product out of those of its row.
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p); or, BACKWARD, the
+# sum of x[p] max(..), the gradient of gain from x, that of the result.
+# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). It loops over the levels of its rows, nearly always
+# one, and over BLOCK_B of its bins at a time; each cell takes its bin's product out of those of its row.
 #   q (B, H, R, D), any strides; means and count as above; seen (B, R) int; x (B, H, R, WIDTH) contiguous, in place
 #   parts (B * H, programs) fp32, BACKWARD: each program's sum
 # fp32: products (of means rounded to the dtype of k), maximum. Bins come from the L2 cache, and products never leave the chip,
-# where eager writes 2 * WIDTH of them for each row and level. Small blocks, since a gather costs as many shuffles as there are
-# cells times bins that they might lie in. Reference: sea.add_cell_keys.
+# where eager writes 2 * WIDTH of them for each row and level. Limits: WIDTH <= 2048, since whole rows stay in registers.
+# Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, parts_ptr, q_strides, H, R, n_level, softmax_scale,
                       GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -2031,7 +2036,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pa
     pid_bh = tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     r = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
+    d, p, offs_b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
     q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], r, d, q_strides[2], q_strides[3],
               (r < R)[:, None] & (d < D)[None, :])  # (BLOCK_T, BLOCK_D)
     t = tl.load(seen_ptr + b * R + r, mask=r < R, other=0).to(tl.int32)
@@ -2040,48 +2045,36 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pa
     first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
     end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
     means_ptr += (b * (H // GROUP) + h // GROUP) * n_level * 2 * WIDTH * D
-    x_ptr += pid_bh * R * WIDTH
-    gain = tl.load(gain_ptr + h).to(tl.float32)
-    acc = tl.zeros((BLOCK_T,), tl.float32)
+    s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     for e in range(first, end):
-        mine, full = (level == e) & (t > 0), t >> e
-        of_level = means_ptr + (e - lowest).to(tl.int64) * 2 * WIDTH * D
-        # -- the largest product of each row
-        top = tl.full((BLOCK_T,), -float("inf"), tl.float32)
-        for start in range(0, tl.max(tl.where(mine, full, 0), axis=0), BLOCK_B):
+        # -- each cell's bin, (BLOCK_T, BLOCK_P); -1 in rows of other levels
+        at = _bin_of_cell(p[None, :], t[:, None], e, WIDTH)
+        at = tl.where(((level == e) & (t > 0))[:, None] & (p < WIDTH)[None, :], at, -1)
+        for start in range(0, tl.max(tl.max(at, axis=1), axis=0) + 1, BLOCK_B):
             bin = start + offs_b
-            s = _bin_products(q, of_level, bin, d, softmax_scale, D, WIDTH)  # (BLOCK_T, BLOCK_B)
-            top = tl.maximum(top, tl.max(tl.where(bin[None, :] < full[:, None], s, -float("inf")), axis=1))
-        for first_cell in range(0, WIDTH, BLOCK_P):
-            # -- each cell's bin, (BLOCK_T, BLOCK_P). In int64: 2 t p passes 2^31 at t = 1M, width 1024
-            p = first_cell + offs_p
-            there = mine[:, None] & (p < WIDTH)[None, :]
-            middle = (t.to(tl.int64)[:, None] * (2 * p + 1)[None, :]) // (2 * WIDTH)
-            at = tl.minimum((middle >> e).to(tl.int32), full[:, None] - 1)
-            low = tl.min(tl.min(tl.where(there, at, 2 * WIDTH), axis=1), axis=0)
-            high = tl.max(tl.max(tl.where(there, at, 0), axis=1), axis=0)
-            s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-            for start in range(low, high + 1, BLOCK_B):
-                products = _bin_products(q, of_level, start + offs_b, d, softmax_scale, D, WIDTH)
-                place = at - start
-                of_block = (place >= 0) & (place < BLOCK_B)
-                s = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), s)
-            s = tl.where(there, tl.maximum(s - top[:, None], -32.0), 0.0)
-            x_ptrs = x_ptr + r[:, None] * WIDTH + p[None, :]
-            x = tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32)
-            if BACKWARD:
-                acc += tl.sum(x * s, axis=1)
-            else:
-                tl.store(x_ptrs, (x + gain * s).to(x_ptr.dtype.element_ty), mask=there)
+            mean = _tile(means_ptr, (e - lowest).to(tl.int64) * 2 * WIDTH + bin, d, D, 1,
+                         (bin < 2 * WIDTH)[:, None] & (d < D)[None, :])  # (BLOCK_B, BLOCK_D)
+            products = tl.dot(q, tl.trans(mean), input_precision="ieee")
+            place = at - start
+            of_block = (place >= 0) & (place < BLOCK_B)
+            s = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), s)
+    s = tl.where((p < WIDTH)[None, :], s * softmax_scale, -float("inf"))
+    s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
+    there = (t > 0)[:, None] & (p < WIDTH)[None, :]
+    x_ptr += (pid_bh * R + r[:, None]) * WIDTH + p[None, :]
+    x = tl.load(x_ptr, mask=there, other=0.0).to(tl.float32)
     if BACKWARD:
-        tl.store(parts_ptr + pid_bh * tl.num_programs(0) + tl.program_id(0), tl.sum(acc, axis=0))
+        tl.store(parts_ptr + pid_bh * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(x * s, axis=1), axis=0))
+    else:
+        tl.store(x_ptr, (x + tl.load(gain_ptr + h).to(tl.float32) * s).to(x_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _bin_products(q, means_ptr, bin, d, softmax_scale, D: tl.constexpr, WIDTH: tl.constexpr):
-    """softmax_scale * q . mean key of each bin, fp32."""
-    mean = _tile(means_ptr, bin.to(tl.int64), d, D, 1, (bin < 2 * WIDTH)[:, None] & (d < D)[None, :])
-    return tl.dot(q, tl.trans(mean), input_precision="ieee") * softmax_scale
+def _bin_of_cell(p, t, e, WIDTH: tl.constexpr):
+    """The bin of 2^e keys that the middle key of cell p is in, t (2 p + 1) // (2 WIDTH), or the last full one. t in two parts, since the
+    product passes 2^31 at t = 1M, width 1024."""
+    middle = t // (2 * WIDTH) * (2 * p + 1) + t % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
+    return tl.minimum(middle >> e, tl.maximum(t >> e, 1) - 1)
 
 
 # One token a sequence: its key added to its bin, the bins moved up a level where it begins one, and the scores of its row.
@@ -2119,29 +2112,35 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, there_ptr, seen_ptr, c
             tl.store(products_ptr + (pid_bh * GROUP + g) * 2 * WIDTH + bin, products, mask=bin < 2 * WIDTH)
     tl.debug_barrier()
     t = tl.load(seen_ptr + b).to(tl.int32)
-    full, bin = tl.maximum(t >> last, 1), tl.arange(0, 2 * BLOCK_P)
-    middle = (t.to(tl.int64) * (2 * p + 1)) // (2 * WIDTH)
-    at = tl.minimum((middle >> last).to(tl.int32), full - 1)
+    at = _bin_of_cell(p, t, last, WIDTH)
     for g in range(0, GROUP):
         h = pid_bh * GROUP + g
-        products = tl.load(products_ptr + h * 2 * WIDTH + bin, mask=(bin < full) & (bin < 2 * WIDTH), other=-float("inf"))
-        s = tl.load(products_ptr + h * 2 * WIDTH + at, mask=p < WIDTH, other=0.0) - tl.max(products, axis=0)
+        s = tl.load(products_ptr + h * 2 * WIDTH + at, mask=p < WIDTH, other=-float("inf"))
+        s = tl.maximum(s - tl.max(s, axis=0), -32.0)
         x = _vector(x_ptr + h * WIDTH, p, p < WIDTH)
         gain = tl.load(gain_ptr + kv * GROUP + g).to(tl.float32)
-        tl.store(x_ptr + h * WIDTH + p, (x + gain * tl.maximum(s, -32.0)).to(x_ptr.dtype.element_ty), mask=(p < WIDTH) & (t > 0))
+        tl.store(x_ptr + h * WIDTH + p, (x + gain * s).to(x_ptr.dtype.element_ty), mask=(p < WIDTH) & (t > 0))
 
 
-# Bins and cells a block, rows of half precision, and warps.
-CELL_KEYS = dict(rows=32, bins=32, cells=32, warps=4)
+# Of half precision: rows a program, bins a block, and cells a warp.
+CELL_KEYS = dict(rows=16, bins=256, cells=1024, stages=1)
+
+
+def _cell_keys_tiles(dtype: torch.dtype, width: int) -> dict:
+    """At most a warp a row: Triton's compiler fails at a gather from fewer (github.com/triton-lang/triton/issues/11600)."""
+    block_p = max(16, triton.next_power_of_2(width))
+    if dtype == torch.float32:  # "ieee" dots run without tensor cores
+        return dict(BLOCK_T=16, BLOCK_B=32, BLOCK_P=block_p, num_warps=min(max(block_p // 64, 4), 16), num_stages=1)
+    block_t = CELL_KEYS["rows"]
+    return dict(BLOCK_T=block_t, BLOCK_B=CELL_KEYS["bins"], BLOCK_P=block_p, num_stages=CELL_KEYS["stages"],
+                num_warps=min(max(block_t * block_p // CELL_KEYS["cells"], 1), 16))
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
-    (B, H, R, D), width, (_, n_level, _, _) = q.shape, x.shape[-1], means.shape
-    block_t = 16 if q.dtype == torch.float32 else CELL_KEYS["rows"]  # "ieee" dots run without tensor cores
-    _cell_keys_kernel[(triton.cdiv(R, block_t), B * H)](
-        x, gain, q, means, row_seen, count, parts, q.stride(), H, R, n_level, float(softmax_scale), GROUP=B * H // len(means), D=D,
-        WIDTH=width, BACKWARD=parts is not None, BLOCK_T=block_t, BLOCK_B=CELL_KEYS["bins"], BLOCK_P=CELL_KEYS["cells"],
-        BLOCK_D=_power_of_2(D, q.dtype), num_warps=CELL_KEYS["warps"], num_stages=2)
+    (B, H, R, D), width, (n_kv, n_level, _, _), tiles = q.shape, x.shape[-1], means.shape, _cell_keys_tiles(q.dtype, x.shape[-1])
+    _cell_keys_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B * H)](
+        x, gain, q, means, row_seen, count, parts, q.stride(), H, R, n_level, float(softmax_scale), GROUP=B * H // n_kv, D=D,
+        WIDTH=width, BACKWARD=parts is not None, BLOCK_D=_power_of_2(D, q.dtype), **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
@@ -2160,8 +2159,8 @@ class _AddCellKeys(torch.autograd.Function):
     def backward(ctx, dscores):
         gain, q, means, row_seen, count = ctx.saved_tensors
         (B, H, R, _), dscores = q.shape, dscores.contiguous()
-        parts = torch.empty(B, H, triton.cdiv(R, 16 if q.dtype == torch.float32 else CELL_KEYS["rows"]), dtype=torch.float32,
-                            device=q.device)
+        n_program = triton.cdiv(R, _cell_keys_tiles(q.dtype, dscores.shape[-1])["BLOCK_T"])
+        parts = torch.empty(B, H, n_program, dtype=torch.float32, device=q.device)
         _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
         return dscores, parts.sum((0, 2)).to(gain.dtype), None, None, None, None, None
 
@@ -2175,6 +2174,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     (B, H, R, D), (Hkv, N), width = q.shape, k.shape[1:3], scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}", tuple(scores.shape))
+    _expect(width <= 2048, "scores", "a width of at most 2048, the cells of a row have to fit into registers", width)
     _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
     n_bins, row_seen, gain = 2 * width, row_seen.contiguous(), gain.contiguous()
@@ -2203,12 +2203,25 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     means = torch.empty(B * Hkv, n_level, n_bins, D, dtype=k.dtype, device=k.device)
     with torch.cuda.device_of(q):
         _bin_keys_kernel[(triton.cdiv(n_bins, 16), n_level, B * Hkv)](
-            k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_B=16, SPLIT=8,
-            BLOCK_D=block_d, num_warps=4 if block_d <= 64 else 8)
+            k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_B=16, BLOCK_N=64,
+            BLOCK_D=_power_of_2(D, k.dtype), num_warps=2, num_stages=3)
         return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
 
 
 # -- mix ---------------------------------------------------------------------------------------------------------------
+
+
+# The sum of each block of BLOCK_T values; grid (n_block, B * Hkv). v and valid as below -> sums (B * Hkv, n_block, D) fp32.
+@triton.jit
+def _block_sums_kernel(v_ptr, valid_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bh // HKV, pid_bh % HKV
+    i, d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
+    there = i < T
+    if valid_ptr is not None:
+        there &= tl.load(valid_ptr + b * T + i, mask=there, other=0) != 0
+    v = _tile(v_ptr + b * v_strides[0] + kv * v_strides[1], i, d, v_strides[2], v_strides[3], there[:, None] & (d < D)[None, :])
+    tl.store(sums_ptr + (pid_bh * n_block + pid_t) * D + d, tl.sum(v.to(tl.float32), axis=0), mask=d < D)
 
 
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys <= i.
@@ -2362,14 +2375,13 @@ MIX = dict(BLOCK_T=64, num_warps=4)
 class _MixAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sparse, v, gates, past, seen, row, valid):
-        (B, H, T, D), Hkv, block = sparse.shape, v.shape[1], MIX["BLOCK_T"]
+        (B, H, T, D), Hkv = sparse.shape, v.shape[1]
         sparse, gates, seen, row = (x.contiguous() for x in (sparse, gates, seen, row))
-        n_block = triton.cdiv(T, block)
-        x = v if valid is None else v.masked_fill(~valid[:, None, :, None], 0)
-        x = x if T % block == 0 else F.pad(x, (0, 0, 0, n_block * block - T))
-        sums = x.unflatten(2, (n_block, block)).sum(3, dtype=torch.float32).flatten(0, 1)
-        before = _running_sums(sums, None if past is None else past.flatten(0, 1))  # what precedes each block, and all
+        n_block = triton.cdiv(T, MIX["BLOCK_T"])
         valid = None if valid is None else valid.contiguous().view(torch.int8)
+        sums = torch.empty(B * Hkv, n_block, D, dtype=torch.float32, device=v.device)
+        _block_sums_kernel[(n_block, B * Hkv)](v, valid, sums, v.stride(), Hkv, T, D=D, BLOCK_D=_power_of_2(D, v.dtype), **MIX)
+        before = _running_sums(sums, None if past is None else past.flatten(0, 1))  # what precedes each block, and all
         out = torch.empty(sparse.shape, dtype=sparse.dtype, device=sparse.device)
         _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, valid, out, v_strides=v.stride(), H=H, GROUP=H // Hkv,
                                       T=T, R=gates.shape[2], D=D, BLOCK_D=_power_of_2(D, v.dtype), **MIX)

@@ -288,9 +288,8 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
 
     Linear attention with the identity for phi and, for values, one-hot places: q sum_j k_j onehot(bin(j))^T, in O(S). 2 * width
     bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most a cell wide; a cell takes the
-    bin its middle key is in, or, at the end of the row, the last bin that is full; the row's largest is that of all its full bins.
-    Differs: the paper has no such term. Random features do not tell single keys apart; without it the estimate is little more than
-    a mean over all texts.
+    bin its middle key is in, or, at the end of the row, the last bin that is full. Differs: the paper has no such term. Random
+    features do not tell single keys apart; without it the estimate is little more than a mean over all texts.
 
     scores (B, H, R, width) of causal_cnn, gain (H,); q (B, H, R, D) of the estimated rows, which see row_seen (B, R) keys; k (B,
     Hkv, N, D) the new keys, rank and there as in bin_sums; n_keys: at least as many as any row sees. past and the second result
@@ -318,12 +317,10 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
     for e in range(bin_level(n_keys, n_bins) + 1):
         sums = bin_sums(k, n_bins, e, rank, there, past, past_level)
         products = q @ repeat_heads(sums / 2**e, H).mT  # (B, H, R, 2*width)
-        full = (t >> e).clamp(1, n_bins)
-        cells = products.gather(-1, torch.minimum(middle >> e, full - 1)[:, None].expand_as(scores))
-        largest = products.masked_fill((torch.arange(n_bins, device=q.device) >= full)[:, None], -torch.inf).amax(-1, keepdim=True)
-        scores = torch.where((level == e)[:, None, :, None], (cells - largest).clamp(min=-32), scores)
+        of_cells = torch.minimum(middle >> e, (t >> e) - 1).clamp(0, n_bins - 1)[:, None].expand_as(scores)
+        scores = torch.where((level == e)[:, None, :, None], products.gather(-1, of_cells), scores)
         next_sums = sums if next_sums is None else torch.where((last == e)[:, None, None, None], sums, next_sums)
-    return scores, next_sums
+    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), next_sums
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
@@ -701,6 +698,7 @@ def operations(config: SEAConfig, q: Tensor):
     size = max(64, power(config.n_features)) * max(64, power(config.d_head))
     fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
     fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
+    fits = fits and (not config.cell_keys or config.width <= 2048)  # cells of a row, in registers
     if backend == "torch" or (backend == "auto" and not fits):
         return torch_operations
     try:

@@ -738,25 +738,28 @@ def test_decoding_is_the_whole_on_both_backends(case, steps):
 
 @pytest.mark.parametrize("stride, cell_keys", [(1, False), (3, False), (3, True)])
 def test_distillation_is_the_same_on_both_backends(stride, cell_keys):
-    """Weights in fp32, autocast to half precision: the losses and gradients of a training step, to rounding."""
+    """Weights in fp32, autocast to half precision: losses and gradients of a training step are as near to those of fp32 as
+    PyTorch's, to a factor of 2; rounding also chooses other cells."""
     import convert
     import distill
     from test_distill import tiny, tokens
 
-    results = []
-    for backend in ("torch", "triton"):
+    def step(backend, dtype):
         teacher = tiny("opt").to(DEVICE).requires_grad_(False)
         teacher.set_attn_implementation("sea_teacher")
         student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=4, backend=backend, query_stride=stride,
                                  cell_keys=cell_keys)
-        with torch.autocast(DEVICE, torch.bfloat16 if CUDA else torch.float16):
+        with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
             terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights())
         sum(terms.values()).backward()
-        results.append((terms, torch.cat([p.grad.flatten() for p in student.parameters()])))
-    (terms, grads), (our_terms, our_grads) = results
-    for name, value in terms.items():
-        torch.testing.assert_close(our_terms[name], value, rtol=2e-2, atol=1e-3, msg=lambda m: f"{name}: {m}")
-    assert (our_grads - grads).norm() <= 0.05 * grads.norm()
+        return terms, torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    half = torch.bfloat16 if CUDA else torch.float16
+    (exact, exact_grads), (terms, grads), (our_terms, our_grads) = step("torch", None), step("torch", half), step("triton", half)
+    for name, value in exact.items():
+        error, bar = (our_terms[name] - value).abs(), (terms[name] - value).abs()
+        assert error <= 2 * bar + 0.01 * value.abs() + 1e-3, f"{name}: {our_terms[name]}, {terms[name]}, {value}"
+    assert (our_grads - exact_grads).norm() <= 2 * (grads - exact_grads).norm() + 0.01 * exact_grads.norm()
 
 
 def test_a_backend_that_cannot_run_raises():
@@ -769,7 +772,7 @@ def test_a_backend_that_cannot_run_raises():
 
 
 @pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4),
-                                    dict(n_head=33, width=1024)])
+                                    dict(n_head=33, width=1024), dict(n_head=1, d_head=32, width=4096, cell_keys=True)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
     on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16)

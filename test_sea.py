@@ -340,13 +340,13 @@ def test_autocast_keeps_sums_in_fp32(case):
 
 def key_products(q, k, t: int, width: int):
     """q (..., D) times the mean key of the bin that holds the middle key of each cell, or of the last full bin, when t keys k
-    (T, D) are seen; less the largest product with a full bin, at least -32: (..., width)."""
+    (T, D) are seen; less the largest of the row, at least -32: (..., width)."""
     size = 1
     while 2 * width * size < t:
         size *= 2
-    products = torch.stack([q @ k[i : i + size].mean(0) for i in range(0, t - size + 1, size)], -1)
-    bins = [min((2 * p + 1) * t // (2 * width) // size, t // size - 1) for p in range(width)]
-    return (products[..., bins] - products.amax(-1, keepdim=True)).clamp(min=-32)
+    first = [min((2 * p + 1) * t // (2 * width) // size, t // size - 1) * size for p in range(width)]
+    products = torch.stack([q @ k[i : i + size].mean(0) for i in first], -1)
+    return (products - products.amax(-1, keepdim=True)).clamp(min=-32)
 
 
 def naive_layer(layer: SEAttention, q, k, v):
