@@ -340,6 +340,23 @@ def test_every_new_weight_learns(cell_keys):
         assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_autocast_reaches_queries_keys_and_values_alike(kind):
+    """fp32 weights in half precision, as on a GPU, where a rotary embedding leaves queries and keys in fp32."""
+    teacher, student = tiny(kind).requires_grad_(False), convert.attach(tiny(kind), width=8, topk=4)
+    teacher.set_attn_implementation("sea_teacher")
+    with torch.autocast("cpu", torch.bfloat16):
+        with convert.record(teacher) as a, convert.record(student) as b:
+            for model in (teacher, student):
+                model(tokens(), use_cache=False)
+        assert {x.dtype for r in a + b for x in (r.q, r.k, r.v, r.out)} == {torch.bfloat16}
+        terms = distill.distillation_losses(student, teacher, tokens(), distill.Weights())
+        prompt = dict(input_ids=tokens(n=5), attention_mask=torch.ones(2, 5, dtype=torch.long))
+        out = student.eval().generate(**prompt, max_new_tokens=4, min_new_tokens=4, pad_token_id=1)
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters()) and out.shape == (2, 9)
+
+
 @torch.no_grad()
 def test_losses_are_those_of_the_method():
     """Section 6, by hand, from a model's own outputs."""
