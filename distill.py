@@ -16,6 +16,7 @@ another --micro-batch, too, but for rounding and dropout.
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+import bench
 import convert
 import sea
 
@@ -365,14 +367,28 @@ def perplexity(model, data: Tensor, args) -> float:
     return math.exp(over_processes([total], args)[0] / len(data))
 
 
-def timed_perplexity(model, data: Tensor, args) -> dict[str, float]:
-    """And milliseconds a sequence, the best of three passes."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        ppl = perplexity(model, data, args)
-        seconds.append(time.perf_counter() - start)
-    return dict(ppl=ppl, ms=1000 * min(seconds) / len(data))
+@torch.no_grad()
+def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
+    """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): SEA's or a Performer's module,
+    its weights in the dtype of q, or PyTorch's SDPA. clock: on a GPU all of it is one replayed CUDA graph."""
+    model.eval()
+    with autocast(args), convert.record(model) as records:
+        model(x.to(args.device), use_cache=False)
+    inputs, runs, graph = [(r.q, r.k, r.v, r.scale) for r in records], [], True
+    del records  # a student's hold its scores
+    for module, (q, k, v, scale) in zip(convert.attention_modules(model), inputs, strict=True):
+        if hasattr(module, "sea"):
+            layer = copy.deepcopy(module.sea).to(q.dtype)
+            runs.append(functools.partial(layer, q, k, v, softmax_scale=scale))
+            # plain PyTorch's sparse attention checkpoints, which no graph can hold
+            graph = graph and (layer.config.method == "performer" or sea.operations(layer.config, q) is not sea.torch_operations)
+        else:
+            grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
+            runs.append(functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, scale=scale, **grouped))
+
+    run = lambda: [of_layer() for of_layer in runs]
+    clock = "wall clock" if not args.device.startswith("cuda") else "replayed CUDA graph" if graph else "launched from Python"
+    return dict(ms=bench.milliseconds(run, graph=graph, device=args.device), clock=clock)
 
 
 @torch.no_grad()
@@ -434,11 +450,11 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     plt.close(figure)
 
 
-def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit: str) -> None:
-    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each."""
+def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, timed: str) -> None:
+    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each; timed: what ms is of."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms")):
+    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms a sequence, attention alone")):
         axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
         for style, (name, line) in zip(("--", ":", "-."), lines.items()):
             axis.axhline(line[field], linestyle=style, color="gray", label=name)
@@ -450,12 +466,13 @@ def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit
         else:
             axis.set_ylim(bottom=0)
         axis.set_xticks(list(points), [str(k) for k in points])
-        axis.set(xlabel="topk, keys per query and head", ylabel=label, title=unit if field == "ms" else None)
+        axis.set(xlabel="topk, keys per query and head", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
+    axes[1].set_title(timed, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
-    path.with_suffix(".json").write_text(json.dumps(dict(points=points, lines=lines, unit=unit), indent=1))
+    path.with_suffix(".json").write_text(json.dumps(dict(points=points, lines=lines, timed=timed), indent=1))
 
 
 def pyplot():
@@ -779,15 +796,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
                 convert.set_option(student, topk=k)
-                points[k] = timed_perplexity(student, valid, args)
+                points[k] = dict(ppl=perplexity(student, valid, args), **attention_time(student, valid[:1], args))
                 results[f"sea, topk {k}"] = points[k]["ppl"]
                 table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), None, None))
             convert.set_option(student, topk=own)
-        elif args.eval_topk:
-            lines[name] = timed_perplexity(student, valid, args)
+        elif args.eval_topk and name != "oracle":  # which has no time of its own
+            lines[name] = dict(ppl=after, **attention_time(student, valid[:1], args))
 
     if args.eval_topk:
-        lines = {"teacher": timed_perplexity(teacher, valid, args), **lines}
+        lines = {"teacher": dict(ppl=teacher_ppl, **attention_time(teacher, valid[:1], args)), **lines}
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
     for name, ppl, keys, seconds, memory in table:
         cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
@@ -796,7 +813,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
         if points:
-            draw_curve(points, lines, out / "topk", f"a sequence of {args.seq_len}, whole model, {device}")
+            draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
+                       f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
     total = time.perf_counter() - began
     print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
     if size > 1:

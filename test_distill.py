@@ -499,8 +499,11 @@ def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
             assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
 
 
-def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
+def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys, monkeypatch):
+    """Perplexity, and the time of the attention alone, of the same student."""
     run_steps(home, tmp_path / "a")
+    timed = []
+    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
     results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
                             "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--look", "0.1,1.0",
                             "--out", str(tmp_path / "b")])
@@ -509,11 +512,32 @@ def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
     curve = json.loads((tmp_path / "b/topk.json").read_text())
     assert [p["ppl"] for p in curve["points"].values()] == [results[f"sea, topk {k}"] for k in (1, 4, 16)]
     assert curve["lines"]["teacher"]["ppl"] == results["teacher"]
+    assert [p["ms"] for p in curve["points"].values()] == [1.0, 2.0, 3.0] and curve["lines"]["teacher"]["ms"] == 4.0
+    assert {p["clock"] for p in curve["points"].values()} == {"wall clock"} and "from q, k, v on" in curve["timed"]
+    cells = [[layer.cells.sum().item() for layer in layers] for layers in timed[:3]]  # of both layers
+    assert len(cells[0]) == 2 and cells[0] < cells[1] < cells[2] and all(isinstance(x, torch.Tensor) for x in timed[3])
     for name in ("topk.png", "sea.png"):
         assert (tmp_path / "b" / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="--look: expected layers below 2 and heads below 2, got 2.0"):
         distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
                       "--load", str(tmp_path / "a/sea"), "--eval-only", "--look", "2.0", "--out", str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("method", ["sea", "performer", "dense"])
+@torch.no_grad()
+def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
+    model, x, timed = tiny(kind), tokens(1), []
+    if method == "dense":
+        model.set_attn_implementation("sea_teacher")
+    else:
+        convert.attach(model, width=8, topk=3, method=method)
+    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
+    assert distill.attention_time(model, x, distill.parse(SMALL)) == dict(ms=7.0, clock="wall clock")
+    with convert.record(model) as records:
+        model(x, use_cache=False)
+    for r, result in zip(records, timed, strict=True):
+        torch.testing.assert_close(getattr(result, "out", result), r.out)
 
 
 @pytest.mark.parametrize("hidden, heads, projection, norm_before", [
