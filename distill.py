@@ -72,6 +72,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="measure, do not train")
     add("--eval-topk", type=integers, default=[], metavar="K,K,...",
         help="measure the SEA student with these numbers of keys, too")
+    add("--by-position", action="store_true", help="also print perplexity by position in the window: of tokens 1-256, 257-512, and "
+        "so on in blocks that double")
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="texts for the teacher and each student to continue, greedily, at the end")
+    add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by")
     add("--look", type=layers_and_heads, default=[], metavar="LAYER.HEAD,...",
         help="heads to draw in OUT/sea.png, counted from 0 (none: a median one)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; the other options must "
@@ -127,7 +131,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("warmup", "redraw_every"):
         if getattr(args, name) < 0:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 0, got {getattr(args, name)}")
-    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows"):
+    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows",
+                 "new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
     if any(k < 1 for k in args.eval_topk):
@@ -368,6 +373,59 @@ def perplexity(model, data: Tensor, args) -> float:
 
 
 @torch.no_grad()
+def token_losses(model, x: Tensor, args, chunk: int = 512) -> Tensor:
+    """Negative log likelihood of the tokens of x (B, T) but the first: (B, T - 1). `chunk` tokens at a time, since a large
+    vocabulary's logits of a long window are too many to hold in fp32."""
+    with autocast(args):
+        logits = model(x, use_cache=False).logits
+    parts = zip(logits[:, :-1].split(chunk, dim=1), x[:, 1:].split(chunk, dim=1))
+    losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape) for z, y in parts]
+    return torch.cat(losses, dim=1)
+
+
+def perplexity_by_position(model, data: Tensor, args, first: int = 256) -> list[dict[str, float]]:
+    """Perplexity of tokens 1 ... `first` of all windows, of the next `first`, and of blocks that double from there."""
+    model.eval()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total, T = torch.zeros(data.shape[1], dtype=torch.float64), data.shape[1]  # of each token; the first is given, not predicted
+    for x in data[rank::size].split(args.micro_batch):
+        if len(x):
+            total[1:] += token_losses(model, x.to(args.device), args).double().sum(0).cpu()
+    total, ends = over_processes(total.tolist(), args), [first]
+    while ends[-1] < T:
+        ends.append(2 * ends[-1])
+    blocks = [(start, min(end, T)) for start, end in zip([0, *ends], ends)]
+    return [dict(first=start + 1, last=end, ppl=math.exp(sum(total[start:end]) / (end - max(start, 1)) / len(data)))
+            for start, end in blocks]
+
+
+@torch.no_grad()
+def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
+    """Of one pass of x (1, T) through the whole model, as launched from Python, with logits of the last token only: ms, and on
+    a GPU the peak memory above what is held between passes, MiB."""
+    model.eval()
+    x = x.to(args.device)
+
+    def run():
+        with autocast(args, cache_enabled=False):  # else it keeps copies of weights in half precision, of trainable ones only
+            model(x, use_cache=False, logits_to_keep=1)
+
+    return dict(ms=bench.milliseconds(run, graph=False, device=args.device),
+                mib=bench.peak_mib(run) if args.device.startswith("cuda") else None)
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, prompt: str, args) -> str:
+    """The prompt's greedy continuation, with transformers' cache; plain text, whatever chat template there is."""
+    model.eval()
+    x = tokenizer(prompt, return_tensors="pt").to(args.device)
+    with autocast(args):
+        ids = model.generate(x.input_ids, attention_mask=x.attention_mask, max_new_tokens=args.new_tokens, do_sample=False,
+                             pad_token_id=0)  # of one sequence none is needed, but not to say so is warned of
+    return tokenizer.decode(ids[0, x.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
 def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): SEA's or a Performer's module,
     its weights in the dtype of q, or PyTorch's SDPA. clock: on a GPU all of it is one replayed CUDA graph."""
@@ -537,8 +595,8 @@ def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def autocast(args):
-    return torch.autocast("cuda", torch.bfloat16) if args.device.startswith("cuda") else contextlib.nullcontext()
+def autocast(args, **options):
+    return torch.autocast("cuda", torch.bfloat16, **options) if args.device.startswith("cuda") else contextlib.nullcontext()
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
@@ -599,8 +657,8 @@ class Log:
 
 
 # What may differ between a run and the one that resumes it.
-FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "look", "eval_every", "save_every", "eval_windows", "micro_batch",
-        "device", "gradient_checkpointing", "teacher_steps")
+FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "by_position", "prompt", "new_tokens", "look", "eval_every",
+        "save_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing", "teacher_steps")
 
 
 def write_checkpoint(path: Path, student, optimizer, step: int, args) -> None:
@@ -744,6 +802,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for layer, head in args.look:
         if not (0 <= layer < text.num_hidden_layers and 0 <= head < text.num_attention_heads):
             sys.exit(f"--look: expected layers below {text.num_hidden_layers} and heads below {text.num_attention_heads}, got {layer}.{head}")
+    for prompt in args.prompt:
+        n = len(tokenizer(prompt).input_ids)
+        if not 0 < n <= longest - args.new_tokens:
+            sys.exit(f"--prompt: expected 1 to {longest - args.new_tokens} tokens, since the model has {longest} positions and "
+                     f"--new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
     # what a checkpoint is good for: these tokens, and this teacher, whose sum may differ in its last bits from machine to machine
     weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
     args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), round(weight, 2)]
@@ -755,7 +818,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
-    points, lines = {}, {}
+    points, lines, passes, positions, texts, peaks = {}, {}, {}, {}, {}, []
+
+    def examine(name: str, model) -> None:
+        peaks.append(peak_memory(args))  # so far, since measuring a pass begins anew
+        passes[name] = pass_cost(model, valid[:1], args)
+        if args.by_position:
+            positions[name] = perplexity_by_position(model, valid, args)
+        texts[name] = [continuation(model, tokenizer, prompt, args) for prompt in args.prompt]
+
+    examine("teacher", teacher)
 
     for name in ["loaded"] if args.load else args.method:
         start = time.perf_counter()
@@ -785,6 +857,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             cost = (time.perf_counter() - start, peak_memory(args))
         table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), *cost))
         results |= {f"{name} before": before, name: after}
+        if name != "oracle":  # its cells come from a whole pass of the teacher
+            examine(name, student)
         if name in ("sea", "oracle"):
             layers = layer_report(student, teacher, valid[:8], args)
             log.record(name=name, layers=layers)
@@ -805,18 +879,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if args.eval_topk:
         lines = {"teacher": dict(ppl=teacher_ppl, **attention_time(teacher, valid[:1], args)), **lines}
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'a pass':>12} {'memory':>12} {'training':>9} {'memory':>12}")
     for name, ppl, keys, seconds, memory in table:
-        cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
-        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
-    log.record(results=results, seconds=time.perf_counter() - began)
+        cost = passes.get(name.removesuffix(" after"))
+        once = " " * 25 if cost is None else f"{cost['ms']:9.1f} ms " + (" " * 12 if cost["mib"] is None else f"{cost['mib']:8,.0f} MiB")
+        whole = "" if seconds is None else f"{seconds / 60:8.1f}m {memory:8.2f} GiB"
+        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {once} {whole}".rstrip())
+    print("a pass: one sequence through the whole model, launched from Python, logits of its last token; memory above the weights")
+    if args.by_position:
+        print(f"\n{'val ppl of tokens':18} " + " ".join(f"{b['first']:,}-{b['last']:,}".rjust(13) for b in positions["teacher"]))
+        for name, blocks in positions.items():
+            print(f"{name:18} " + " ".join(f"{b['ppl']:13.2f}" for b in blocks))
+    for i, prompt in enumerate(args.prompt):  # a line for each, whatever lines the text has
+        print(f"\n{'prompt':18} {prompt!r}")
+        for name in texts:
+            print(f"{name:18} {texts[name][i]!r}")
+    log.record(results=results, passes=passes, by_position=positions, prompts=args.prompt, continuations=texts,
+               seconds=time.perf_counter() - began)
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
         if points:
             draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
                        f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
     total = time.perf_counter() - began
-    print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
+    print(f"\n{total / 60:.1f} minutes, peak memory {max(*peaks, peak_memory(args)):.2f} GiB, written to {out}/")
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()
