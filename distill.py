@@ -5,6 +5,7 @@
     python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
     python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
     python distill.py --model DIR --load OUT/sea --eval-only --eval-topk 8,16,32     measure a saved student
+    python distill.py --model DIR --load OUT/sea --eval-only --by-position --prompt "Once upon"      and see how it goes on
     torchrun --nproc-per-node 2 distill.py ...       the same job on several GPUs or hosts, or on CPU processes
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
