@@ -110,6 +110,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
         "compute the rest again, for large models")
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
+    add("--hidden-weight", type=float, default=5.0, help="weight of the mean square between hidden states; where a few of them are "
+        "huge, as Llamas tend to have them at the first token, it is most of the loss")
     add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
     add("--clip", type=float, default=1.0, help="gradient norm")
@@ -727,7 +729,8 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
             wait = size > 1 and i + 1 < accumulate  # processes exchange gradients once a step
             with run.no_sync() if wait else contextlib.nullcontext():
                 with autocast(args):
-                    terms = distillation_losses(student, teacher, x.to(args.device), Weights(score=args.score_weight), run)
+                    weights = Weights(hidden=args.hidden_weight, score=args.score_weight)
+                    terms = distillation_losses(student, teacher, x.to(args.device), weights, run)
                 (sum(terms.values()) / accumulate).backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + value.item() / accumulate

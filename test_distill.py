@@ -477,6 +477,13 @@ def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
         torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def test_the_weight_of_hidden_states_is_an_option(home, tmp_path):
+    for weight, out in ((None, "a"), ("0.5", "b")):
+        run_steps(home, tmp_path / out, "--steps", "1", *(() if weight is None else ("--hidden-weight", weight)))
+    a, b = (json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[1])["terms"] for out in "ab")
+    assert b.pop("hidden") == pytest.approx(a.pop("hidden") / 10) and a == b
+
+
 def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
     after, _ = run_steps(home, tmp_path, "--train", "sea")
     before = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
