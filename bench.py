@@ -158,10 +158,10 @@ def stretched(layer: sea.SEAttention, T: int, stride: int, dtype, backend: str =
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(run, repeats: int = 20, graph: bool = True) -> float:
+def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda") -> float:
     """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device, not Python; without
     `graph` as it is, for a run that checkpoints and so cannot be captured."""
-    if not torch.cuda.is_available():
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         run()
         times = []
         for _ in range(3):

@@ -128,6 +128,7 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
             raise ValueError(f"{name}: expected None, SEA has no such attention, got {kwargs[name]}")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
+    query, key, value = _autocast(query, key, value)
     valid = None if attention_mask is None else attention_mask.bool()
     state = None if sea_layer is None else sea_layer.state
     wants_weights = getattr(module, "sea_weights", False)
@@ -139,6 +140,12 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     _record(module, query, key, value, scaling, sea.out, sea)
     weights = _weights(query, key, valid, scaling, sea) if wants_weights else None
     return sea.out.transpose(1, 2).contiguous(), weights
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast in its dtype, as SDPA takes them: rotary embeddings of fp32 weights leave q and k in fp32, beside v."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
 
 
 MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
@@ -176,6 +183,7 @@ def _forget_weights(model: PreTrainedModel, args: tuple, output) -> None:
 def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
     """transformers' SDPA attention, which also records what a student learns from."""
+    query, key, value = _autocast(query, key, value)
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     _record(module, query, key, value, scaling, out.transpose(1, 2))
     return out, None

@@ -5,6 +5,7 @@
     python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
     python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
     python distill.py --model DIR --load OUT/sea --eval-only --eval-topk 8,16,32     measure a saved student
+    python distill.py --model DIR --load OUT/sea --eval-only --by-position --prompt "Once upon"      and see how it goes on
     torchrun --nproc-per-node 2 distill.py ...       the same job on several GPUs or hosts, or on CPU processes
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
@@ -16,6 +17,7 @@ another --micro-batch, too, but for rounding and dropout.
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -33,6 +35,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+import bench
 import convert
 import sea
 
@@ -70,6 +73,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="measure, do not train")
     add("--eval-topk", type=integers, default=[], metavar="K,K,...",
         help="measure the SEA student with these numbers of keys, too")
+    add("--by-position", action="store_true", help="also print perplexity by position in the window: of tokens 1-256, 257-512, and "
+        "so on in blocks that double")
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="texts for the teacher and each student to continue, greedily, at the end")
+    add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by")
     add("--look", type=layers_and_heads, default=[], metavar="LAYER.HEAD,...",
         help="heads to draw in OUT/sea.png, counted from 0 (none: a median one)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; the other options must "
@@ -103,6 +110,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
         "compute the rest again, for large models")
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
+    add("--hidden-weight", type=float, default=5.0, help="weight of the mean square between hidden states; where a few of them are "
+        "huge, as Llamas tend to have them at the first token, it is most of the loss")
     add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
     add("--clip", type=float, default=1.0, help="gradient norm")
@@ -125,7 +134,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("warmup", "redraw_every"):
         if getattr(args, name) < 0:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 0, got {getattr(args, name)}")
-    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows"):
+    for name in ("steps", "batch", "micro_batch", "seq_len", "width", "topk", "eval_every", "save_every", "query_stride", "eval_windows",
+                 "new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
     if any(k < 1 for k in args.eval_topk):
@@ -365,14 +375,81 @@ def perplexity(model, data: Tensor, args) -> float:
     return math.exp(over_processes([total], args)[0] / len(data))
 
 
-def timed_perplexity(model, data: Tensor, args) -> dict[str, float]:
-    """And milliseconds a sequence, the best of three passes."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        ppl = perplexity(model, data, args)
-        seconds.append(time.perf_counter() - start)
-    return dict(ppl=ppl, ms=1000 * min(seconds) / len(data))
+@torch.no_grad()
+def token_losses(model, x: Tensor, args, chunk: int = 512) -> Tensor:
+    """Negative log likelihood of the tokens of x (B, T) but the first: (B, T - 1). `chunk` tokens at a time, since a large
+    vocabulary's logits of a long window are too many to hold in fp32."""
+    with autocast(args):
+        logits = model(x, use_cache=False).logits
+    parts = zip(logits[:, :-1].split(chunk, dim=1), x[:, 1:].split(chunk, dim=1))
+    losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape) for z, y in parts]
+    return torch.cat(losses, dim=1)
+
+
+def perplexity_by_position(model, data: Tensor, args, first: int = 256) -> list[dict[str, float]]:
+    """Perplexity of tokens 1 ... `first` of all windows, of the next `first`, and of blocks that double from there."""
+    model.eval()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total, T = torch.zeros(data.shape[1], dtype=torch.float64), data.shape[1]  # of each token; the first is given, not predicted
+    for x in data[rank::size].split(args.micro_batch):
+        if len(x):
+            total[1:] += token_losses(model, x.to(args.device), args).double().sum(0).cpu()
+    total, ends = over_processes(total.tolist(), args), [first]
+    while ends[-1] < T:
+        ends.append(2 * ends[-1])
+    blocks = [(start, min(end, T)) for start, end in zip([0, *ends], ends)]
+    return [dict(first=start + 1, last=end, ppl=math.exp(sum(total[start:end]) / (end - max(start, 1)) / len(data)))
+            for start, end in blocks]
+
+
+@torch.no_grad()
+def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
+    """Of one pass of x (1, T) through the whole model, as launched from Python, with logits of the last token only: ms, and on
+    a GPU the peak memory above what is held between passes, MiB."""
+    model.eval()
+    x = x.to(args.device)
+
+    def run():
+        with autocast(args, cache_enabled=False):  # else it keeps copies of weights in half precision, of trainable ones only
+            model(x, use_cache=False, logits_to_keep=1)
+
+    return dict(ms=bench.milliseconds(run, graph=False, device=args.device),
+                mib=bench.peak_mib(run) if args.device.startswith("cuda") else None)
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, prompt: str, args) -> str:
+    """The prompt's greedy continuation, with transformers' cache; plain text, whatever chat template there is."""
+    model.eval()
+    x = tokenizer(prompt, return_tensors="pt").to(args.device)
+    with autocast(args):
+        ids = model.generate(x.input_ids, attention_mask=x.attention_mask, max_new_tokens=args.new_tokens, do_sample=False,
+                             pad_token_id=0)  # of one sequence none is needed, but not to say so is warned of
+    return tokenizer.decode(ids[0, x.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
+    """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): SEA's or a Performer's module,
+    its weights in the dtype of q, or PyTorch's SDPA. clock: on a GPU all of it is one replayed CUDA graph."""
+    model.eval()
+    with autocast(args), convert.record(model) as records:
+        model(x.to(args.device), use_cache=False)
+    inputs, runs, graph = [(r.q, r.k, r.v, r.scale) for r in records], [], True
+    del records  # a student's hold its scores
+    for module, (q, k, v, scale) in zip(convert.attention_modules(model), inputs, strict=True):
+        if hasattr(module, "sea"):
+            layer = copy.deepcopy(module.sea).to(q.dtype)
+            runs.append(functools.partial(layer, q, k, v, softmax_scale=scale))
+            # plain PyTorch's sparse attention checkpoints, which no graph can hold
+            graph = graph and (layer.config.method == "performer" or sea.operations(layer.config, q) is not sea.torch_operations)
+        else:
+            grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
+            runs.append(functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, scale=scale, **grouped))
+
+    run = lambda: [of_layer() for of_layer in runs]
+    clock = "wall clock" if not args.device.startswith("cuda") else "replayed CUDA graph" if graph else "launched from Python"
+    return dict(ms=bench.milliseconds(run, graph=graph, device=args.device), clock=clock)
 
 
 @torch.no_grad()
@@ -434,11 +511,11 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     plt.close(figure)
 
 
-def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit: str) -> None:
-    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each."""
+def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, timed: str) -> None:
+    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each; timed: what ms is of."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms")):
+    for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms a sequence, attention alone")):
         axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
         for style, (name, line) in zip(("--", ":", "-."), lines.items()):
             axis.axhline(line[field], linestyle=style, color="gray", label=name)
@@ -450,12 +527,13 @@ def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, unit
         else:
             axis.set_ylim(bottom=0)
         axis.set_xticks(list(points), [str(k) for k in points])
-        axis.set(xlabel="topk, keys per query and head", ylabel=label, title=unit if field == "ms" else None)
+        axis.set(xlabel="topk, keys per query and head", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
+    axes[1].set_title(timed, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
-    path.with_suffix(".json").write_text(json.dumps(dict(points=points, lines=lines, unit=unit), indent=1))
+    path.with_suffix(".json").write_text(json.dumps(dict(points=points, lines=lines, timed=timed), indent=1))
 
 
 def pyplot():
@@ -520,8 +598,8 @@ def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def autocast(args):
-    return torch.autocast("cuda", torch.bfloat16) if args.device.startswith("cuda") else contextlib.nullcontext()
+def autocast(args, **options):
+    return torch.autocast("cuda", torch.bfloat16, **options) if args.device.startswith("cuda") else contextlib.nullcontext()
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
@@ -582,8 +660,8 @@ class Log:
 
 
 # What may differ between a run and the one that resumes it.
-FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "look", "eval_every", "save_every", "eval_windows", "micro_batch",
-        "device", "gradient_checkpointing", "teacher_steps")
+FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "by_position", "prompt", "new_tokens", "look", "eval_every",
+        "save_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing", "teacher_steps")
 
 
 def write_checkpoint(path: Path, student, optimizer, step: int, args) -> None:
@@ -651,7 +729,8 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
             wait = size > 1 and i + 1 < accumulate  # processes exchange gradients once a step
             with run.no_sync() if wait else contextlib.nullcontext():
                 with autocast(args):
-                    terms = distillation_losses(student, teacher, x.to(args.device), Weights(score=args.score_weight), run)
+                    weights = Weights(hidden=args.hidden_weight, score=args.score_weight)
+                    terms = distillation_losses(student, teacher, x.to(args.device), weights, run)
                 (sum(terms.values()) / accumulate).backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + value.item() / accumulate
@@ -727,6 +806,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for layer, head in args.look:
         if not (0 <= layer < text.num_hidden_layers and 0 <= head < text.num_attention_heads):
             sys.exit(f"--look: expected layers below {text.num_hidden_layers} and heads below {text.num_attention_heads}, got {layer}.{head}")
+    for prompt in args.prompt:
+        n = len(tokenizer(prompt).input_ids)
+        if not 0 < n <= longest - args.new_tokens:
+            sys.exit(f"--prompt: expected 1 to {longest - args.new_tokens} tokens, since the model has {longest} positions and "
+                     f"--new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
     # what a checkpoint is good for: these tokens, and this teacher, whose sum may differ in its last bits from machine to machine
     weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
     args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), round(weight, 2)]
@@ -738,7 +822,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
     table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
-    points, lines = {}, {}
+    points, lines, passes, positions, texts, peaks = {}, {}, {}, {}, {}, []
+
+    def examine(name: str, model) -> None:
+        peaks.append(peak_memory(args))  # so far, since measuring a pass begins anew
+        passes[name] = pass_cost(model, valid[:1], args)
+        if args.by_position:
+            positions[name] = perplexity_by_position(model, valid, args)
+        texts[name] = [continuation(model, tokenizer, prompt, args) for prompt in args.prompt]
+
+    examine("teacher", teacher)
 
     for name in ["loaded"] if args.load else args.method:
         start = time.perf_counter()
@@ -768,6 +861,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             cost = (time.perf_counter() - start, peak_memory(args))
         table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), *cost))
         results |= {f"{name} before": before, name: after}
+        if name != "oracle":  # its cells come from a whole pass of the teacher
+            examine(name, student)
         if name in ("sea", "oracle"):
             layers = layer_report(student, teacher, valid[:8], args)
             log.record(name=name, layers=layers)
@@ -779,26 +874,39 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
                 convert.set_option(student, topk=k)
-                points[k] = timed_perplexity(student, valid, args)
+                points[k] = dict(ppl=perplexity(student, valid, args), **attention_time(student, valid[:1], args))
                 results[f"sea, topk {k}"] = points[k]["ppl"]
                 table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), None, None))
             convert.set_option(student, topk=own)
-        elif args.eval_topk:
-            lines[name] = timed_perplexity(student, valid, args)
+        elif args.eval_topk and name != "oracle":  # which has no time of its own
+            lines[name] = dict(ppl=after, **attention_time(student, valid[:1], args))
 
     if args.eval_topk:
-        lines = {"teacher": timed_perplexity(teacher, valid, args), **lines}
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'time':>8} {'peak memory':>12}")
+        lines = {"teacher": dict(ppl=teacher_ppl, **attention_time(teacher, valid[:1], args)), **lines}
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'a pass':>12} {'memory':>12} {'training':>9} {'memory':>12}")
     for name, ppl, keys, seconds, memory in table:
-        cost = "" if seconds is None else f"{seconds / 60:7.1f}m {memory:8.2f} GiB"
-        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {cost}")
-    log.record(results=results, seconds=time.perf_counter() - began)
+        cost = passes.get(name.removesuffix(" after"))
+        once = " " * 25 if cost is None else f"{cost['ms']:9.1f} ms " + (" " * 12 if cost["mib"] is None else f"{cost['mib']:8,.0f} MiB")
+        whole = "" if seconds is None else f"{seconds / 60:8.1f}m {memory:8.2f} GiB"
+        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {once} {whole}".rstrip())
+    print("a pass: one sequence through the whole model, launched from Python, logits of its last token; memory above the weights")
+    if args.by_position:
+        print(f"\n{'val ppl of tokens':18} " + " ".join(f"{b['first']:,}-{b['last']:,}".rjust(13) for b in positions["teacher"]))
+        for name, blocks in positions.items():
+            print(f"{name:18} " + " ".join(f"{b['ppl']:13.2f}" for b in blocks))
+    for i, prompt in enumerate(args.prompt):  # a line for each, whatever lines the text has
+        print(f"\n{'prompt':18} {prompt!r}")
+        for name in texts:
+            print(f"{name:18} {texts[name][i]!r}")
+    log.record(results=results, passes=passes, by_position=positions, prompts=args.prompt, continuations=texts,
+               seconds=time.perf_counter() - began)
     if "sea" in results and rank == 0:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
         if points:
-            draw_curve(points, lines, out / "topk", f"a sequence of {args.seq_len}, whole model, {device}")
+            draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
+                       f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
     total = time.perf_counter() - began
-    print(f"\n{total / 60:.1f} minutes, peak memory {peak_memory(args):.2f} GiB, written to {out}/")
+    print(f"\n{total / 60:.1f} minutes, peak memory {max(*peaks, peak_memory(args)):.2f} GiB, written to {out}/")
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -340,6 +340,23 @@ def test_every_new_weight_learns(cell_keys):
         assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_autocast_reaches_queries_keys_and_values_alike(kind):
+    """fp32 weights in half precision, as on a GPU, where a rotary embedding leaves queries and keys in fp32."""
+    teacher, student = tiny(kind).requires_grad_(False), convert.attach(tiny(kind), width=8, topk=4)
+    teacher.set_attn_implementation("sea_teacher")
+    with torch.autocast("cpu", torch.bfloat16):
+        with convert.record(teacher) as a, convert.record(student) as b:
+            for model in (teacher, student):
+                model(tokens(), use_cache=False)
+        assert {x.dtype for r in a + b for x in (r.q, r.k, r.v, r.out)} == {torch.bfloat16}
+        terms = distill.distillation_losses(student, teacher, tokens(), distill.Weights())
+        prompt = dict(input_ids=tokens(n=5), attention_mask=torch.ones(2, 5, dtype=torch.long))
+        out = student.eval().generate(**prompt, max_new_tokens=4, min_new_tokens=4, pad_token_id=1)
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters()) and out.shape == (2, 9)
+
+
 @torch.no_grad()
 def test_losses_are_those_of_the_method():
     """Section 6, by hand, from a model's own outputs."""
@@ -460,6 +477,13 @@ def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
         torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def test_the_weight_of_hidden_states_is_an_option(home, tmp_path):
+    for weight, out in ((None, "a"), ("0.5", "b")):
+        run_steps(home, tmp_path / out, "--steps", "1", *(() if weight is None else ("--hidden-weight", weight)))
+    a, b = (json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[1])["terms"] for out in "ab")
+    assert b.pop("hidden") == pytest.approx(a.pop("hidden") / 10) and a == b
+
+
 def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
     after, _ = run_steps(home, tmp_path, "--train", "sea")
     before = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
@@ -482,21 +506,116 @@ def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
             assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
 
 
-def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys):
+def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys, monkeypatch):
+    """Perplexity, and the time of the attention alone, of the same student."""
     run_steps(home, tmp_path / "a")
+    timed = []
+    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
+    monkeypatch.setattr(distill, "pass_cost", lambda *_: dict(ms=123.4, mib=5678.9))
     results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
                             "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--look", "0.1,1.0",
                             "--out", str(tmp_path / "b")])
     assert results["sea, topk 4"] == results["sea"] and len({results[f"sea, topk {k}"] for k in (1, 4, 16)}) == 3
-    assert "sea, topk 16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "sea, topk 16" in printed and printed.count("123.4 ms    5,679 MiB") == 2  # the teacher and the student
     curve = json.loads((tmp_path / "b/topk.json").read_text())
     assert [p["ppl"] for p in curve["points"].values()] == [results[f"sea, topk {k}"] for k in (1, 4, 16)]
     assert curve["lines"]["teacher"]["ppl"] == results["teacher"]
+    assert [p["ms"] for p in curve["points"].values()] == [1.0, 2.0, 3.0] and curve["lines"]["teacher"]["ms"] == 4.0
+    assert {p["clock"] for p in curve["points"].values()} == {"wall clock"} and "from q, k, v on" in curve["timed"]
+    cells = [[layer.cells.sum().item() for layer in layers] for layers in timed[:3]]  # of both layers
+    assert len(cells[0]) == 2 and cells[0] < cells[1] < cells[2] and all(isinstance(x, torch.Tensor) for x in timed[3])
     for name in ("topk.png", "sea.png"):
         assert (tmp_path / "b" / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="--look: expected layers below 2 and heads below 2, got 2.0"):
         distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
                       "--load", str(tmp_path / "a/sea"), "--eval-only", "--look", "2.0", "--out", str(tmp_path / "b")])
+
+
+@torch.no_grad()
+def test_perplexity_by_position_adds_up(monkeypatch):
+    """Each block is its tokens' mean, and all of them together are the perplexity, however many windows, chunks and blocks."""
+    args, model, data = distill.parse([*SMALL, "--micro-batch", "2"]), tiny("opt"), tokens(3)
+    nll = -torch.stack([model(w[None]).logits[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in data])
+    assert torch.allclose(distill.token_losses(model, data, args, chunk=5), nll, atol=1e-5)
+    blocks = distill.perplexity_by_position(model, data, args, first=4)
+    assert [(b["first"], b["last"]) for b in blocks] == [(1, 4), (5, 8), (9, 16), (17, 24)]  # the first token is given
+    for b, part in zip(blocks, nll.split([3, 4, 8, 8], dim=1), strict=True):
+        assert math.isclose(b["ppl"], part.mean().exp(), rel_tol=1e-5)
+    mean = sum(math.log(b["ppl"]) * (b["last"] - max(b["first"], 2) + 1) for b in blocks) / (SEQ - 1)
+    assert math.isclose(math.exp(mean), distill.perplexity(model, data, args), rel_tol=1e-5)
+    assert [(b["first"], b["last"]) for b in distill.perplexity_by_position(model, data, args)] == [(1, 24)]
+
+
+@pytest.fixture(scope="module")
+def llama(home) -> Path:
+    """A folder like home/teacher with a grouped-query, rotary model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "teacher")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+                         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    convert.save(LlamaForCausalLM(config).bfloat16(), home / "llama", tokenizer)
+    return home / "llama"
+
+
+def test_a_grouped_query_rotary_model_end_to_end(home, llama, tmp_path, capsys, monkeypatch):
+    """With all that a real one needs, in half precision as on a GPU: checkpointing, new weights only, positions, prompts; then
+    again from its files, with pictures."""
+    monkeypatch.setattr(distill, "autocast", lambda args, **options: torch.autocast("cpu", torch.bfloat16, **options))
+    own = ["--model", str(llama), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--by-position", "--prompt",
+           "The quick", "The lazy dog", "--new-tokens", "5", "--look", "1.5", "--eval-topk", "2,4", "--eval-windows", "6"]
+    with monkeypatch.context() as quick:
+        quick.setattr(distill, "draw", lambda *_: None)
+        quick.setattr(distill, "draw_curve", lambda *_: None)
+        results = distill.main([*own, "--width", "8", "--topk", "4", "--batch", "2", "--steps", "2", "--train", "sea",
+                                "--gradient-checkpointing", "--method", "sea", "performer", "dense", "--out", str(tmp_path / "a")])
+    again = distill.main([*own, "--load", str(tmp_path / "a/sea"), "--eval-only", "--out", str(tmp_path / "b")])
+    assert again["sea"] == pytest.approx(results["sea"], rel=1e-5) and again["sea, topk 4"] == pytest.approx(again["sea"], rel=1e-5)
+    printed = capsys.readouterr().out
+    for record, names in ((tmp_path / "a/log.jsonl", ["teacher", "sea", "performer", "dense"]), (tmp_path / "b/log.jsonl", ["teacher", "sea"])):
+        last = json.loads(record.read_text().splitlines()[-1])
+        for field in ("passes", "by_position", "continuations"):
+            assert list(last[field]) == names
+        for name in names:
+            assert last["passes"][name]["ms"] > 0
+            assert last["by_position"][name] == [dict(first=1, last=16, ppl=pytest.approx(last["results"][name], rel=1e-4))]
+            assert len(last["continuations"][name]) == 2
+            assert all(f"{name:18} {text!r}" in printed for text in last["continuations"][name])
+    trained = convert.load(tmp_path / "a/sea").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@torch.no_grad()
+def test_a_teacher_that_is_recorded_continues_as_itself(home, llama, kind):
+    """sea_teacher attention with transformers' cache: the tokens that the untouched model gives, and its own next token each time."""
+    folder = {"opt": home / "teacher", "llama": llama}[kind]
+    args, tokenizer = distill.parse([*SMALL, "--new-tokens", "9"]), transformers.AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    expected = distill.continuation(model, tokenizer, "The quick red", args)
+    model.set_attn_implementation("sea_teacher")
+    assert distill.continuation(model, tokenizer, "The quick red", args) == expected
+    x = tokenizer("The quick red", return_tensors="pt").input_ids
+    assert tokenizer.decode(recomputed(model, x, torch.ones_like(x), 9)[0, x.shape[1] :], skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("method", ["sea", "performer", "dense"])
+@torch.no_grad()
+def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
+    model, x, timed = tiny(kind), tokens(1), []
+    if method == "dense":
+        model.set_attn_implementation("sea_teacher")
+    else:
+        convert.attach(model, width=8, topk=3, method=method)
+    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
+    assert distill.attention_time(model, x, distill.parse(SMALL)) == dict(ms=7.0, clock="wall clock")
+    with convert.record(model) as records:
+        model(x, use_cache=False)
+    for r, result in zip(records, timed, strict=True):
+        torch.testing.assert_close(getattr(result, "out", result), r.out)
 
 
 @pytest.mark.parametrize("hidden, heads, projection, norm_before", [
@@ -617,6 +736,7 @@ def test_the_papers_defaults():
     (["--load", "x", "--width", "8"], "--width: expected none with --load"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--redraw-every", "-1"], "--redraw-every: expected an integer >= 0"),
+    (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
     (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
@@ -628,6 +748,13 @@ def test_bad_options_name_the_option(argv, message, capsys):
 def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
     with pytest.raises(SystemExit, match="--seq-len: expected at most the model's 32 positions, got 33"):
         distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--seq-len", "33", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("prompt", ["", "The quick red fox " * 9])
+def test_prompts_that_leave_no_room_are_refused(home, tmp_path, prompt):
+    argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--new-tokens", "20", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--prompt: expected 1 to 12 tokens, since the model has 32 positions and --new-tokens is 20, got"):
+        distill.main([*argv, "--prompt", "The quick", prompt])
 
 
 @pytest.mark.parametrize("option, name", [("--data", "no.txt"), ("--valid-data", "no.txt"), ("--load", "no-such-student")])
