@@ -481,6 +481,14 @@ def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
+def test_bench_measures_steps_of_several_processes(tmp_path):
+    printed = torchrun("bench.py", "--distill", "--lengths", "32", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "4", "--layers",
+                       "2", "--batch", "2", "--shard", "--gradient-checkpointing", "--out", str(tmp_path))
+    assert printed.count("T 32 linear: ") == 1 and "T x T" not in printed
+    r = json.loads((tmp_path / "bench_distill.json").read_text())["results"]["32"]["linear"]
+    assert r["gpus"] == 2 and math.isclose(r["tokens_per_second"], 2 * 2 * 32 / (r["ms"] / 1000))
+
+
 def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
     kept, steps = run_steps(home, tmp_path / "kept")
     again, resteps = run_steps(home, tmp_path / "again", "--gradient-checkpointing")
