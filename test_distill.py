@@ -445,19 +445,26 @@ def torchrun(script, *options) -> str:
     return done.stdout
 
 
+ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
+
+
+@pytest.fixture(scope="module")
+def one_process(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    return run_steps(home, out, *ACCUMULATING), (out / "log.jsonl").read_text().splitlines()
+
+
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
-def test_two_processes_are_one_with_the_same_batch(home, tmp_path, shard):
+def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, shard):
     """The same losses and perplexities, to rounding, of an odd number of windows too, and a checkpoint that one process can resume."""
-    options = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
-    one, steps = run_steps(home, tmp_path / "one", *options)
-    printed = torchrun("distill.py", *arguments(home, tmp_path / "two"), *options, *shard)
+    (one, steps), log = one_process
+    printed = torchrun("distill.py", *arguments(home, tmp_path), *ACCUMULATING, *shard)
     assert printed.count("sea step 00003/00003") == 1  # only the first process speaks
-    records = {out: [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("one", "two")}
-    assert len(records["one"]) == len(records["two"])
-    for a, b in zip(records["one"], records["two"]):
+    records = (tmp_path / "log.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, log), map(json.loads, records), strict=True):
         for name in {"loss", "ppl", "teacher_ppl"} & a.keys():
             assert math.isclose(a[name], b[name], rel_tol=1e-4), (a, b)
-    two, more = run_steps(home, tmp_path / "two", *options, "--resume")
+    two, more = run_steps(home, tmp_path, *ACCUMULATING, "--resume")
     assert len(more) == len(steps)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
