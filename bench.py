@@ -5,6 +5,7 @@
     python bench.py --break-even            from which T SEA wins on this machine
     python bench.py --profile 32768         where the time goes at one T
     python bench.py --distill               time and memory of a distillation step, against one with T x T tensors
+    torchrun --nproc-per-node 2 bench.py --distill [--shard]        the linear one alone, on several GPUs
     python bench.py --decode                a decoding step against SDPA on the same keys, contexts of 8k ... 512k, batch 1 and 16
     python bench.py --prefill               time and memory of a model's prefill, in chunks and in one call, against SDPA
 
@@ -27,8 +28,10 @@ random weights, whose cells are as good as random.
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,8 +56,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks)")
-    add("--data", help="text file for --model, UTF-8")
+    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks); the teacher of "
+        "--distill, whose tokens are random")
+    add("--data", help="text file for --model, UTF-8; not for --distill")
     add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 ... "
         "524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
     add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2], help="sequences decoded at a time")
@@ -69,14 +73,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
     add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random weights, "
         "at the first of --strides")
+    add("--batch", type=int, default=1, help="sequences a step and process of --distill")
+    for name in ("--shard", "--gradient-checkpointing"):
+        add(name, action="store_true", help="of --distill: as in distill.py")
     add("--decode", action="store_true", help="only measure decoding steps")
     add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers with random weights")
     add("--layers", type=int, default=12 if cuda else 1, help="of the model of --distill and --prefill")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for bench.json and bench.png")
     args = p.parse_args(argv)
-    if args.model and not args.data:
+    if args.model and not args.data and not args.distill:
         p.error("--data: expected a text file with --model, got none")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--shard: expected several processes to spread over, under torchrun, got one")
     if args.lengths is None:
         longest = 32768 if args.distill else 524288 if args.decode else 131072 if args.prefill else None
         lengths = [longest // 4**i for i in (3, 2, 1, 0)][0 if args.decode else 1 :] if longest else [2**i * 1024 for i in range(9)]
@@ -190,6 +199,19 @@ def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda
         if sum(times) > 2000:
             break
     return sorted(times)[len(times) // 2]
+
+
+def milliseconds_in_a_row(run) -> float:
+    """Mean time of runs one after the other, Python included. Their number is fixed: processes run together."""
+    wait, n = (torch.cuda.synchronize, 10) if torch.cuda.is_available() else (lambda: None, 1)
+    for _ in range(3):
+        run()
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        run()
+    wait()
+    return 1000 * (time.perf_counter() - start) / n
 
 
 def peak_mib(run) -> float | None:
@@ -342,40 +364,62 @@ def opt(args, T: int, device) -> torch.nn.Module:
                                         num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=T))
 
 
-def distillation(args, device) -> dict[int, dict]:
-    """A step of distill.py, one sequence, on the linear path and on the plain PyTorch path that keeps T x T tensors."""
+def teacher_model(args, T: int) -> torch.nn.Module:
+    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be sharded is made on the CPU."""
+    if args.model:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        if T > model.config.max_position_embeddings:
+            sys.exit(f"--lengths: expected at most the model's {model.config.max_position_embeddings} positions, got {T}")
+    else:
+        model = opt(args, T, "cpu" if args.shard else args.device)
+    model.set_attn_implementation("sea_teacher")
+    return model.eval().requires_grad_(False)
+
+
+def distillation(args, size: int) -> dict[int, dict]:
+    """A step of distill.py, on the linear path and, if this is the only process of `size`, on the plain PyTorch path that keeps
+    T x T tensors."""
     import convert
     import distill
 
-    rows, options = {}, argparse.Namespace(device=device)
+    rows = {}
     for T in args.lengths:
         rows[T] = {}
-        for name, backend, block in (("linear", "auto", None), ("T x T", "torch", T)):
-            teacher = opt(args, T, device).eval().requires_grad_(False)
-            teacher.set_attn_implementation("sea_teacher")
-            student = convert.attach(opt(args, T, device), width=args.width, topk=args.topk, query_stride=args.strides[0],
-                                     cell_keys=args.cell_keys, backend=backend)
-            optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
-            x = torch.randint(5, 50000, (1, T), device=device)
+        for name, backend, block in (("linear", "auto", None), ("T x T", "torch", T))[: 2 if size == 1 else 1]:
+            teacher = teacher_model(args, T)
+            student = convert.attach(copy.deepcopy(teacher).requires_grad_(True), width=args.width, topk=args.topk,
+                                     query_stride=args.strides[0], cell_keys=args.cell_keys, backend=backend).train()
+            if args.gradient_checkpointing:
+                student.gradient_checkpointing_enable({"use_reentrant": False})
+            teacher, student = distill.place(teacher, args), distill.place(student, args)
+            optimizer, run = distill.make_optimizer(student, 1e-5, 1e-4, 0.01), distill.data_parallel(student, args)
+            x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
 
             def step():
-                with distill.autocast(options):
-                    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+                with distill.autocast(args):
+                    terms = distill.distillation_losses(student, teacher, x, distill.Weights(), run)
                 sum(terms.values()).backward()
+                distill.clip_gradients(student, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
             whole = {f: functools.partial(getattr(sea, f), block=block) for f in ("sparse_attention", "pool_attention", "score_loss")}
             with mock.patch.multiple(sea, **whole) if block else contextlib.nullcontext():
                 try:
-                    rows[T][name] = dict(ms=milliseconds(step, repeats=3, graph=False), mib=peak_mib(step))
-                    print(f"T {T:,} {name}: {rows[T][name]['ms']:.0f} ms a step, {rows[T][name]['mib'] or 0:,.0f} MiB above the models "
-                          "and the optimizer", flush=True)
+                    ms, mib = milliseconds_in_a_row(step), peak_mib(step)
+                    r = rows[T][name] = dict(ms=ms, tokens_per_second=1000 * size * x.numel() / ms, gpus=size, mib=mib,
+                                             gib=distill.peak_memory(args))
+                    print(f"T {T:,} {name}: {ms:.0f} ms a step, {r['tokens_per_second']:,.0f} tok/s on {size}, peak {r['gib']:.2f} GiB "
+                          f"each, {mib or 0:,.0f} MiB of it above the models and the optimizer", flush=True)
                 except torch.OutOfMemoryError as error:
+                    if size > 1:
+                        raise  # the others wait for this process
                     rows[T][name] = dict(error=str(error).splitlines()[0])
                     print(f"T {T:,} {name}: out of memory", flush=True)
-            del teacher, student, optimizer
-            if device == "cuda":
+            del teacher, student, optimizer, run
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return rows
 
@@ -542,7 +586,14 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rank, size = 0, 1
+    if args.distill:
+        import distill
+
+        args.device = device
+        rank, size = distill.start_processes(args)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = name if size == 1 else f"{size} x {name}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}"
     if device == "cuda":
         import triton
@@ -552,15 +603,17 @@ def main(argv: list[str] | None = None) -> dict:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
     print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B "
-          f"{args.batches if args.decode else 1}, H {args.heads}, D {args.d_head}, width {args.width}, topk {args.topk}, causal")
+          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width {args.width}, topk {args.topk}, causal")
     if device == "cpu":
         print("no GPU: this measures the plain PyTorch path")
     out = Path(args.out)
     report = dict(command=command, device=name, versions=versions, commit=commit, args=vars(args))
     if args.distill:
         out.mkdir(parents=True, exist_ok=True)
-        report |= dict(results=distillation(args, device))
-        (out / "bench_distill.json").write_text(json.dumps(report, indent=1))
+        report |= dict(results=distillation(args, size))
+        if rank == 0:
+            (out / "bench_distill.json").write_text(json.dumps(report, indent=1))
+        distill.stop_processes()
         return report
     if args.prefill:
         out.mkdir(parents=True, exist_ok=True)

@@ -270,9 +270,10 @@ def sea_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if ".sea." in name]
 
 
-def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> None:
+def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors, and the tokenizer's files, in place of `folder` if it exists.
 
+    state_dict: the whole weights of a `model` that holds shards of them (FSDP2).
     Everything is written beside it and then renamed, so a kill leaves the old model or the new one; between the two
     renames the old one's name is `folder`.old.
     """
@@ -281,7 +282,9 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None) -> N
         raise ValueError(f"folder: expected a new folder or a saved model, got {folder}, which holds something else")
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    if state_dict is not None:  # gathered weights are tied no more
+        state_dict = {name: x for name, x in state_dict.items() if name not in model.all_tied_weights_keys}
+    model.save_pretrained(new, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(new)
     if folder.exists():

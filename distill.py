@@ -7,11 +7,12 @@
     python distill.py --model DIR --load OUT/sea --eval-only --eval-topk 8,16,32     measure a saved student
     python distill.py --model DIR --load OUT/sea --eval-only --by-position --prompt "Once upon"      and see how it goes on
     torchrun --nproc-per-node 2 distill.py ...       the same job on several GPUs or hosts, or on CPU processes
+    torchrun --nproc-per-node 2 distill.py --shard ...      and each holds a part of both models, which need not fit one GPU
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
 (--resume) to OUT/<method>.ckpt, and a figure of one head. A step's data and random numbers follow from --seed and the step
-alone, so that a run that was killed and resumed continues as if nothing had happened; on another number of processes or with
-another --micro-batch, too, but for rounding and dropout.
+alone, so that a run that was killed and resumed continues as if nothing had happened; on another number of processes, with or
+without --shard or with another --micro-batch, too, but for rounding and dropout.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -109,6 +114,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
         "compute the rest again, for large models")
+    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the optimizer over the processes (FSDP2), "
+        "which otherwise hold all of them each (DDP). For models that do not fit one GPU; with --gradient-checkpointing, without which "
+        "bf16 copies of all weights stay from the forward to the backward pass. Each process needs CPU memory for both models in fp32")
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
     add("--hidden-weight", type=float, default=5.0, help="weight of the mean square between hidden states; where a few of them are "
         "huge, as Llamas tend to have them at the first token, it is most of the loss")
@@ -141,6 +149,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if any(k < 1 for k in args.eval_topk):
         p.error(f"--eval-topk: expected integers >= 1, got {args.eval_topk}")
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard and size == 1:
+        p.error("--shard: expected several processes to spread over, under torchrun, got one")
     if args.batch % size:
         p.error(f"--batch: expected a multiple of the {size} processes, got {args.batch}")
     args.micro_batch = min(args.micro_batch, args.batch // size)
@@ -156,24 +166,72 @@ def start_processes(args) -> tuple[int, int]:
     """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints and writes."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        cuda = args.device.startswith("cuda")
-        if cuda:
+        if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl", device_id=torch.device(args.device))
+        else:
+            dist.init_process_group("gloo")
+    elif args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, size
 
 
-def over_processes(values: list[float], args) -> list[float]:
-    """The sum of each number over all processes."""
+def stop_processes() -> None:
+    """Wait for all processes, the first of which may still be writing."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[float]:
+    """The sum of each number over all processes, or their `op`."""
     if not dist.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=args.device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, op)
     return total.tolist()
+
+
+def place(model, args):
+    """Move `model` to the device, in place; with --shard, this process's shard of each weight.
+
+    FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the device. Which weights are
+    trained has to be settled before.
+    """
+    if not args.shard:
+        return model.to(args.device)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # OPT's layers do; nothing writes to it
+    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack if convert.attention_modules(layer)]
+    for module in (*layers, model):  # also outside the layers weights are shards between passes, as optimizer and checkpoints want them
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def data_parallel(student, args):
+    """What calls `student` in training: its DistributedDataParallel, or itself if there is one process or it is sharded."""
+    if args.shard or not dist.is_initialized():
+        return student
+    devices = [args.device] if args.device.startswith("cuda") else None
+    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
+
+
+def exchanging(run, now: bool):
+    """The context of one forward and backward pass of `run`, what data_parallel gave: do processes exchange gradients in it? Until they do,
+    each adds up gradients of all weights, sharded or not."""
+    if isinstance(run, FSDPModule):
+        run.set_requires_gradient_sync(now)
+    return run.no_sync() if isinstance(run, DistributedDataParallel) and not now else contextlib.nullcontext()
+
+
+def clip_gradients(model, most: float) -> float:
+    """Scale the gradients down to norm `most`; returns the norm they had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 # -- data and teacher --------------------------------------------------------------------------------------------------
@@ -327,8 +385,7 @@ class Weights:
 
 
 def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None) -> dict[str, Tensor]:
-    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T). run: what calls the student, itself or
-    its DistributedDataParallel."""
+    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T). run: what data_parallel gave for the student."""
     with torch.no_grad(), convert.record(teacher) as teachers:
         target = teacher(x, output_hidden_states=True, use_cache=False)
     with convert.record(student) as students:
@@ -367,11 +424,12 @@ def perplexity(model, data: Tensor, args) -> float:
     """exp of the mean negative log likelihood; each window predicts all its tokens but the first. Processes share windows."""
     model.eval()
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = 0.0
-    for x in data[rank::size].split(args.micro_batch):
-        if len(x):
-            with autocast(args):
-                total += model(x.to(args.device), labels=x.to(args.device), use_cache=False).loss.item() * len(x)
+    mine, total = data[rank::size], 0.0
+    for i in range(0, -(-len(data) // size), args.micro_batch):
+        x = mine[i : i + args.micro_batch]
+        n, x = len(x), (x if len(x) else data[:1]).to(args.device)  # no window left, but shards are gathered by all processes
+        with autocast(args):
+            total += model(x, labels=x, use_cache=False).loss.item() * n
     return math.exp(over_processes([total], args)[0] / len(data))
 
 
@@ -467,10 +525,12 @@ def keys_per_query(model, data: Tensor, args) -> float:
 def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     """For one sequence x (T,) and each head of --look: teacher attention, SEA's estimate, the keys attended and the sparse
     attention. Without --look one head: the median by the share of the teacher's attention that the keys attended hold."""
-    plt = pyplot()
     with autocast(args), convert.record(teacher) as teachers, convert.record(student) as students:
         for model in (teacher, student):
             model(x[None].to(args.device), use_cache=False)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    plt = pyplot()
     T, H = len(x), teachers[0].q.shape[1]
     seen = torch.arange(1, T + 1, device=args.device)[None]
 
@@ -599,7 +659,10 @@ def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]
 
 
 def autocast(args, **options):
-    return torch.autocast("cuda", torch.bfloat16, **options) if args.device.startswith("cuda") else contextlib.nullcontext()
+    if not args.device.startswith("cuda"):
+        return contextlib.nullcontext()
+    # With --shard the cache would keep a bf16 copy of every weight, whole, through a forward pass.
+    return torch.autocast("cuda", torch.bfloat16, **{"cache_enabled": not args.shard, **options})
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
@@ -661,58 +724,62 @@ class Log:
 
 # What may differ between a run and the one that resumes it.
 FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "by_position", "prompt", "new_tokens", "look", "eval_every",
-        "save_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing", "teacher_steps")
+        "save_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing", "shard", "teacher_steps")
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all processes, on the CPU of the first
 
 
 def write_checkpoint(path: Path, student, optimizer, step: int, args) -> None:
-    """All that a step depends on. Written beside `path` and then renamed, so that a kill leaves the old one or the new one."""
+    """All that a step depends on, by the names of weights and whole, however many processes there are; all of them call this, the first
+    writes. Written beside `path` and then renamed, so that a kill leaves the old one or the new one."""
+    model, state = get_state_dict(student, optimizer, options=WHOLE)
+    if dist.is_initialized() and dist.get_rank():
+        return
     fixed = {name: value for name, value in vars(args).items() if name not in FREE}
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
-        torch.save(dict(step=step, model=student.state_dict(), optimizer=optimizer.state_dict(), args=fixed), file)
+        torch.save(dict(step=step, model=model, optimizer=state, args=fixed), file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
 
 
-def read_checkpoint(path: Path, student, optimizer, args) -> int:
-    """The steps done; the rest goes into the student and the optimizer."""
+def read_checkpoint(path: Path, args) -> dict:
+    """What write_checkpoint wrote, if it is of this run."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        step, fixed = saved["step"], saved["args"]
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())  # one copy for all processes
+        fixed, _ = saved["args"], saved["step"]
     except Exception as error:  # torch raises whatever its zip and pickle readers do
         sys.exit(f"--resume: expected a whole checkpoint, got {path} ({str(error).splitlines()[0]})")
     for name, value in fixed.items():
         if getattr(args, name, value) != value:
             what = "the text and the teacher" if name == "fingerprint" else f"--{name.replace('_', '-')} {value}"
             sys.exit(f"--resume: expected {what} as in {path}, got {getattr(args, name)}")
-    student.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return step
+    return saved
 
 
-def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_ppl: float, args, log: Log, save) -> float:
-    """Distil `teacher` into `student`; returns the final validation perplexity. save(): keeps the student."""
+def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_ppl: float, args, log: Log,
+          save) -> tuple[float, float | None]:
+    """Distil `teacher` into `student`, both as place() left them; returns the final validation perplexity and the tokens a second over
+    all processes, None after too few steps to tell. save(): keeps the student; all processes call it."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if name == "sea" and args.train == "sea":
-        new = set(convert.sea_parameters(student))
-        for key, parameter in student.named_parameters():
-            parameter.requires_grad_(key in new)
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(student, args.lr, args.lr_new, args.weight_decay)
     checkpoint, done, ppl = Path(args.out) / f"{name}.ckpt", 0, None
     if args.resume and checkpoint.exists():
-        done = read_checkpoint(checkpoint, student, optimizer, args)
-        ppl = perplexity(student, valid, args)
-        print(f"{name} resumes after step {done:05d} from {checkpoint}, val ppl {ppl:.2f}", flush=True)
+        saved = read_checkpoint(checkpoint, args)
+        done = saved["step"]
     elif rank == 0:
         checkpoint.unlink(missing_ok=True)  # of an earlier run
     if over_processes([float(done)], args)[0] != done * size:
         sys.exit(f"--out: expected one folder that all processes share, got {checkpoint} of step {done} in one of them, others in others")
-    run = student if size == 1 else DistributedDataParallel(
-        student, device_ids=[args.device] if args.device.startswith("cuda") else None, broadcast_buffers=False)
-    clock, accumulate = Clock(), args.batch // size // args.micro_batch
+    if done:
+        set_state_dict(student, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=WHOLE)
+        del saved
+        ppl = perplexity(student, valid, args)
+        print(f"{name} resumes after step {done:05d} from {checkpoint}, val ppl {ppl:.2f}", flush=True)
+    run, clock, accumulate = data_parallel(student, args), Clock(), args.batch // size // args.micro_batch
     for step in range(done + 1, args.steps + 1):
         student.train()
         torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
@@ -726,8 +793,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         sums = {}
         mine = batch_of(step, tokens, args.seq_len, args.batch, args.seed)[rank::size]
         for i, x in enumerate(mine.split(args.micro_batch)):
-            wait = size > 1 and i + 1 < accumulate  # processes exchange gradients once a step
-            with run.no_sync() if wait else contextlib.nullcontext():
+            with exchanging(run, i + 1 == accumulate):  # once a step
                 with autocast(args):
                     weights = Weights(hidden=args.hidden_weight, score=args.score_weight)
                     terms = distillation_losses(student, teacher, x.to(args.device), weights, run)
@@ -738,7 +804,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         loss = sum(sums.values())
         if not math.isfinite(loss):
             sys.exit(f"{name} step {step}: the loss is not finite: {sums}")
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        norm = clip_gradients(student, args.clip)
         if not math.isfinite(norm):
             sys.exit(f"{name} step {step}: the gradient is not finite, the loss is: {sums}")
         optimizer.step()
@@ -748,26 +814,25 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         last, ppl = step == args.steps, None
         if last or step % args.eval_every == 0:
             ppl = perplexity(student, valid, args)
-            if rank == 0:
-                save()
+            save()
             print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {teacher_ppl:.2f}) | saved", flush=True)
             log.record(name=name, step=step, ppl=ppl)
-        if rank == 0 and (last or step % args.save_every == 0):
+        if last or step % args.save_every == 0:
             write_checkpoint(checkpoint, student, optimizer, step, args)
         if last or step % args.eval_every == 0 or step % args.save_every == 0:
             clock.resume()
-    return ppl
+    return ppl, clock.tokens / clock.seconds if clock.steps else None
 
 
 def peak_memory(args) -> float:
-    """GiB: of the GPU's allocator since the last reset, or of the whole process since its start."""
+    """GiB, the most of any process: of its GPU's allocator since the last reset, or of all of it since its start."""
     if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
+        return over_processes([torch.cuda.max_memory_allocated() / 2**30], args, dist.ReduceOp.MAX)[0]
     try:
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return over_processes([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], args, dist.ReduceOp.MAX)[0]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -814,22 +879,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # what a checkpoint is good for: these tokens, and this teacher, whose sum may differ in its last bits from machine to machine
     weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
     args.fingerprint = [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), round(weight, 2)]
-    teacher.to(args.device).eval().requires_grad_(False)
+    teacher.eval().requires_grad_(False)
     teacher.set_attn_implementation("sea_teacher")
+    whole = teacher  # what students begin as; a sharded model cannot be copied
+    teacher = place(copy.deepcopy(whole) if args.shard else whole, args)
     teacher_ppl = perplexity(teacher, valid, args)
     parameters = sum(p.numel() for p in teacher.parameters())
     print(f"teacher {parameters / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} windows of {args.seq_len}, "
           f"no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(command=command, versions=versions, device=device, args=vars(args), parameters=parameters, teacher_ppl=teacher_ppl)
-    table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, None, None)], {"teacher": teacher_ppl}
+    table, results = [("teacher", teacher_ppl, (args.seq_len + 1) / 2, "")], {"teacher": teacher_ppl}
     points, lines, passes, positions, texts, peaks = {}, {}, {}, {}, {}, []
 
     def examine(name: str, model) -> None:
         peaks.append(peak_memory(args))  # so far, since measuring a pass begins anew
-        passes[name] = pass_cost(model, valid[:1], args)
+        if not args.shard:  # processes that wait for each other would have to agree on the number of passes
+            passes[name] = pass_cost(model, valid[:1], args)
         if args.by_position:
             positions[name] = perplexity_by_position(model, valid, args)
         texts[name] = [continuation(model, tokenizer, prompt, args) for prompt in args.prompt]
+
+    def point(model, ppl: float) -> dict[str, float | str]:
+        return dict(ppl=ppl) if args.shard else dict(ppl=ppl, **attention_time(model, valid[:1], args))
 
     examine("teacher", teacher)
 
@@ -842,7 +913,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             name = student.config.sea.get("method", "sea") if hasattr(student.config, "sea") else "dense"
         else:
             torch.manual_seed(args.seed)
-            student = copy.deepcopy(teacher).requires_grad_(True)  # "dense" stays so
+            student = copy.deepcopy(whole).requires_grad_(True)  # "dense" stays so
             if name != "dense":
                 options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, backend=args.backend or "auto",
                                method="performer" if name == "performer" else "sea")
@@ -851,15 +922,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 convert.attach(student, **options)
                 if name == "oracle":
                     follow_teacher(student, teacher)
-        student.to(args.device)
+        if name == "sea" and args.train == "sea":
+            new = set(convert.sea_parameters(student))
+            for key, parameter in student.named_parameters():
+                parameter.requires_grad_(key in new)
+        place(student, args)
+
+        def save():
+            weights = get_model_state_dict(student, options=WHOLE) if args.shard else None
+            if rank == 0:
+                convert.save(student, out / name, tokenizer, weights)
+
         before = after = perplexity(student, valid, args)
-        cost = (None, None)
+        cost = ""
         if not args.eval_only:
-            table.append((f"{name} before", before, keys_per_query(student, valid, args), None, None))
-            after = train(name, student, teacher, tokens, valid, teacher_ppl, args, log,
-                          save=lambda: convert.save(student, out / name, tokenizer))
-            cost = (time.perf_counter() - start, peak_memory(args))
-        table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), *cost))
+            table.append((f"{name} before", before, keys_per_query(student, valid, args), ""))
+            after, speed = train(name, student, teacher, tokens, valid, teacher_ppl, args, log, save)
+            seconds, gib = time.perf_counter() - start, peak_memory(args)
+            cost = f"{seconds / 60:8.1f}m {gib:8.2f} GiB" + ("" if speed is None else f" {speed:11,.0f}")
+            log.record(name=name, seconds=seconds, gib=gib, tokens_per_second=speed)
+        table.append((name if args.eval_only else f"{name} after", after, keys_per_query(student, valid, args), cost))
         results |= {f"{name} before": before, name: after}
         if name != "oracle":  # its cells come from a whole pass of the teacher
             examine(name, student)
@@ -874,21 +956,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
                 convert.set_option(student, topk=k)
-                points[k] = dict(ppl=perplexity(student, valid, args), **attention_time(student, valid[:1], args))
+                points[k] = point(student, perplexity(student, valid, args))
                 results[f"sea, topk {k}"] = points[k]["ppl"]
-                table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), None, None))
+                table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), ""))
             convert.set_option(student, topk=own)
         elif args.eval_topk and name != "oracle":  # which has no time of its own
-            lines[name] = dict(ppl=after, **attention_time(student, valid[:1], args))
+            lines[name] = point(student, after)
 
     if args.eval_topk:
-        lines = {"teacher": dict(ppl=teacher_ppl, **attention_time(teacher, valid[:1], args)), **lines}
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'a pass':>12} {'memory':>12} {'training':>9} {'memory':>12}")
-    for name, ppl, keys, seconds, memory in table:
+        lines = {"teacher": point(teacher, teacher_ppl), **lines}
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'a pass':>12} {'memory':>12} {'training':>9} {'memory':>12} {'tok/s':>11}")
+    for name, ppl, keys, training in table:
         cost = passes.get(name.removesuffix(" after"))
         once = " " * 25 if cost is None else f"{cost['ms']:9.1f} ms " + (" " * 12 if cost["mib"] is None else f"{cost['mib']:8,.0f} MiB")
-        whole = "" if seconds is None else f"{seconds / 60:8.1f}m {memory:8.2f} GiB"
-        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {once} {whole}".rstrip())
+        print(f"{name:18} {ppl:9.2f} {ppl / teacher_ppl:7.3f} {keys:11.1f} {once} {training}".rstrip())
     print("a pass: one sequence through the whole model, launched from Python, logits of its last token; memory above the weights")
     if args.by_position:
         print(f"\n{'val ppl of tokens':18} " + " ".join(f"{b['first']:,}-{b['last']:,}".rjust(13) for b in positions["teacher"]))
@@ -900,16 +981,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             print(f"{name:18} {texts[name][i]!r}")
     log.record(results=results, passes=passes, by_position=positions, prompts=args.prompt, continuations=texts,
                seconds=time.perf_counter() - began)
-    if "sea" in results and rank == 0:
+    if "sea" in results:
         draw(pictured, teacher, valid[0], out / "sea.png", args)
-        if points:
+        if points and not args.shard and rank == 0:
             draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
                        f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
-    total = time.perf_counter() - began
-    print(f"\n{total / 60:.1f} minutes, peak memory {max(*peaks, peak_memory(args)):.2f} GiB, written to {out}/")
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    total, each = time.perf_counter() - began, "" if size == 1 else " a process"
+    print(f"\n{total / 60:.1f} minutes, peak memory {max(*peaks, peak_memory(args)):.2f} GiB{each}, written to {out}/")
+    stop_processes()
     return results
 
 

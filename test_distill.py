@@ -380,10 +380,14 @@ def test_losses_are_those_of_the_method():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
+def arguments(home, out) -> list[str]:
+    return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(out), "--method", "sea",
+            "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2"]
+
+
 def run_steps(home, out, *options):
     """The weights of a student after a few steps, and the step records."""
-    distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(out), "--method", "sea",
-                  "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2", *options])
+    distill.main([*arguments(home, out), *options])
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return convert.load(out / "sea").state_dict(), [r for r in records if "terms" in r]
 
@@ -448,25 +452,65 @@ def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
         run_steps(home, tmp_path, "--steps", "1", "--resume")
 
 
-def test_two_processes_are_one_with_the_same_batch(home, tmp_path):
-    """torchrun over gloo: the same losses and perplexities, to rounding, and a checkpoint that one process can resume."""
-    options = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
-    one, steps = run_steps(home, tmp_path / "one", *options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "distill.py",
-               "--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(tmp_path / "two"), "--method",
-               "sea", "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2", *options]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+def torchrun(script, *options) -> str:
+    """What two processes on the CPU print, over gloo."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(here / script), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(here)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("sea step 00003/00003") == 1  # only the first process speaks
-    records = {out: [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("one", "two")}
-    assert len(records["one"]) == len(records["two"])
-    for a, b in zip(records["one"], records["two"]):
+    return done.stdout
+
+
+ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
+
+
+@pytest.fixture(scope="module")
+def one_process(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    return run_steps(home, out, *ACCUMULATING), (out / "log.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, shard):
+    """The same losses and perplexities, to rounding, of an odd number of windows too, and a checkpoint that one process can resume."""
+    (one, steps), log = one_process
+    printed = torchrun("distill.py", *arguments(home, tmp_path), *ACCUMULATING, *shard)
+    assert printed.count("sea step 00003/00003") == 1  # only the first process speaks
+    records = (tmp_path / "log.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, log), map(json.loads, records), strict=True):
         for name in {"loss", "ppl", "teacher_ppl"} & a.keys():
             assert math.isclose(a[name], b[name], rel_tol=1e-4), (a, b)
-    two, more = run_steps(home, tmp_path / "two", *options, "--resume")
+    two, more = run_steps(home, tmp_path, *ACCUMULATING, "--resume")
     assert len(more) == len(steps)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
+    """2 steps of one process, 2 of two with the weights spread over them, and 2 of one again are 6 of one, to rounding."""
+    options = ["--steps", "6", "--batch", "4", "--eval-every", "6", "--save-every", "2", "--schedule", "cosine", "--redraw-every", "3"]
+    whole, steps = run_steps(home, tmp_path / "whole", *options)
+    write = distill.write_checkpoint
+    with monkeypatch.context() as stopping, pytest.raises(SystemExit):
+        stopping.setattr(distill, "write_checkpoint", lambda *args: (write(*args), sys.exit()))
+        run_steps(home, tmp_path / "parts", *options)
+    (tmp_path / "stopping.py").write_text("import sys, distill\nwrite = distill.write_checkpoint\n"
+                                          "distill.write_checkpoint = lambda *args: (write(*args), sys.exit())\ndistill.main()")
+    torchrun(tmp_path / "stopping.py", *arguments(home, tmp_path / "parts"), *options, "--shard", "--gradient-checkpointing", "--resume")
+    parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in steps], rel=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def test_bench_measures_steps_of_several_processes(tmp_path):
+    printed = torchrun("bench.py", "--distill", "--lengths", "32", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "4", "--layers",
+                       "2", "--batch", "2", "--shard", "--gradient-checkpointing", "--out", str(tmp_path))
+    assert printed.count("T 32 linear: ") == 1 and "T x T" not in printed
+    r = json.loads((tmp_path / "bench_distill.json").read_text())["results"]["32"]["linear"]
+    assert r["gpus"] == 2 and math.isclose(r["tokens_per_second"], 2 * 2 * 32 / (r["ms"] / 1000))
 
 
 def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
@@ -735,6 +779,7 @@ def test_the_papers_defaults():
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
     (["--load", "x", "--width", "8"], "--width: expected none with --load"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
+    (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
     (["--redraw-every", "-1"], "--redraw-every: expected an integer >= 0"),
     (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
     (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
