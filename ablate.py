@@ -63,10 +63,14 @@ def sinusoidal_positions(layer: sea.SEAttention) -> None:
 
 def features(phi):
     """Other features of the causal linear attention, in plain PyTorch."""
+    def context(q, *args, **options):
+        c, sums = sea.causal_context(q, *args, **options)
+        return c.to(q.dtype), sums  # as the kernels that go on from there want it
+
     def change(layer: sea.SEAttention) -> None:
         sea.relu_features = phi
         if torch.cuda.is_available():
-            sea.load_kernels().causal_context = sea.causal_context
+            sea.load_kernels().causal_context = context
     return change
 
 

@@ -2022,51 +2022,53 @@ def _bin_keys_kernel(k_ptr, first_ptr, there_ptr, count_ptr, new_ptr, past_ptr, 
 
 # x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p); or, BACKWARD, the
 # sum of x[p] max(..), the gradient of gain from x, that of the result.
-# One program: BLOCK_T rows of one head; grid (cdiv(R, BLOCK_T), B * H). It loops over the levels of its rows, nearly always
-# one, and over BLOCK_B of its bins at a time; each cell takes its bin's product out of those of its row.
+# One program: every n-th tile of BLOCK_T rows of one head; grid (n,). For each level of its rows, nearly always one, it multiplies
+# them with all bins, BLOCK_B at a time, and then takes each cell's product out of those of its row.
 #   q (B, H, R, D), any strides; means and count as above; seen (B, R) int; x (B, H, R, WIDTH) contiguous, in place
-#   parts (B * H, programs) fp32, BACKWARD: each program's sum
-# fp32: products (of means rounded to the dtype of k), maximum. Bins come from the L2 cache, and products never leave the chip,
-# where eager writes 2 * WIDTH of them for each row and level. Limits: WIDTH <= 2048, since whole rows stay in registers.
-# Reference: sea.add_cell_keys.
+#   products (n, BLOCK_T, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
+#   parts (n_tile,) fp32, BACKWARD: each tile's sum
+# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products for each row and level. Limits:
+# WIDTH <= 2048, since whole rows stay in registers. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
+# times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, parts_ptr, q_strides, H, R, n_level, softmax_scale,
-                      GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr,
-                      BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_bh = tl.program_id(1).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    r = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    d, p, offs_b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
-    q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], r, d, q_strides[2], q_strides[3],
-              (r < R)[:, None] & (d < D)[None, :])  # (BLOCK_T, BLOCK_D)
-    t = tl.load(seen_ptr + b * R + r, mask=r < R, other=0).to(tl.int32)
-    level = _bin_level(t, 2 * WIDTH)
-    lowest = 0 if count_ptr is None else _bin_level(tl.load(count_ptr + b).to(tl.int32), 2 * WIDTH)
-    first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
-    end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
-    means_ptr += (b * (H // GROUP) + h // GROUP) * n_level * 2 * WIDTH * D
-    s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    for e in range(first, end):
-        # -- each cell's bin, (BLOCK_T, BLOCK_P); -1 in rows of other levels
-        at = _bin_of_cell(p[None, :], t[:, None], e, WIDTH)
-        at = tl.where(((level == e) & (t > 0))[:, None] & (p < WIDTH)[None, :], at, -1)
-        for start in range(0, tl.max(tl.max(at, axis=1), axis=0) + 1, BLOCK_B):
-            bin = start + offs_b
-            mean = _tile(means_ptr, (e - lowest).to(tl.int64) * 2 * WIDTH + bin, d, D, 1,
-                         (bin < 2 * WIDTH)[:, None] & (d < D)[None, :])  # (BLOCK_B, BLOCK_D)
-            products = tl.dot(q, tl.trans(mean), input_precision="ieee")
-            place = at - start
-            of_block = (place >= 0) & (place < BLOCK_B)
-            s = tl.where(of_block, tl.gather(products, tl.where(of_block, place, 0), axis=1), s)
-    s = tl.where((p < WIDTH)[None, :], s * softmax_scale, -float("inf"))
-    s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
-    there = (t > 0)[:, None] & (p < WIDTH)[None, :]
-    x_ptr += (pid_bh * R + r[:, None]) * WIDTH + p[None, :]
-    x = tl.load(x_ptr, mask=there, other=0.0).to(tl.float32)
-    if BACKWARD:
-        tl.store(parts_ptr + pid_bh * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(x * s, axis=1), axis=0))
-    else:
-        tl.store(x_ptr, (x + tl.load(gain_ptr + h).to(tl.float32) * s).to(x_ptr.dtype.element_ty), mask=there)
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides, H, R, n_level,
+                      n_tile, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_t, d, p, offs_b = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
+    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_T + offs_t)[:, None] * 2 * WIDTH
+    for tile in range(tl.program_id(0), n_tile, tl.num_programs(0)):
+        pid_bh = (tile // tl.cdiv(R, BLOCK_T)).to(tl.int64)
+        b, h = pid_bh // H, pid_bh % H
+        r = (tile % tl.cdiv(R, BLOCK_T) * BLOCK_T + offs_t).to(tl.int64)
+        q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], r, d, q_strides[2], q_strides[3],
+                  (r < R)[:, None] & (d < D)[None, :])  # (BLOCK_T, BLOCK_D)
+        t = tl.load(seen_ptr + b * R + r, mask=r < R, other=0).to(tl.int32)
+        level = _bin_level(t, 2 * WIDTH)
+        lowest = 0 if count_ptr is None else _bin_level(tl.load(count_ptr + b).to(tl.int32), 2 * WIDTH)
+        first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
+        end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
+        of_head = means_ptr + (b * (H // GROUP) + h // GROUP) * n_level * 2 * WIDTH * D
+        s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+        for e in range(first, end):
+            mine = (level == e) & (t > 0)
+            for start in range(0, tl.max(tl.where(mine, t >> e, 0), axis=0), BLOCK_B):
+                bin = start + offs_b
+                mean = _tile(of_head, (e - lowest).to(tl.int64) * 2 * WIDTH + bin, d, D, 1,
+                             (bin < 2 * WIDTH)[:, None] & (d < D)[None, :])  # (BLOCK_B, BLOCK_D)
+                tl.store(products_ptr + bin[None, :], tl.dot(q, tl.trans(mean), input_precision="ieee"), mask=(bin < 2 * WIDTH)[None, :])
+            tl.debug_barrier()
+            take = mine[:, None] & (p < WIDTH)[None, :]
+            s += tl.load(products_ptr + _bin_of_cell(p[None, :], t[:, None], e, WIDTH), mask=take, other=0.0)
+            tl.debug_barrier()  # before other products come
+        s = tl.where((p < WIDTH)[None, :], s * softmax_scale, -float("inf"))
+        s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
+        there = (t > 0)[:, None] & (p < WIDTH)[None, :]
+        x_ptrs = x_ptr + (pid_bh * R + r[:, None]) * WIDTH + p[None, :]
+        x = tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tl.store(parts_ptr + tile, tl.sum(tl.sum(x * s, axis=1), axis=0))
+        else:
+            tl.store(x_ptrs, (x + tl.load(gain_ptr + h).to(tl.float32) * s).to(x_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -2122,25 +2124,23 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, there_ptr, seen_ptr, c
         tl.store(x_ptr + h * WIDTH + p, (x + gain * s).to(x_ptr.dtype.element_ty), mask=(p < WIDTH) & (t > 0))
 
 
-# Of half precision: rows a program, bins a block, and cells a warp.
-CELL_KEYS = dict(rows=16, bins=256, cells=1024, stages=1)
-
-
 def _cell_keys_tiles(dtype: torch.dtype, width: int) -> dict:
-    """At most a warp a row: Triton's compiler fails at a gather from fewer (github.com/triton-lang/triton/issues/11600)."""
-    block_p = max(16, triton.next_power_of_2(width))
-    if dtype == torch.float32:  # "ieee" dots run without tensor cores
-        return dict(BLOCK_T=16, BLOCK_B=32, BLOCK_P=block_p, num_warps=min(max(block_p // 64, 4), 16), num_stages=1)
-    block_t = CELL_KEYS["rows"]
-    return dict(BLOCK_T=block_t, BLOCK_B=CELL_KEYS["bins"], BLOCK_P=block_p, num_stages=CELL_KEYS["stages"],
-                num_warps=min(max(block_t * block_p // CELL_KEYS["cells"], 1), 16))
+    block_p, half = max(16, triton.next_power_of_2(width)), dtype != torch.float32  # "ieee" dots run without tensor cores
+    return dict(BLOCK_T=16, BLOCK_B=64 if half else 32, BLOCK_P=block_p, num_warps=min(max(block_p // (128 if half else 64), 1), 16),
+                num_stages=2 if half else 1)
+
+
+CELL_KEYS_PROGRAMS = 1056  # 8 on each of an H100's multiprocessors; more are slower there
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     (B, H, R, D), width, (n_kv, n_level, _, _), tiles = q.shape, x.shape[-1], means.shape, _cell_keys_tiles(q.dtype, x.shape[-1])
-    _cell_keys_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B * H)](
-        x, gain, q, means, row_seen, count, parts, q.stride(), H, R, n_level, float(softmax_scale), GROUP=B * H // n_kv, D=D,
-        WIDTH=width, BACKWARD=parts is not None, BLOCK_D=_power_of_2(D, q.dtype), **tiles)
+    n_tile = triton.cdiv(R, tiles["BLOCK_T"]) * B * H
+    n_program = min(n_tile, CELL_KEYS_PROGRAMS)
+    products = torch.empty(n_program, tiles["BLOCK_T"], 2 * width, dtype=torch.float32, device=q.device)
+    _cell_keys_kernel[(n_program,)](
+        x, gain, q, means, row_seen, count, products, parts, q.stride(), H, R, n_level, n_tile, float(softmax_scale), GROUP=B * H // n_kv,
+        D=D, WIDTH=width, BACKWARD=parts is not None, BLOCK_D=_power_of_2(D, q.dtype), **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
@@ -2159,8 +2159,8 @@ class _AddCellKeys(torch.autograd.Function):
     def backward(ctx, dscores):
         gain, q, means, row_seen, count = ctx.saved_tensors
         (B, H, R, _), dscores = q.shape, dscores.contiguous()
-        n_program = triton.cdiv(R, _cell_keys_tiles(q.dtype, dscores.shape[-1])["BLOCK_T"])
-        parts = torch.empty(B, H, n_program, dtype=torch.float32, device=q.device)
+        n_tile = triton.cdiv(R, _cell_keys_tiles(q.dtype, dscores.shape[-1])["BLOCK_T"])
+        parts = torch.empty(B, H, n_tile, dtype=torch.float32, device=q.device)
         _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
         return dscores, parts.sum((0, 2)).to(gain.dtype), None, None, None, None, None
 

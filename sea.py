@@ -696,7 +696,7 @@ def operations(config: SEAConfig, q: Tensor):
     fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
     # sums of the linear attention and of its gradient have to fit into shared memory
     size = max(64, power(config.n_features)) * max(64, power(config.d_head))
-    fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2
+    fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2 and config.n_features <= 128
     fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
     fits = fits and (not config.cell_keys or config.width <= 2048)  # cells of a row, in registers
     if backend == "torch" or (backend == "auto" and not fits):

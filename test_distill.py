@@ -14,6 +14,7 @@ import transformers
 from transformers import (AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
+import ablate
 import convert
 import distill
 import sea
@@ -548,6 +549,31 @@ def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
         assert best["kept"] > ours["kept"]
         if stride == 1:  # otherwise a row serves queries whose own best cells are others
             assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, change) in ablate.VARIANTS.items() if change])
+def test_an_ablation_changes_what_is_learned(name, monkeypatch):
+    for module, function in ((sea, "relu_features"), (sea.load_kernels(), "causal_context"), (distill, "layer_losses")):  # what some replace
+        monkeypatch.setattr(module, function, getattr(module, function))
+    gradients = []
+    for change in (lambda layer: None, ablate.VARIANTS[name][1]):
+        student, teacher = student_and_teacher(backend="torch")
+        for module in convert.attention_modules(student):
+            change(module.sea)
+        sum(distill.distillation_losses(student, teacher, tokens(2), distill.Weights()).values()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for n, p in student.named_parameters() if ".sea.encoder." in n]))
+    assert gradients[1].isfinite().all() and not torch.equal(*gradients)
+
+
+def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
+    names = ["base", "nearest instead of sub-pixel"]
+    done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
+                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names, "--out", tmp_path],
+                          capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "ablation.json").read_text())["results"]
+    assert list(results) == names and all(r["sea"] > 1 and r["sea, topk 2"] > 1 and 0 < r["kept"] < 1 for r in results.values())
+    assert all(f"{name:30} {results[name]['sea']:7.4f}" in done.stdout for name in names)
 
 
 def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys, monkeypatch):

@@ -771,7 +771,7 @@ def test_a_backend_that_cannot_run_raises():
     assert performer(q, q, q).out.isfinite().all()
 
 
-@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=1), dict(width=4096, n_head=4),
+@pytest.mark.parametrize("change", [dict(query_stride=33), dict(d_head=129), dict(nbf=2), dict(width=4096, n_head=4),
                                     dict(n_head=33, width=1024), dict(n_head=1, d_head=32, width=4096, cell_keys=True)])
 def test_auto_leaves_what_the_kernels_cannot_do(change):
     """Only the choice is looked at, so that it needs no GPU."""
