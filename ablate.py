@@ -97,7 +97,8 @@ VARIANTS = {  # name -> options of distill.py, and a change to each new layer
     "66 features (nbf 4)": ("--nbf 4", None),
     "133 features (nbf 2)": ("--nbf 2", None),
     "redrawn every 50 steps": ("--redraw-every 50", None),
-    "features exp(x W - x^2 / 2)": ("", features(lambda x, w: (project(x, w) - sea.at_least_fp32(x).square().sum(-1, True) / 2).clamp(max=20).exp() + 1e-3)),
+    "features exp(x W - x^2 / 2)": ("", features(
+        lambda x, w: (project(x, w) - sea.at_least_fp32(x).square().sum(-1, True) / 2).clamp(max=20).exp() + 1e-3)),
     "features relu(x W)^2": ("", features(lambda x, w: project(x, w).relu().square() + 1e-3)),
     "nearest instead of sub-pixel": ("", nearest),
     "no positions": ("", no_positions),
@@ -142,7 +143,8 @@ def start(i: int, name: str, args, rest: list[str]) -> dict:
     if torch.cuda.is_available():
         env["CUDA_VISIBLE_DEVICES"] = str(i % torch.cuda.device_count())
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), *rest, "--eval-every", str(args.steps), "--out", str(out)]
+    command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), "--eval-every", str(args.steps), *rest,
+               "--out", str(out)]
     (out / "log.jsonl").unlink(missing_ok=True)
     with (out / "log.txt").open("w") as file:
         code = subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
@@ -172,11 +174,12 @@ def main() -> None:
         return run(args.run, ["--steps", str(args.steps), "--out", args.out, *rest])
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(args.only, pool.map(lambda x: start(*x, args, rest), enumerate(args.only))))
-    print(f"\n{'':30} {'ratio':>7} {'topk 32':>8} {'topk 16':>8} {'KL':>6} {'kept':>6} {'ms':>6}")
+    at_topk = list(dict.fromkeys(key for r in found.values() for key in r if key.startswith("sea, ")))
+    columns = {"ratio": ("sea", ".4f"), **{key.removeprefix("sea, "): (key, ".4f") for key in at_topk}, "KL": ("kl", ".3f"),
+               "kept": ("kept", ".3f"), "ms": ("ms", ".0f")}
+    print(f"\n{'':30} " + " ".join(f"{name:>8}" for name in columns))
     for name, r in found.items():
-        show = lambda key, form: format(r[key], form) if key in r else "-"
-        print(f"{name:30} {show('sea', '.4f'):>7} {show('sea, topk 32', '.4f'):>8} {show('sea, topk 16', '.4f'):>8} {show('kl', '.3f'):>6} "
-              f"{show('kept', '.3f'):>6} {show('ms', '.0f'):>6}")
+        print(f"{name:30} " + " ".join(f"{format(r[key], form) if key in r else '-':>8}" for key, form in columns.values()))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     (Path(args.out) / "ablation.json").write_text(json.dumps(dict(command=sys.argv, results=found), indent=1))
 

@@ -71,6 +71,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="training text file, UTF-8; documents are separated by three newlines (none: WikiText-2 with "
         "--model, else Python's documentation)")
     add("--valid-data", help="validation text file (none: the validation split, or the last tenth of --data)")
+    add("--split", choices=("validation", "test"), default="validation", help="of WikiText-2, to evaluate on: the paper's, or the usual one; "
+        "either way its lines joined by blank lines, no BOS token, windows without overlap, the remainder dropped")
     add("--method", nargs="+", choices=METHODS, default=METHODS[:3], help="students to train, one after the other; performer and "
         "dense, the model itself trained with the same losses and steps, are controls; oracle is SEA with cells chosen from the "
         "teacher's own attention, the bound for any estimator of that width")
@@ -120,7 +122,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
     add("--hidden-weight", type=float, default=5.0, help="weight of the mean square between hidden states; where a few of them are "
         "huge, as Llamas tend to have them at the first token, it is most of the loss")
-    add("--score-weight", type=float, default=1.0, help="weight of L_score, the student's dense scores against the teacher's")
+    add("--score-weight", type=float, default=0.0, help="weight of L_score, the student's dense scores against the teacher's; 1 in the "
+        "paper, which made students worse here and can drown all other terms")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--eval-windows", type=int, help="validation windows to use (none: all)")
@@ -268,8 +271,7 @@ def load_texts(args) -> tuple[list[str], list[str]]:
 
         splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
                      "give a text file with --data FILE instead", wikitext)
-        # The paper's protocol: lines joined by blank lines, one stream, validation split.
-        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits["validation"]["text"])]
+        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits[args.split]["text"])]
     else:
         from pydoc_data.topics import topics  # ships with every Python, differs a little from version to version
 
@@ -572,13 +574,15 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
 
 
 def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, timed: str) -> None:
-    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each; timed: what ms is of."""
+    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each, of a line one of them may
+    be absent; timed: what ms is of."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms a sequence, attention alone")):
         axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
         for style, (name, line) in zip(("--", ":", "-."), lines.items()):
-            axis.axhline(line[field], linestyle=style, color="gray", label=name)
+            if field in line:
+                axis.axhline(line[field], linestyle=style, color="gray", label=name)
         axis.set_xscale("log", base=2)
         if field == "ppl":
             axis.set_yscale("log")
@@ -723,7 +727,7 @@ class Log:
 
 
 # What may differ between a run and the one that resumes it.
-FREE = ("out", "resume", "method", "eval_only", "backend", "eval_topk", "by_position", "prompt", "new_tokens", "look", "eval_every",
+FREE = ("out", "resume", "method", "eval_only", "split", "backend", "eval_topk", "by_position", "prompt", "new_tokens", "look", "eval_every",
         "save_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing", "shard", "teacher_steps")
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all processes, on the CPU of the first

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -573,7 +574,7 @@ def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "ablation.json").read_text())["results"]
     assert list(results) == names and all(r["sea"] > 1 and r["sea, topk 2"] > 1 and 0 < r["kept"] < 1 for r in results.values())
-    assert all(f"{name:30} {results[name]['sea']:7.4f}" in done.stdout for name in names)
+    assert all(f"{name:30} {results[name]['sea']:8.4f}" in done.stdout for name in names) and "topk 2" in done.stdout
 
 
 def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys, monkeypatch):
@@ -791,6 +792,14 @@ def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_pat
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(SystemExit, match="needed the dataset Salesforce/wikitext .*no network.*--data FILE"):
         distill.main(["--model", str(home / "teacher"), *SMALL, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
+    splits = {name: {"text": [f" {name} \n", "", " = A title = \n"]} for name in ("train", "validation", "test")}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: splits))
+    train, valid = distill.load_texts(distill.parse(["--model", "opt-125m", "--split", split]))
+    assert train == [" train \n\n\n\n\n = A title = \n"] and valid == [f" {split} \n\n\n\n\n = A title = \n"]
 
 
 def test_the_papers_defaults():
