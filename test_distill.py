@@ -281,7 +281,7 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL]
     out = tmp_path / "out"
     results = distill.main([*own, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--lr", "1e-3",
-                            "--lr-new", "1e-2", "--method", "sea", "performer", "dense"])
+                            "--lr-new", "1e-2", "--score-weight", "1", "--method", "sea", "performer", "dense"])
     printed = capsys.readouterr().out
     assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
     for line in ("sea step 00004/00004 (100%) | loss ", "sea after", "performer after", "dense after", "keys/query"):
@@ -854,7 +854,8 @@ def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path,
 def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sea, "score_loss", lambda *_, **__: torch.tensor(math.nan))
     with pytest.raises(SystemExit, match="sea step 1: the loss is not finite: .*'score': nan"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--score-weight", "1", "--steps",
+                      "1", "--out", str(tmp_path)])
 
 
 # -- README.md ---------------------------------------------------------------------------------------------------------
