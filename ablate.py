@@ -3,8 +3,8 @@
     python ablate.py --model DIR --data FILE [--valid-data FILE] [--steps 250] [--jobs 4] [--only NAME ...]
 
 Each variant is a run of distill.py with its own options, or with one part of the method replaced; `--jobs` of them run at a time,
-in turn on the GPUs there are. Options that this file does not know go to distill.py, for all variants alike. Prints a table,
-writes it to OUT/ablation.json, and each run to OUT/<variant>/.
+in turn on the GPUs there are. A variant of your own is options of distill.py in quotes: --only base "--lr 2e-5 --topk 32". Options that this file does not know go to distill.py, for all variants alike. Prints a table, writes it to
+OUT/ablation.json, and each run to OUT/<variant>/.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -36,29 +37,29 @@ class Nearest(nn.Module):
         return x[::4]
 
 
-def nearest(layer: sea.SEAttention) -> None:
+def nearest(module: nn.Module) -> None:
     for name in ("weight", "bias"):
-        nn.utils.parametrize.register_parametrization(layer.cnn.up, name, Nearest())
+        nn.utils.parametrize.register_parametrization(module.sea.cnn.up, name, Nearest())
 
 
-def half_open_gates(layer: sea.SEAttention) -> None:
-    layer.gate.bias.data.zero_()
+def half_open_gates(module: nn.Module) -> None:
+    module.sea.gate.bias.data.zero_()
 
 
-def no_gates(layer: sea.SEAttention) -> None:
-    layer.gate.bias.data.fill_(60.0)  # sigmoid(60) is 1: nothing but the sparse attention
-    layer.gate.requires_grad_(False)
+def no_gates(module: nn.Module) -> None:
+    module.sea.gate.bias.data.fill_(60.0)  # sigmoid(60) is 1: nothing but the sparse attention
+    module.sea.gate.requires_grad_(False)
 
 
-def no_positions(layer: sea.SEAttention) -> None:
-    layer.position.data.zero_()
-    layer.position.requires_grad_(False)
+def no_positions(module: nn.Module) -> None:
+    module.sea.position.data.zero_()
+    module.sea.position.requires_grad_(False)
 
 
-def sinusoidal_positions(layer: sea.SEAttention) -> None:
-    n, d = layer.position.shape
+def sinusoidal_positions(module: nn.Module) -> None:
+    n, d = module.sea.position.shape
     phase = torch.arange(n)[:, None] * 10000 ** -torch.linspace(0, 1, d // 2)
-    layer.position.data[:, : 2 * (d // 2)] = torch.cat([phase.sin(), phase.cos()], dim=1) * 2**0.5
+    module.sea.position.data[:, : 2 * (d // 2)] = torch.cat([phase.sin(), phase.cos()], dim=1) * 2**0.5
 
 
 def features(phi):
@@ -67,16 +68,33 @@ def features(phi):
         c, sums = sea.causal_context(q, *args, **options)
         return c.to(q.dtype), sums  # as the kernels that go on from there want it
 
-    def change(layer: sea.SEAttention) -> None:
+    def change(module: nn.Module) -> None:
         sea.relu_features = phi
         if torch.cuda.is_available():
             sea.load_kernels().causal_context = context
     return change
 
 
+def before_rotary(module: nn.Module) -> None:
+    """Features of queries and keys turned back to before their rotary embedding, by Llama's convention. Stride 1, no padding."""
+    half, estimate = module.sea.config.d_head // 2, module.sea.estimate_attention
+    frequency = module.config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)
+
+    def turned_back(x):
+        angle = torch.arange(x.shape[2], device=x.device)[:, None] * frequency.to(x.device)
+        cos, sin, (a, b) = angle.cos(), angle.sin(), x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+    def change(ops, *args):
+        context = lambda q, k, *rest, **options: ops.causal_context(turned_back(q), turned_back(k), *rest, **options)
+        return estimate(SimpleNamespace(**{**vars(ops), "causal_context": context}), *args)
+
+    module.sea.estimate_attention = change
+
+
 def estimate_times(factor: float):
     """L_estimate with another weight, so that its gradient is larger or smaller beside the others."""
-    def change(layer: sea.SEAttention, losses=distill.layer_losses) -> None:
+    def change(module: nn.Module, losses=distill.layer_losses) -> None:
         def scaled(*args):
             terms = losses(*args)
             return terms | {"estimate": factor * terms["estimate"]}
@@ -85,7 +103,7 @@ def estimate_times(factor: float):
 
 
 project = lambda x, projection: sea.at_least_fp32(x) @ projection.to(sea.at_least_fp32(x).dtype)
-VARIANTS = {  # name -> options of distill.py, and a change to each new layer
+VARIANTS = {  # name -> options of distill.py, and a change to each attention module, whose new layer is `sea`
     "base": ("", None),
     "without cell keys": ("--no-cell-keys", None),
     "width 128": ("--width 128", None),
@@ -115,6 +133,7 @@ VARIANTS = {  # name -> options of distill.py, and a change to each new layer
     "lr-new 1e-3": ("--lr-new 1e-3", None),
     "lr-new 1e-2": ("--lr-new 1e-2", None),
     "trained at topk 32": ("--topk 32", None),
+    "features before rotary": ("", before_rotary),  # of a model that has one
 }
 
 
@@ -123,14 +142,14 @@ def folder(out: str, name: str) -> Path:
 
 
 def run(name: str, argv: list[str]) -> None:
-    options, change = VARIANTS[name]
+    options, change = VARIANTS.get(name, (name, None))
     if change is not None:
         attach = convert.attach
 
         def attach_and_change(model, **fields):
             attach(model, **fields)
             for module in convert.attention_modules(model):
-                change(module.sea)
+                change(module)
             return model
 
         convert.attach = attach_and_change
@@ -166,10 +185,14 @@ def main() -> None:
                                 allow_abbrev=False)
     p.add_argument("--steps", type=int, default=250, help="optimizer steps of each variant")
     p.add_argument("--jobs", type=int, default=1, help="variants at a time")
-    p.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="variants to run")
-    p.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
+    p.add_argument("--only", nargs="+", default=[name for name in VARIANTS if "rotary" not in name], metavar="NAME",
+                   help="variants to run")
+    p.add_argument("--run", help=argparse.SUPPRESS)
     p.add_argument("--out", default="out/ablation", help="folder for the runs and the table")
     args, rest = p.parse_known_args()
+    unknown = [name for name in args.only if name not in VARIANTS and not name.strip().startswith("--")]
+    if unknown:
+        p.error(f"--only: expected names among {', '.join(VARIANTS)}, or options of distill.py in quotes, got {unknown}")
     if args.run:
         return run(args.run, ["--steps", str(args.steps), "--out", args.out, *rest])
     with ThreadPoolExecutor(args.jobs) as pool:

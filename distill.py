@@ -220,7 +220,7 @@ def data_parallel(student, args):
     if args.shard or not dist.is_initialized():
         return student
     devices = [args.device] if args.device.startswith("cuda") else None
-    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def exchanging(run, now: bool):

@@ -313,10 +313,10 @@ def test_no_argument_trains_its_own_teacher(tmp_path):
     assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
 
 
-def student_and_teacher(**options):
-    teacher = tiny("opt").requires_grad_(False)
+def student_and_teacher(kind="opt", **options):
+    teacher = tiny(kind).requires_grad_(False)
     teacher.set_attn_implementation("sea_teacher")
-    return convert.attach(tiny("opt"), width=8, topk=4, **options), teacher
+    return convert.attach(tiny(kind), width=8, topk=4, **options), teacher
 
 
 def test_distillation_lowers_every_term():
@@ -557,17 +557,30 @@ def test_an_ablation_changes_what_is_learned(name, monkeypatch):
     for module, function in ((sea, "relu_features"), (sea.load_kernels(), "causal_context"), (distill, "layer_losses")):  # what some replace
         monkeypatch.setattr(module, function, getattr(module, function))
     gradients = []
-    for change in (lambda layer: None, ablate.VARIANTS[name][1]):
-        student, teacher = student_and_teacher(backend="torch")
+    for change in (lambda module: None, ablate.VARIANTS[name][1]):
+        student, teacher = student_and_teacher("llama" if "rotary" in name else "opt", backend="torch")
         for module in convert.attention_modules(student):
-            change(module.sea)
+            change(module)
         sum(distill.distillation_losses(student, teacher, tokens(2), distill.Weights()).values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for n, p in student.named_parameters() if ".sea.encoder." in n]))
     assert gradients[1].isfinite().all() and not torch.equal(*gradients)
 
 
+def test_features_before_rotary_are_of_what_the_projections_gave(monkeypatch):
+    model, context, found = convert.attach(tiny("llama"), width=8, topk=4, backend="torch"), sea.causal_context, []
+    monkeypatch.setattr(sea.torch_operations, "causal_context", lambda q, k, *rest, **options: found.append((q, k)) or
+                        context(q, k, *rest, **options))
+    module = convert.attention_modules(model)[0]
+    ablate.before_rotary(module)
+    module.register_forward_pre_hook(lambda _, args, kwargs: found.append(kwargs["hidden_states"]), with_kwargs=True)
+    with torch.no_grad():
+        model(tokens(2))
+        for x, projection in zip(found[1], (module.q_proj, module.k_proj)):
+            torch.testing.assert_close(x, projection(found[0]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2))
+
+
 def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
-    names = ["base", "nearest instead of sub-pixel"]
+    names = ["base", "nearest instead of sub-pixel", "--lr 1e-4"]
     done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
                            "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names, "--out", tmp_path],
                           capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
