@@ -383,7 +383,7 @@ class Weights:
     ce: float = 0.1
     hidden: float = 5.0
     logits: float = 0.2
-    score: float = 1.0
+    score: float = 0.0  # 1 in the paper
 
 
 def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None) -> dict[str, Tensor]:

@@ -322,9 +322,9 @@ def student_and_teacher(kind="opt", **options):
 def test_distillation_lowers_every_term():
     student, teacher = student_and_teacher()
     optimizer, x = distill.make_optimizer(student, 1e-3, 1e-2, 0.01), tokens(8)
-    first = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0))
+    first = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0, score=1.0))
     for _ in range(60):
-        terms = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0))
+        terms = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0, score=1.0))
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -336,7 +336,7 @@ def test_distillation_lowers_every_term():
 @pytest.mark.parametrize("cell_keys", [False, True])
 def test_every_new_weight_learns(cell_keys):
     student, teacher = student_and_teacher(cell_keys=cell_keys)
-    sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights()).values()).backward()
+    sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights(score=1.0)).values()).backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
@@ -352,7 +352,7 @@ def test_autocast_reaches_queries_keys_and_values_alike(kind):
             for model in (teacher, student):
                 model(tokens(), use_cache=False)
         assert {x.dtype for r in a + b for x in (r.q, r.k, r.v, r.out)} == {torch.bfloat16}
-        terms = distill.distillation_losses(student, teacher, tokens(), distill.Weights())
+        terms = distill.distillation_losses(student, teacher, tokens(), distill.Weights(score=1.0))
         prompt = dict(input_ids=tokens(n=5), attention_mask=torch.ones(2, 5, dtype=torch.long))
         out = student.eval().generate(**prompt, max_new_tokens=4, min_new_tokens=4, pad_token_id=1)
     sum(terms.values()).backward()
@@ -364,7 +364,7 @@ def test_losses_are_those_of_the_method():
     """Section 6, by hand, from a model's own outputs."""
     student, teacher = student_and_teacher()
     x, kl = tokens(), lambda p, q: (p * (p.log() - q.log())).sum(-1).mean()
-    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+    terms = distill.distillation_losses(student, teacher, x, distill.Weights(score=1.0))
     with convert.record(student) as s, convert.record(teacher) as t:
         a, b = (model(x, output_hidden_states=True) for model in (student, teacher))
     mean = lambda values: torch.stack(list(values)).mean()
@@ -561,7 +561,7 @@ def test_an_ablation_changes_what_is_learned(name, monkeypatch):
         student, teacher = student_and_teacher("llama" if "rotary" in name else "opt", backend="torch")
         for module in convert.attention_modules(student):
             change(module)
-        sum(distill.distillation_losses(student, teacher, tokens(2), distill.Weights()).values()).backward()
+        sum(distill.distillation_losses(student, teacher, tokens(2), distill.Weights(score=1.0)).values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for n, p in student.named_parameters() if ".sea.encoder." in n]))
     assert gradients[1].isfinite().all() and not torch.equal(*gradients)
 
@@ -713,7 +713,7 @@ def test_every_opt_shape_converts(hidden, heads, projection, norm_before, tmp_pa
     student, x = convert.attach(OPTForCausalLM(config()), width=256, topk=64), tokens(1)
     student.load_state_dict(teacher.state_dict(), strict=False)
     teacher.set_attn_implementation("sea_teacher")
-    terms = distill.distillation_losses(student, teacher, x, distill.Weights())
+    terms = distill.distillation_losses(student, teacher, x, distill.Weights(score=1.0))
     sum(terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
     convert.save(student.eval(), tmp_path / "student")
@@ -753,7 +753,7 @@ def test_keys_per_query_counts_keys():
 def test_a_student_that_is_the_teacher_has_only_the_label_loss():
     teacher = tiny("opt")
     teacher.set_attn_implementation("sea_teacher")
-    terms = distill.distillation_losses(teacher, teacher, tokens(), distill.Weights())
+    terms = distill.distillation_losses(teacher, teacher, tokens(), distill.Weights(score=1.0))
     assert terms.pop("ce") > 0
     assert all(abs(value.item()) < 1e-6 for value in terms.values()), terms
 
