@@ -408,7 +408,8 @@ def distillation(args, size: int) -> dict[int, dict]:
             whole = {f: functools.partial(getattr(sea, f), block=block) for f in ("sparse_attention", "pool_attention", "score_loss")}
             with mock.patch.multiple(sea, **whole) if block else contextlib.nullcontext():
                 try:
-                    ms, mib = milliseconds_in_a_row(step), peak_mib(step)
+                    with distill.settled():
+                        ms, mib = milliseconds_in_a_row(step), peak_mib(step)
                     r = rows[T][name] = dict(ms=ms, tokens_per_second=1000 * size * x.numel() / ms, gpus=size, mib=mib,
                                              gib=distill.peak_memory(args))
                     print(f"T {T:,} {name}: {ms:.0f} ms a step, {r['tokens_per_second']:,.0f} tok/s on {size}, peak {r['gib']:.2f} GiB "

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import json
 import logging
 import math
@@ -121,7 +122,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "bf16 copies of all weights stay from the forward to the backward pass. Each process needs CPU memory for both models in fp32")
     add("--save-every", type=int, help="steps from one checkpoint to the next (none: --eval-every)")
     add("--hidden-weight", type=float, default=5.0, help="weight of the mean square between hidden states; where a few of them are "
-        "huge, as Llamas tend to have them at the first token, it is most of the loss")
+        "huge, as Llamas tend to have them at the first token, it is most of the loss: 0.005 is better there")
     add("--score-weight", type=float, default=0.0, help="weight of L_score, the student's dense scores against the teacher's; 1 in the "
         "paper, which made students worse here and can drown all other terms")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
@@ -229,6 +230,18 @@ def exchanging(run, now: bool):
     if isinstance(run, FSDPModule):
         run.set_requires_gradient_sync(now)
     return run.no_sync() if isinstance(run, DistributedDataParallel) and not now else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def settled():
+    """Python's garbage collector, within, does not look again at what is there already: that takes a tenth of a second and more, at any
+    moment, for which all other processes wait."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def clip_gradients(model, most: float) -> float:
@@ -941,7 +954,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cost = ""
         if not args.eval_only:
             table.append((f"{name} before", before, keys_per_query(student, valid, args), ""))
-            after, speed = train(name, student, teacher, tokens, valid, teacher_ppl, args, log, save)
+            with settled():
+                after, speed = train(name, student, teacher, tokens, valid, teacher_ppl, args, log, save)
             seconds, gib = time.perf_counter() - start, peak_memory(args)
             cost = f"{seconds / 60:8.1f}m {gib:8.2f} GiB" + ("" if speed is None else f" {speed:11,.0f}")
             log.record(name=name, seconds=seconds, gib=gib, tokens_per_second=speed)

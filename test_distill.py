@@ -1,5 +1,6 @@
 """The main job end to end, on models and texts that take seconds: convert.py, distill.py, and the README's own code."""
 
+import gc
 import json
 import math
 import os
@@ -577,6 +578,14 @@ def test_features_before_rotary_are_of_what_the_projections_gave(monkeypatch):
         model(tokens(2))
         for x, projection in zip(found[1], (module.q_proj, module.k_proj)):
             torch.testing.assert_close(x, projection(found[0]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2))
+
+
+def test_the_collector_leaves_alone_what_was_there_before_training():
+    before = [[]]
+    with pytest.raises(RuntimeError), distill.settled():
+        assert all(x is not before for x in gc.get_objects())
+        raise RuntimeError
+    assert any(x is before for x in gc.get_objects())
 
 
 def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
