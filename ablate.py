@@ -1,11 +1,11 @@
-"""What each choice is worth: short distillations that differ from the default in one thing.
+"""What each choice is worth: short distillations that differ from a base run in one thing.
 
     python ablate.py --model DIR --data FILE [--valid-data FILE] [--steps 250] [--jobs 4] [--only NAME ...]
 
 Each variant is a run of distill.py with its own options, or with one part of the method replaced; `--jobs` of them run at a time,
-in turn on the GPUs there are. A variant of your own is options of distill.py in quotes: --only base "--lr 2e-5 --topk 32". Options
-that this file does not know go to distill.py, for all variants alike. Prints a table, writes it to OUT/ablation.json, and each run
-to OUT/<variant>/.
+in turn on the GPUs there are. A variant of your own is options of distill.py in quotes, with a space in them: --only base "--topk 32"
+" --no-cell-keys". Options that this file does not know go to distill.py, for all variants alike. Prints a table, writes it to
+OUT/ablation.json, and each run to OUT/<variant>/.
 """
 
 import argparse

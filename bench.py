@@ -1,7 +1,7 @@
 """Latency and memory of SEA attention, estimator included, against PyTorch's FlashAttention and cuDNN attention.
 
     python bench.py                         T = 1k ... 256k, forward and forward + backward, strides 1 and 4
-    python bench.py --model DIR             on the queries, keys and values of a real model instead of synthetic ones
+    python bench.py --model DIR --data FILE on the queries, keys and values of a real model instead of synthetic ones
     python bench.py --break-even            from which T SEA wins on this machine
     python bench.py --profile 32768         where the time goes at one T
     python bench.py --distill               time and memory of a distillation step, against one with T x T tensors
@@ -9,8 +9,9 @@
     python bench.py --decode                a decoding step against SDPA on the same keys, contexts of 8k ... 512k, batch 1 and 16
     python bench.py --prefill               time and memory of a model's prefill, in chunks and in one call, against SDPA
 
-One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png. Without a GPU it measures the plain
-PyTorch path at small T and says so.
+One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png, --decode, --prefill and --distill
+OUT/bench_decode.json and so on; --break-even and --profile only print. Without a GPU it measures the plain PyTorch path at small
+T and says so.
 
 Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side by side, windows one
 after the other until T is reached, so that a longer sequence has the local statistics of a real one and repeats nothing but
@@ -58,18 +59,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks); the teacher of "
         "--distill, whose tokens are random")
-    add("--data", help="text file for --model, UTF-8; not for --distill")
+    add("--data", help="text file in UTF-8, needed with --model, but not for --distill")
     add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 ... "
         "524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
     add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2], help="sequences decoded at a time")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
-    add("--heads", type=int, default=12)
-    add("--d-head", type=int, default=64)
+    add("--heads", type=int, default=12, help="query heads")
+    add("--d-head", type=int, default=64, help="numbers a head")
     add("--width", type=int, default=256, help="cells of an estimated row")
     add("--topk", type=int, default=64, help="keys per query and head, on average")
     add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="see SEAConfig")
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
-    add("--forward-only", action="store_true")
+    add("--forward-only", action="store_true", help="leave out the backward passes")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
     add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random weights, "
         "at the first of --strides")
@@ -80,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers with random weights")
     add("--layers", type=int, default=12 if cuda else 1, help="of the model of --distill and --prefill")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
-    add("--out", default="out", help="folder for bench.json and bench.png")
+    add("--out", default="out", help="folder for the files it writes")
     args = p.parse_args(argv)
     if args.model and not args.data and not args.distill:
         p.error("--data: expected a text file with --model, got none")

@@ -2,7 +2,7 @@
 
     python distill.py                        no download, no GPU: trains a tiny OPT on Python's own documentation, then
                                              distils SEA from it, and two controls, in a few minutes
-    python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's hyper-parameters
+    python distill.py --model opt-125m       facebook/opt-125m on WikiText-2 with the paper's learning rates, batch and steps
     python distill.py --model DIR --data FILE [--valid-data FILE]       your own model and text
     python distill.py --model DIR --load OUT/sea --eval-only --eval-topk 8,16,32     measure a saved student
     python distill.py --model DIR --load OUT/sea --eval-only --by-position --prompt "Once upon"      and see how it goes on
@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 2 distill.py --shard ...      and each holds a part of both models, which need not fit one GPU
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
-(--resume) to OUT/<method>.ckpt, and a figure of one head. A step's data and random numbers follow from --seed and the step
+(--resume) to OUT/<method>.ckpt, and figures: OUT/sea.png of some heads, with --eval-topk OUT/topk.png. A step's data and random numbers follow from --seed and the step
 alone, so that a run that was killed and resumed continues as if nothing had happened; on another number of processes, with or
 without --shard or with another --micro-batch, too, but for rounding and dropout.
 """
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", nargs="+", choices=METHODS, default=METHODS[:3], help="students to train, one after the other; performer and "
         "dense, the model itself trained with the same losses and steps, are controls; oracle is SEA with cells chosen from the "
         "teacher's own attention, the bound for any estimator of that width")
-    add("--load", help="start from this saved student instead of a fresh one")
+    add("--load", help="start from this saved student, of whatever method, instead of fresh ones; --method is then ignored")
     add("--eval-only", action="store_true", help="measure, do not train")
     add("--eval-topk", type=integers, default=[], metavar="K,K,...",
         help="measure the SEA student with these numbers of keys, too")
@@ -87,8 +87,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by")
     add("--look", type=layers_and_heads, default=[], metavar="LAYER.HEAD,...",
         help="heads to draw in OUT/sea.png, counted from 0 (none: a median one)")
-    add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; the other options must "
-        "be those of the run that wrote them")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; options that change what is "
+        "learned must be those of the run that wrote them, the number of processes, --shard, --micro-batch and what is measured need not")
     add("--out", default="out", help="folder for students, log.jsonl and figures")
     note = "(none: {} with --model, {} without)"
     for name, kind, text in (
@@ -111,8 +111,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(none: auto)")
     add("--query-stride", type=int, help="estimate every r-th query only (none: 1)")
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
-    add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="add each query's product with the mean key of a cell "
-        "to its estimated score, see sea.add_cell_keys: a far better estimate")
+    add("--cell-keys", action=argparse.BooleanOptionalAction, help="add each query's product with the mean key of a cell to its "
+        "estimated score, see sea.add_cell_keys: a far better estimate (none: yes)")
     add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
@@ -134,7 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.eval_only and not args.load:
         p.error("--eval-only: expected --load DIR with it, the student to measure")
-    for name in ("width", "nbf", "query_stride"):
+    for name in ("width", "nbf", "query_stride", "cell_keys"):
         if args.load and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')}: expected none with --load, since the saved student has its own")
     for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
@@ -935,7 +935,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, backend=args.backend or "auto",
                                method="performer" if name == "performer" else "sea")
                 if name != "performer":
-                    options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys)
+                    options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys is not False)
                 convert.attach(student, **options)
                 if name == "oracle":
                     follow_teacher(student, teacher)
