@@ -10,9 +10,9 @@
     torchrun --nproc-per-node 2 distill.py --shard ...      and each holds a part of both models, which need not fit one GPU
 
 Prints one line a step, writes the same records to OUT/log.jsonl, each student to OUT/<method>, what training needs to go on
-(--resume) to OUT/<method>.ckpt, and figures: OUT/sea.png of some heads, with --eval-topk OUT/topk.png. A step's data and random numbers follow from --seed and the step
-alone, so that a run that was killed and resumed continues as if nothing had happened; on another number of processes, with or
-without --shard or with another --micro-batch, too, but for rounding and dropout.
+(--resume) to OUT/<method>.ckpt, and figures: OUT/sea.png of some heads, with --eval-topk OUT/topk.png. A step's data and random
+numbers follow from --seed and the step alone, so that a run that was killed and resumed continues as if nothing had happened; on
+another number of processes, with or without --shard or with another --micro-batch, too, but for rounding and dropout.
 """
 
 import argparse
