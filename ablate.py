@@ -3,9 +3,8 @@
     python ablate.py --model DIR --data FILE [--valid-data FILE] [--steps 250] [--jobs 4] [--only NAME ...]
 
 Each variant is a run of distill.py with its own options, or with one part of the method replaced; `--jobs` of them run at a time,
-in turn on the GPUs there are. A variant of your own is options of distill.py in quotes, with a space in them: --only base "--topk 32"
-" --no-cell-keys". Options that this file does not know go to distill.py, for all variants alike. Prints a table, writes it to
-OUT/ablation.json, and each run to OUT/<variant>/.
+in turn on the GPUs there are. A variant of your own: --variant="--lr 2e-5 --topk 32". Options that this file does not know go to
+distill.py, for all variants alike. Prints a table, writes it to OUT/ablation.json, and each run to OUT/<variant>/.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import convert
 import distill
 import sea
 
-BASE = ("--method sea --score-weight 0 --batch 4 --micro-batch 4 --lr 1e-4 --lr-new 5e-3 --schedule cosine --warmup 30 "
+BASE = ("--method sea --batch 4 --micro-batch 4 --lr 1e-4 --lr-new 5e-3 --schedule cosine --warmup 30 "
         "--eval-windows 48").split()
 
 
@@ -161,9 +160,10 @@ def start(i: int, name: str, args, rest: list[str]) -> dict:
     """Run one variant in a process of its own; what its log says."""
     out, env = folder(args.out, name), dict(os.environ)
     if torch.cuda.is_available():
-        env["CUDA_VISIBLE_DEVICES"] = str(i % torch.cuda.device_count())
+        ours = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or range(torch.cuda.device_count())
+        env["CUDA_VISIBLE_DEVICES"] = str(ours[i % len(ours)])
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--run", name, "--steps", str(args.steps), "--eval-every", str(args.steps), *rest,
+    command = [sys.executable, __file__, f"--run={name}", "--steps", str(args.steps), "--eval-every", str(args.steps), *rest,
                "--out", str(out)]
     (out / "log.jsonl").unlink(missing_ok=True)
     with (out / "log.txt").open("w") as file:
@@ -174,7 +174,7 @@ def start(i: int, name: str, args, rest: list[str]) -> dict:
         return {}
     results = next(line["results"] for line in lines if "results" in line)
     layers = next(line["layers"] for line in lines if "layers" in line)
-    ms = sorted(line["ms"] for line in lines if "ms" in line)
+    ms = sorted(line["ms"] for line in lines if "ms" in line and line["name"] == "sea")
     found = {key: value / results["teacher"] for key, value in results.items() if key.startswith("sea")}
     found |= {key: sum(layer[key] for layer in layers) / len(layers) for key in ("kl", "kept")} | dict(ms=ms[len(ms) // 2])
     print(f"{name}: {found['sea']:.4f}", flush=True)
@@ -186,18 +186,17 @@ def main() -> None:
                                 allow_abbrev=False)
     p.add_argument("--steps", type=int, default=250, help="optimizer steps of each variant")
     p.add_argument("--jobs", type=int, default=1, help="variants at a time")
-    p.add_argument("--only", nargs="+", default=[name for name in VARIANTS if "rotary" not in name], metavar="NAME",
+    p.add_argument("--only", nargs="+", choices=VARIANTS, default=[name for name in VARIANTS if "rotary" not in name], metavar="NAME",
                    help="variants to run")
+    p.add_argument("--variant", action="append", default=[], metavar="OPTIONS", help="one more, of these options of distill.py")
     p.add_argument("--run", help=argparse.SUPPRESS)
     p.add_argument("--out", default="out/ablation", help="folder for the runs and the table")
     args, rest = p.parse_known_args()
-    unknown = [name for name in args.only if name not in VARIANTS and not name.strip().startswith("--")]
-    if unknown:
-        p.error(f"--only: expected names among {', '.join(VARIANTS)}, or options of distill.py in quotes, got {unknown}")
     if args.run:
         return run(args.run, ["--steps", str(args.steps), "--out", args.out, *rest])
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(args.only, pool.map(lambda x: start(*x, args, rest), enumerate(args.only))))
+        names = [*args.only, *args.variant]
+        found = dict(zip(names, pool.map(lambda x: start(*x, args, rest), enumerate(names))))
     at_topk = list(dict.fromkeys(key for r in found.values() for key in r if key.startswith("sea, ")))
     columns = {"ratio": ("sea", ".4f"), **{key.removeprefix("sea, "): (key, ".4f") for key in at_topk}, "KL": ("kl", ".3f"),
                "kept": ("kept", ".3f"), "ms": ("ms", ".0f")}
@@ -206,6 +205,8 @@ def main() -> None:
         print(f"{name:30} " + " ".join(f"{format(r[key], form) if key in r else '-':>8}" for key, form in columns.values()))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     (Path(args.out) / "ablation.json").write_text(json.dumps(dict(command=sys.argv, results=found), indent=1))
+    if not all(found.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             part.register_forward_pre_hook(_ask_weights, with_kwargs=True)
             part.register_forward_hook(_forget_weights, always_call=True)
-    model.config.sea = options
+    model.config.sea = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*shape, "causal", "seed")} | options
     model.set_attn_implementation("sea")
     if text._attn_implementation != "sea":
         raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")

@@ -137,6 +137,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("width", "nbf", "query_stride", "cell_keys"):
         if args.load and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')}: expected none with --load, since the saved student has its own")
+    args.cell_keys = True if args.cell_keys is None else args.cell_keys
     for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
         if getattr(args, name) is None and not (name == "topk" and args.load):  # a saved student has its own
             setattr(args, name, value)
@@ -434,15 +435,22 @@ def layer_losses(student: convert.Record, teacher: convert.Record, score_weight:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
+def batches_of_process(data: Tensor, args):
+    """This process's windows, of data (n, T), a micro-batch at a time, and how many of each batch count: of all processes as many
+    batches, since with --shard each pass gathers from all."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = data[rank::size]
+    for i in range(0, -(-len(data) // size), args.micro_batch):
+        x = mine[i : i + args.micro_batch]
+        yield (x if len(x) else data[:1]).to(args.device), len(x)
+
+
 @torch.no_grad()
 def perplexity(model, data: Tensor, args) -> float:
     """exp of the mean negative log likelihood; each window predicts all its tokens but the first. Processes share windows."""
     model.eval()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, total = data[rank::size], 0.0
-    for i in range(0, -(-len(data) // size), args.micro_batch):
-        x = mine[i : i + args.micro_batch]
-        n, x = len(x), (x if len(x) else data[:1]).to(args.device)  # no window left, but shards are gathered by all processes
+    total = 0.0
+    for x, n in batches_of_process(data, args):
         with autocast(args):
             total += model(x, labels=x, use_cache=False).loss.item() * n
     return math.exp(over_processes([total], args)[0] / len(data))
@@ -462,11 +470,9 @@ def token_losses(model, x: Tensor, args, chunk: int = 512) -> Tensor:
 def perplexity_by_position(model, data: Tensor, args, first: int = 256) -> list[dict[str, float]]:
     """Perplexity of tokens 1 ... `first` of all windows, of the next `first`, and of blocks that double from there."""
     model.eval()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total, T = torch.zeros(data.shape[1], dtype=torch.float64), data.shape[1]  # of each token; the first is given, not predicted
-    for x in data[rank::size].split(args.micro_batch):
-        if len(x):
-            total[1:] += token_losses(model, x.to(args.device), args).double().sum(0).cpu()
+    for x, n in batches_of_process(data, args):
+        total[1:] += token_losses(model, x, args)[:n].double().sum(0).cpu()
     total, ends = over_processes(total.tolist(), args), [first]
     while ends[-1] < T:
         ends.append(2 * ends[-1])
@@ -497,7 +503,8 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
     x = tokenizer(prompt, return_tensors="pt").to(args.device)
     with autocast(args):
         ids = model.generate(x.input_ids, attention_mask=x.attention_mask, max_new_tokens=args.new_tokens, do_sample=False,
-                             pad_token_id=0)  # of one sequence none is needed, but not to say so is warned of
+                             pad_token_id=0,  # of one sequence none is needed, but not to say so is warned of
+                             synced_gpus=args.shard)
     return tokenizer.decode(ids[0, x.input_ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -859,7 +866,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     log = Log(Path(os.devnull) if rank else out / "log.jsonl")
-    command = " ".join(["python", "distill.py", *(sys.argv[1:] if argv is None else argv)])
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
+    command = " ".join([launcher, "distill.py", *(sys.argv[1:] if argv is None else argv)])
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     device = device if size == 1 else f"{size} x {device}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -888,6 +896,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for layer, head in args.look:
         if not (0 <= layer < text.num_hidden_layers and 0 <= head < text.num_attention_heads):
             sys.exit(f"--look: expected layers below {text.num_hidden_layers} and heads below {text.num_attention_heads}, got {layer}.{head}")
+    if args.prompt and args.new_tokens >= longest:
+        sys.exit(f"--new-tokens: expected fewer than the model's {longest} positions, got {args.new_tokens}")
     for prompt in args.prompt:
         n = len(tokenizer(prompt).input_ids)
         if not 0 < n <= longest - args.new_tokens:
@@ -935,7 +945,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, backend=args.backend or "auto",
                                method="performer" if name == "performer" else "sea")
                 if name != "performer":
-                    options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys is not False)
+                    options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys)
                 convert.attach(student, **options)
                 if name == "oracle":
                     follow_teacher(student, teacher)

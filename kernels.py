@@ -1385,7 +1385,8 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, pro
     _expect(stride <= 32, "stride", "at most 32, a row and its keys have to fit into a chunk", stride)
     most = 128 if q.dtype == torch.bfloat16 else 64  # for their product to fit into shared memory
     size = max(64, triton.next_power_of_2(projection.shape[1])) * max(64, triton.next_power_of_2(q.shape[-1]))
-    _expect(size <= most * most, "projection", f"at most {most} features of head size <= {most} in {q.dtype}", tuple(projection.shape))
+    _expect(size <= most * most and projection.shape[1] <= 128, "projection",
+            f"at most {most} features of head size <= {most} in {q.dtype}", tuple(projection.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     with torch.cuda.device_of(q):

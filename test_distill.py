@@ -465,7 +465,7 @@ def torchrun(script, *options) -> str:
     return done.stdout
 
 
-ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
+ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5", "--by-position"]
 
 
 @pytest.fixture(scope="module")
@@ -589,13 +589,13 @@ def test_the_collector_leaves_alone_what_was_there_before_training():
 
 
 def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
-    names = ["base", "nearest instead of sub-pixel", "--lr 1e-4"]
+    names = ["base", "nearest instead of sub-pixel", "--no-cell-keys"]
     done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
-                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names, "--out", tmp_path],
+                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names[:2], f"--variant={names[2]}", "--out", tmp_path],
                           capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "ablation.json").read_text())["results"]
-    assert list(results) == names and all(r["sea"] > 1 and r["sea, topk 2"] > 1 and 0 < r["kept"] < 1 for r in results.values())
+    assert list(results) == names and all(0.5 < r["sea"] < 2 and 0.5 < r["sea, topk 2"] < 2 and 0 < r["kept"] < 1 for r in results.values())
     assert all(f"{name:30} {results[name]['sea']:8.4f}" in done.stdout for name in names) and "topk 2" in done.stdout
 
 

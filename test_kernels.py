@@ -590,6 +590,7 @@ def test_encode_cnn_and_mix_match_reference(case):
 @example(Layer(torch.float32, 35, 1, (1, 1, 2), 16, 8, 4, False, "gaps", 1), 0, 0.3)  # levels begin after 16 and 32 keys
 @example(Layer(torch.float32, 34, 3, (2, 2, 1), 16, 4, 4, True, "gaps", 2), 7, 0.3)
 @example(Layer(torch.float32, 33, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 32, 0.3)  # a step that begins a level
+@example(Layer(torch.float32, 20, 1, (1, 1, 1), 4, 8, 4, False, "contiguous", 1), 10, 0.3)  # 10 keys that begin one
 @example(Layer(torch.float16, 33, 1, (1, 1, 2), 64, 64, 4, False, "heads last", 0), 32, 5.0)
 @settings(FEW)
 def test_cell_keys_match_reference(case, before, softmax_scale):
