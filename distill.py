@@ -566,7 +566,7 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     if not heads:
         share = torch.cat([shares(i) for i in range(len(teachers))])
         heads = [divmod(share.argsort()[len(share) // 2].item(), H)]
-    shrink = -(-T // 512)  # what is larger than the picture: the largest of each square, so that no single key is lost
+    shrink = -(-T // 256)  # what is larger than the picture: the largest of each square, so that no single key is lost
     unseen = torch.ones(T, T, dtype=torch.bool).triu(1)
     figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained", squeeze=False)
     for axis, (layer, head) in zip(axes, heads):
@@ -578,7 +578,8 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
         share = shares(layer)[head].item()
         panels = ((attention(layer)[head], f"teacher, layer {layer}, head {head}"), (estimate, "SEA's estimate"),
                   (sparse, "SEA's sparse attention"),
-                  (kept, f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\nholding {share:.0%} of the teacher's attention"))
+                  (kept, f"keys attended: {kept.sum(1).mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
+                   f"holding {share:.0%} of the teacher's attention"))
         for panel, (image, title) in zip(axis, panels):
             image = image.float().cpu() if image is kept else image.float().cpu().clamp(min=1e-4).log10()
             image = image.masked_fill(unseen | (kept.cpu() == 0) if panel is axis[2] else unseen, -torch.inf)
@@ -586,23 +587,22 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
             image = image.masked_fill(image == -torch.inf, torch.nan).numpy()
             style = dict(cmap="gray_r", vmin=0, vmax=1) if panel is axis[3] else dict(cmap="magma", vmin=-4, vmax=0)
             shown = panel.imshow(image, interpolation="nearest", extent=(0, T, T, 0), **style)
-            panel.set(xlabel="key", ylabel="query", title=title)
+            # the first key, which many heads rest on, beside the frame, not under it
+            panel.set(xlabel="key", ylabel="query", title=title, xlim=(-T / 50, T), facecolor="0.8" if panel is not axis[3] else "1")
             bar = shown if panel is axis[0] else bar
         figure.colorbar(bar, ax=axis[:3], label="log10 attention", shrink=0.85)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=170)  # two pixels a column: with less than one, whole columns are left out
     plt.close(figure)
 
 
 def draw_curve(points: dict[int, dict], lines: dict[str, dict], path: Path, timed: str) -> None:
-    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each, of a line one of them may
-    be absent; timed: what ms is of."""
+    """Perplexity and time against topk, other models as lines. points and lines: {"ppl": .., "ms": ..} each; timed: what ms is of."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, field, label in zip(axes, ("ppl", "ms"), ("validation perplexity", "ms a sequence, attention alone")):
         axis.plot(list(points), [p[field] for p in points.values()], marker="o", label="SEA")
         for style, (name, line) in zip(("--", ":", "-."), lines.items()):
-            if field in line:
-                axis.axhline(line[field], linestyle=style, color="gray", label=name)
+            axis.axhline(line[field], linestyle=style, color="gray", label=name)
         axis.set_xscale("log", base=2)
         if field == "ppl":
             axis.set_yscale("log")
@@ -804,6 +804,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         ppl = perplexity(student, valid, args)
         print(f"{name} resumes after step {done:05d} from {checkpoint}, val ppl {ppl:.2f}", flush=True)
     run, clock, accumulate = data_parallel(student, args), Clock(), args.batch // size // args.micro_batch
+    weights = Weights(hidden=args.hidden_weight, score=args.score_weight)
     for step in range(done + 1, args.steps + 1):
         student.train()
         torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
@@ -819,7 +820,6 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         for i, x in enumerate(mine.split(args.micro_batch)):
             with exchanging(run, i + 1 == accumulate):  # once a step
                 with autocast(args):
-                    weights = Weights(hidden=args.hidden_weight, score=args.score_weight)
                     terms = distillation_losses(student, teacher, x.to(args.device), weights, run)
                 (sum(terms.values()) / accumulate).backward()
             for key, value in terms.items():

@@ -591,8 +591,8 @@ def test_the_collector_leaves_alone_what_was_there_before_training():
 def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
     names = ["base", "nearest instead of sub-pixel", "--no-cell-keys"]
     done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
-                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names[:2], f"--variant={names[2]}", "--out", tmp_path],
-                          capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names[:2],
+                           f"--variant={names[2]}", "--out", tmp_path], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "ablation.json").read_text())["results"]
     assert list(results) == names and all(0.5 < r["sea"] < 2 and 0.5 < r["sea, topk 2"] < 2 and 0 < r["kept"] < 1 for r in results.values())
