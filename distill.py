@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nbf", type=float, help="random features are D ln D / nbf (none: 8)")
     add("--cell-keys", action=argparse.BooleanOptionalAction, help="add each query's product with the mean key of a cell to its "
         "estimated score, see sea.add_cell_keys: a far better estimate (none: yes)")
-    add("--redraw-every", type=int, default=1000, help="steps between draws of new random features, 0 for never")
+    add("--redraw-every", type=int, default=1000, help="steps from one draw of random features to the next, 0 for never")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, and "
         "compute the rest again, for large models")
@@ -811,7 +811,7 @@ def train(name: str, student, teacher, tokens: Tensor, valid: Tensor, teacher_pp
         factor = learning_rate(step, args.steps, args.schedule, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        if name != "dense" and args.redraw_every and step % args.redraw_every == 0:
+        if name != "dense" and args.redraw_every and step > 1 and (step - 1) % args.redraw_every == 0:
             features = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
             for module in convert.attention_modules(student):
                 module.sea.redraw_features(features)

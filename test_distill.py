@@ -740,9 +740,10 @@ def test_micro_batches_add_up_to_the_batch(home, tmp_path):
 def test_schedule_clip_and_redraw(home, tmp_path):
     weights, steps = run_steps(home, tmp_path / "a", "--schedule", "linear")
     assert [r["lr"] for r in steps] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
-    redrawn, _ = run_steps(home, tmp_path / "b", "--redraw-every", "2")
     name = next(name for name in weights if name.endswith("projection"))
-    assert not torch.equal(redrawn[name], weights[name])
+    for every, redrawn in ((2, True), (3, False)):  # 3 steps: no draw that no step would use
+        drawn, _ = run_steps(home, tmp_path / str(every), "--redraw-every", str(every))
+        assert torch.equal(drawn[name], weights[name]) != redrawn
     clipped, _ = run_steps(home, tmp_path / "c", "--clip", "1e-12")  # far below AdamW's epsilon
     first = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
     moved = lambda after: max((after[name] - first[name]).abs().max().item() for name in first if name in after)
