@@ -739,8 +739,8 @@ def test_decoding_is_the_whole_on_both_backends(case, steps):
 
 @pytest.mark.parametrize("stride, cell_keys", [(1, False), (3, False), (3, True)])
 def test_distillation_is_the_same_on_both_backends(stride, cell_keys):
-    """Weights in fp32, autocast to half precision: losses and gradients of a training step are as near to those of fp32 as
-    PyTorch's, to a factor of 2; rounding also chooses other cells."""
+    """Weights in fp32, autocast to half precision: losses and each module's gradient of a training step are as near to those of fp32
+    as PyTorch's, to a factor of 2 and a little, since rounding also chooses other cells."""
     import convert
     import distill
     from test_distill import tiny, tokens
@@ -753,14 +753,17 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys):
         with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
             terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights(score=1.0))
         sum(terms.values()).backward()
-        return terms, torch.cat([p.grad.flatten() for p in student.parameters()])
+        modules = [(name, [p.grad.flatten() for p in m.parameters(recurse=False)]) for name, m in student.named_modules()]
+        return terms, {name: torch.cat(grads) for name, grads in modules if grads}
 
     half = torch.bfloat16 if CUDA else torch.float16
     (exact, exact_grads), (terms, grads), (our_terms, our_grads) = step("torch", None), step("torch", half), step("triton", half)
     for name, value in exact.items():
         error, bar = (our_terms[name] - value).abs(), (terms[name] - value).abs()
         assert error <= 2 * bar + 0.01 * value.abs() + 1e-3, f"{name}: {our_terms[name]}, {terms[name]}, {value}"
-    assert (our_grads - exact_grads).norm() <= 2 * (grads - exact_grads).norm() + 0.01 * exact_grads.norm()
+    for name, grad in exact_grads.items():
+        error, bar, size = ((x - grad).norm().item() for x in (our_grads[name], grads[name], torch.zeros_like(grad)))
+        assert error <= 2 * bar + 0.04 * size, f"{name}: {error}, {bar}, {size}"
 
 
 def test_a_backend_that_cannot_run_raises():
