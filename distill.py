@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -405,16 +406,27 @@ def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None)
     with torch.no_grad(), convert.record(teacher) as teachers:
         target = teacher(x, output_hidden_states=True, use_cache=False)
     with convert.record(student) as students:
-        output = (run or student)(x, labels=x, output_hidden_states=True, use_cache=False)
+        output = (run or student)(x, output_hidden_states=True, use_cache=False)
     hidden = [F.mse_loss(s.float(), t.float()) for s, t in zip(output.hidden_states, target.hidden_states)]
-    log_p, log_q = (logits.float().log_softmax(-1).flatten(0, 1) for logits in (target.logits, output.logits))
-    terms = {
-        "ce": weights.ce * output.loss,
-        "hidden": weights.hidden * torch.stack(hidden).mean(),
-        "kd": weights.logits * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"),
-    }
+    ce, kd = logit_losses(output.logits, target.logits, x)
+    terms = {"ce": weights.ce * ce, "hidden": weights.hidden * torch.stack(hidden).mean(), "kd": weights.logits * kd}
     layers = [layer_losses(s, t, weights.score) for s, t in zip(students, teachers, strict=True)]
     return terms | {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+
+
+def logit_losses(student: Tensor, teacher: Tensor, x: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Means over tokens of the next token's cross entropy and of KL(teacher || student), logits (B, T, vocabulary) each. `chunk` tokens
+    at a time, again in the backward pass: in fp32 a large vocabulary's logits are by far the largest tensors of a step."""
+
+    def sums(student, teacher, target):
+        log_q, log_p = (sea.at_least_fp32(logits).log_softmax(-1) for logits in (student, teacher))
+        return torch.stack([F.nll_loss(log_q, target, ignore_index=-1, reduction="sum"),
+                            F.kl_div(log_q, log_p, log_target=True, reduction="sum")])
+
+    target = F.pad(x[:, 1:], (0, 1), value=-1)  # the last token predicts nothing
+    parts = zip(*(y.flatten(0, 1).split(chunk) for y in (student, teacher, target)))
+    ce, kd = sum(torch.utils.checkpoint.checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+    return ce / target[:, :-1].numel(), kd / target.numel()
 
 
 def layer_losses(student: convert.Record, teacher: convert.Record, score_weight: float) -> dict[str, Tensor]:

@@ -383,6 +383,20 @@ def test_losses_are_those_of_the_method():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 10, 100])
+def test_logit_losses_in_chunks_are_those_of_all_tokens(chunk):
+    """Values and gradient, in fp64, in chunks that end within a sequence or do not."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 10, 13, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.randint(13, (2, 10), generator=generator)
+    student.requires_grad_(True)
+    p, log_q = teacher.softmax(-1), student.log_softmax(-1)
+    ce, kd = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), x[:, 1:].flatten()), (p * (p.log() - log_q)).sum(-1).mean()
+    our_ce, our_kd = distill.logit_losses(student, teacher, x, chunk)
+    torch.testing.assert_close((our_ce, our_kd), (ce, kd))
+    torch.testing.assert_close(torch.autograd.grad(our_ce + 2 * our_kd, student), torch.autograd.grad(ce + 2 * kd, student))
+
+
 def arguments(home, out) -> list[str]:
     return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(out), "--method", "sea",
             "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2"]

@@ -737,24 +737,25 @@ def test_decoding_is_the_whole_on_both_backends(case, steps):
     check_decoding(case, max(1, case.T - steps))
 
 
-@pytest.mark.parametrize("stride, cell_keys", [(1, False), (3, False), (3, True)])
-def test_distillation_is_the_same_on_both_backends(stride, cell_keys):
-    """Weights in fp32, autocast to half precision: losses and each module's gradient of a training step are as near to those of fp32
-    as PyTorch's, to a factor of 2 and a little, since rounding also chooses other cells."""
+@pytest.mark.parametrize("stride, cell_keys, topk", [(1, False, 4), (3, True, 4), (3, True, 64)])
+def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
+    """Weights in fp32, autocast to half precision: losses and gradients of a training step are as near to those of fp32 as
+    PyTorch's, to a factor of 2. With few keys rounding also chooses other cells; when all are kept, it holds module by module."""
     import convert
     import distill
-    from test_distill import tiny, tokens
+    from test_distill import SEQ, tiny, tokens
 
     def step(backend, dtype):
         teacher = tiny("opt").to(DEVICE).requires_grad_(False)
         teacher.set_attn_implementation("sea_teacher")
-        student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=4, backend=backend, query_stride=stride,
+        student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=topk, backend=backend, query_stride=stride,
                                  cell_keys=cell_keys)
         with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
             terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights(score=1.0))
         sum(terms.values()).backward()
-        modules = [(name, [p.grad.flatten() for p in m.parameters(recurse=False)]) for name, m in student.named_modules()]
-        return terms, {name: torch.cat(grads) for name, grads in modules if grads}
+        modules = student.named_modules() if topk > SEQ else [("all", student)]
+        grads = {name: [p.grad.flatten() for p in module.parameters(topk <= SEQ)] for name, module in modules}
+        return terms, {name: torch.cat(parts) for name, parts in grads.items() if parts}
 
     half = torch.bfloat16 if CUDA else torch.float16
     (exact, exact_grads), (terms, grads), (our_terms, our_grads) = step("torch", None), step("torch", half), step("triton", half)
@@ -763,7 +764,7 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys):
         assert error <= 2 * bar + 0.01 * value.abs() + 1e-3, f"{name}: {our_terms[name]}, {terms[name]}, {value}"
     for name, grad in exact_grads.items():
         error, bar, size = ((x - grad).norm().item() for x in (our_grads[name], grads[name], torch.zeros_like(grad)))
-        assert error <= 2 * bar + 0.04 * size, f"{name}: {error}, {bar}, {size}"
+        assert error <= 2 * bar + 0.01 * size, f"{name}: {error}, {bar}, {size}"
 
 
 def test_a_backend_that_cannot_run_raises():
