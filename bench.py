@@ -565,6 +565,12 @@ def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title:
     figure.savefig(path, dpi=110)
 
 
+def command_line(script: str, argv: list[str] | None, size: int) -> str:
+    """What started this process, one of `size`."""
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
+    return " ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)])
+
+
 def profile(args, layer, inputs, T: int, dtype, device) -> None:
     q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
     for stride in args.strides:
@@ -603,7 +609,7 @@ def main(argv: list[str] | None = None) -> dict:
         versions += f", triton {triton.__version__}"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    command = " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    command = command_line("bench.py", argv, size)
     print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B "
           f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width {args.width}, topk {args.topk}, causal")
     if device == "cpu":

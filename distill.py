@@ -878,12 +878,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     log = Log(Path(os.devnull) if rank else out / "log.jsonl")
-    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
-    command = " ".join([launcher, "distill.py", *(sys.argv[1:] if argv is None else argv)])
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     device = device if size == 1 else f"{size} x {device}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{command}\n{versions}\n{device}")
+    print(f"{bench.command_line('distill.py', argv, size)}\n{versions}\n{device}")
     transformers.utils.logging.disable_progress_bar()  # logs are files
     torch.manual_seed(args.seed)
 
