@@ -398,7 +398,7 @@ class Weights:
     ce: float = 0.1
     hidden: float = 5.0
     logits: float = 0.2
-    score: float = 0.0  # 1 in the paper
+    score: float = 0.0  # Differs: 1 in the paper, which made students worse here
 
 
 def distillation_losses(student, teacher, x: Tensor, weights: Weights, run=None) -> dict[str, Tensor]:
@@ -878,10 +878,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     log = Log(Path(os.devnull) if rank else out / "log.jsonl")
+    command = bench.command_line("distill.py", argv, size)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     device = device if size == 1 else f"{size} x {device}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{bench.command_line('distill.py', argv, size)}\n{versions}\n{device}")
+    print(f"{command}\n{versions}\n{device}")
     transformers.utils.logging.disable_progress_bar()  # logs are files
     torch.manual_seed(args.seed)
 
