@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -127,7 +128,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score-weight", type=float, default=0.0, help="weight of L_score, the student's dense scores against the teacher's; 1 in the "
         "paper, which made students worse here and can drown all other terms")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, none on biases and norms")
-    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--clip", type=float, default=1.0, help="gradient norm at most, inf for any")
     add("--eval-windows", type=int, help="validation windows to use (none: all)")
     add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features")
@@ -152,6 +153,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                  "new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
+    if args.seq_len < 2:
+        p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
+    for name in ("clip", "nbf"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            p.error(f"--{name}: expected a number > 0, got {getattr(args, name)}")
     if any(k < 1 for k in args.eval_topk):
         p.error(f"--eval-topk: expected integers >= 1, got {args.eval_topk}")
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -261,7 +267,7 @@ def hub(what: str, instead: str, load):
     print(f"loading {what}", flush=True)
     try:
         return load()
-    except (OSError, ConnectionError, ImportError) as error:
+    except (OSError, ConnectionError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sys.exit(f"distill.py needed {what} and could not get it ({reason}); {instead}.")
 
@@ -361,12 +367,22 @@ def load_teacher(args):
     what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
     instead = "give a local folder with --model DIR instead"
     tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
-    return hub(what, instead, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)), tokenizer
+    if not tokenizer("the", add_special_tokens=False).input_ids:  # a folder without one gets an empty one
+        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    model = hub(what, instead, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+    if hasattr(model.config, "sea"):
+        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; --load is for students")
+    return model, tokenizer
 
 
-def load_student(args):
+def load_student(args, teacher):
     """What an earlier run saved, of any method, in fp32."""
     try:
+        config, expected = (c.get_text_config() for c in (AutoConfig.from_pretrained(args.load), teacher.config))
+        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+            if getattr(config, field) != getattr(expected, field):
+                sys.exit(f"--load: expected a student of --model, {field} {getattr(expected, field)}, got {getattr(config, field)} in "
+                         f"{args.load}")
         if hasattr(AutoConfig.from_pretrained(args.load), "sea"):
             student = convert.load(args.load, dtype=torch.float32)
             if args.topk is not None:
@@ -375,7 +391,7 @@ def load_student(args):
                 convert.set_option(student, backend=args.backend)
             return student
         student = AutoModelForCausalLM.from_pretrained(args.load, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"--load: expected a folder that distill.py wrote, got {args.load} ({str(error).splitlines()[0]})")
     student.set_attn_implementation("sea_teacher")
     return student
@@ -463,8 +479,7 @@ def perplexity(model, data: Tensor, args) -> float:
     model.eval()
     total = 0.0
     for x, n in batches_of_process(data, args):
-        with autocast(args):
-            total += model(x, labels=x, use_cache=False).loss.item() * n
+        total += token_losses(model, x, args)[:n].mean(1).sum().item()
     return math.exp(over_processes([total], args)[0] / len(data))
 
 
@@ -942,18 +957,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     examine("teacher", teacher)
 
+    student = None
     for name in ["loaded"] if args.load else args.method:
+        del student  # one at a time
         start = time.perf_counter()
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         if args.load:
-            student = load_student(args)
+            student = load_student(args, whole)
             name = student.config.sea.get("method", "sea") if hasattr(student.config, "sea") else "dense"
         else:
             torch.manual_seed(args.seed)
             student = copy.deepcopy(whole).requires_grad_(True)  # "dense" stays so
             if name != "dense":
-                options = dict(width=args.width, topk=args.topk, nbf=args.nbf or 8, backend=args.backend or "auto",
+                options = dict(width=args.width, topk=args.topk, nbf=8 if args.nbf is None else args.nbf, backend=args.backend or "auto",
                                method="performer" if name == "performer" else "sea")
                 if name != "performer":
                     options |= dict(query_stride=args.query_stride or 1, cell_keys=args.cell_keys)
@@ -991,7 +1008,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             for i, layer in enumerate(layers):
                 print(f"  {i:3} {layer['kl']:7.3f} {layer['least']:7.3f} {layer['kept']:7.3f} {layer['best']:7.3f}", flush=True)
         if name == "sea":
-            pictured = student
             own = convert.attention_modules(student)[0].sea.config.topk
             for k in args.eval_topk:
                 convert.set_option(student, topk=k)
@@ -999,6 +1015,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 results[f"sea, topk {k}"] = points[k]["ppl"]
                 table.append((f"sea, topk {k}", points[k]["ppl"], keys_per_query(student, valid, args), ""))
             convert.set_option(student, topk=own)
+            draw(student, teacher, valid[0], out / "sea.png", args)
         elif args.eval_topk and name != "oracle":  # which has no time of its own
             lines[name] = point(student, after)
 
@@ -1020,11 +1037,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             print(f"{name:18} {texts[name][i]!r}")
     log.record(results=results, passes=passes, by_position=positions, prompts=args.prompt, continuations=texts,
                seconds=time.perf_counter() - began)
-    if "sea" in results:
-        draw(pictured, teacher, valid[0], out / "sea.png", args)
-        if points and not args.shard and rank == 0:
-            draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
-                       f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
+    if points and not args.shard and rank == 0:
+        draw_curve(points, lines, out / "topk", f"from q, k, v on, estimator included, all {text.num_hidden_layers} layers,\n"
+                   f"a sequence of {args.seq_len:,}, {next(iter(points.values()))['clock']}, {device}")
     total, each = time.perf_counter() - began, "" if size == 1 else " a process"
     print(f"\n{total / 60:.1f} minutes, peak memory {max(*peaks, peak_memory(args)):.2f} GiB{each}, written to {out}/")
     stop_processes()

@@ -7,14 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from transformers import (AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM, OPTConfig, OPTForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
 import ablate
 import convert
@@ -855,6 +856,9 @@ def test_the_papers_defaults():
     (["--redraw-every", "-1"], "--redraw-every: expected an integer >= 0"),
     (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
     (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
+    (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
+    (["--clip", "0"], "--clip: expected a number > 0, got 0.0"),
+    (["--nbf", "0"], "--nbf: expected a number > 0, got 0.0"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
@@ -879,6 +883,42 @@ def test_missing_files_are_named_in_one_sentence(home, tmp_path, option, name):
     argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit, match=f"^{option}: expected .*, got .*{name} "):
         distill.main([*argv, option, str(tmp_path / name)])
+
+
+def test_models_that_do_not_fit_are_refused_by_name(home, tmp_path):
+    """A teacher without a tokenizer or that is a student, and students of another model or cut short."""
+    own = ["--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--eval-only", "--out", str(tmp_path), "--load"]
+    start = lambda teacher, student: distill.main(["--model", str(teacher), *own, str(student)])
+    teacher, tokenizer = home / "teacher", AutoTokenizer.from_pretrained(home / "teacher")
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(tmp_path / "bare")
+    with pytest.raises(SystemExit, match="^--model: expected a tokenizer beside the model, got none in .*bare$"):
+        start(tmp_path / "bare", teacher)
+    convert.save(convert.attach(AutoModelForCausalLM.from_pretrained(teacher), width=8, topk=4), tmp_path / "student", tokenizer)
+    with pytest.raises(SystemExit, match="^--model: expected a plain model, to be the teacher, got a student in .*student; --load is for"):
+        start(tmp_path / "student", teacher)
+    config = AutoConfig.from_pretrained(teacher)
+    config.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")
+    layers = config.num_hidden_layers
+    with pytest.raises(SystemExit, match=f"^--load: expected a student of --model, num_hidden_layers {layers - 1}, got {layers} in .*deeper$"):
+        start(teacher, tmp_path / "deeper")
+    weights = tmp_path / "student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="^--load: expected a folder that distill.py wrote, got .*student"):
+        start(teacher, tmp_path / "student")
+
+
+def test_students_are_in_memory_one_at_a_time(home, tmp_path, monkeypatch):
+    students = []
+
+    def train(name, student, *args, do=distill.train):
+        assert all(earlier() is None for earlier in students), name
+        students.append(weakref.ref(student))
+        return do(name, student, *args)
+
+    monkeypatch.setattr(distill, "train", train)
+    distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
+    assert len(students) == 3
 
 
 def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path, monkeypatch):
