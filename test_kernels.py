@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -1053,45 +1054,44 @@ def test_large_rows_at_once_is_one_call(stride, padded):
 # -- every launch compiles for the GPU ---------------------------------------------------------------------------------
 
 
-def launches(capability):
+SHAPES = [(torch.bfloat16, 64, 256, 4), (torch.float16, 64, 256, 4), (torch.float32, 64, 256, 4), (torch.bfloat16, 128, 1024, 1)]
+
+
+def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     """Calls that between them launch every kernel with the options really used."""
     B, H, Hkv, T, S = 1, 4, 2, 64, 96
-    shapes = [(torch.bfloat16, 64, 256, 4)]
-    if capability == 90:  # the other dtypes and sizes once: fp32 takes a minute to compile
-        shapes += [(torch.float16, 64, 256, 4), (torch.float32, 64, 256, 4), (torch.bfloat16, 128, 1024, 1)]
-    for dtype, D, width, stride in shapes:
-        q, k, v = (torch.ones(B, h, n, D, dtype=dtype, requires_grad=True) for h, n in ((H, T), (Hkv, S), (Hkv, S)))
-        seen, R = torch.full((B, T), S), T // stride
-        row = None if stride == 1 else torch.arange(T)[None] // stride
-        scores, cells = torch.ones(B, H, R, width, dtype=dtype), torch.ones(B, H, R, width, dtype=torch.bool)
-        kernels.select_cells(scores, seen[:, :R], 64, "causal_batch")
-        kernels.select_cells(scores, seen[:, :R], 64, "query")
-        kernels.pool_attention(q, k, seen, width)
-        yield kernels.score_loss(q, k, q.detach(), k.detach(), seen)
-        config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
-        calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
-        for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
-            config = replace(config, cell_keys=with_scores)
-            result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
-            yield (result.out, result.scores) if with_scores else result.out
-            with torch.no_grad():  # decoding, with and without padding
-                layer, new = sea.SEAttention(config).to(dtype), torch.ones(B, H, 1, D, dtype=dtype)
-                longer = None if valid is None else torch.ones(B, S + 1, dtype=torch.bool)
-                kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
-                layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
-        for kernels.DETERMINISTIC in (True, False):
-            yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
-        if (dtype, D, width, capability) == (torch.bfloat16, 128, 1024, 90):  # the widest convolutions
-            cnn = sea.CausalCNN(32, 1024).to(dtype)
-            image = torch.ones(1, 64, 8, 256, dtype=dtype, requires_grad=True)
-            yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
-            with torch.no_grad():
-                kernels.causal_cnn(image[:, :, :1], cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, (image[:, :, :4], image[:, :, :4]))
-        if dtype == torch.bfloat16:
-            kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
+    q, k, v = (torch.ones(B, h, n, D, dtype=dtype, requires_grad=True) for h, n in ((H, T), (Hkv, S), (Hkv, S)))
+    seen, R = torch.full((B, T), S), T // stride
+    row = None if stride == 1 else torch.arange(T)[None] // stride
+    scores, cells = torch.ones(B, H, R, width, dtype=dtype), torch.ones(B, H, R, width, dtype=torch.bool)
+    kernels.select_cells(scores, seen[:, :R], 64, "causal_batch")
+    kernels.select_cells(scores, seen[:, :R], 64, "query")
+    kernels.pool_attention(q, k, seen, width)
+    yield kernels.score_loss(q, k, q.detach(), k.detach(), seen)
+    config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
+    calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
+    for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
+        config = replace(config, cell_keys=with_scores)
+        result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
+        yield (result.out, result.scores) if with_scores else result.out
+        with torch.no_grad():  # decoding, with and without padding
+            layer, new = sea.SEAttention(config).to(dtype), torch.ones(B, H, 1, D, dtype=dtype)
+            longer = None if valid is None else torch.ones(B, S + 1, dtype=torch.bool)
+            kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
+            layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
+    for kernels.DETERMINISTIC in (True, False):
+        yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
+    if width == 1024:  # the widest convolutions
+        cnn = sea.CausalCNN(32, 1024).to(dtype)
+        image = torch.ones(1, 64, 8, 256, dtype=dtype, requires_grad=True)
+        yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
+        with torch.no_grad():
+            kernels.causal_cnn(image[:, :, :1], cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, (image[:, :, :4], image[:, :, :4]))
+    if dtype == torch.bfloat16:
+        kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
 
 
-def compile_launches(capability: int) -> int:
+def compile_launches(capability: int, shape: int) -> int:
     """Compile, by Triton's own launch path, for a GPU that need not be there. Returns the number of cubins."""
     from triton.backends.compiler import GPUTarget
 
@@ -1117,16 +1117,22 @@ def compile_launches(capability: int) -> int:
     kernels._check_tensor = lambda *args: None  # CPU tensors will do
     torch.empty, kernels.PAIRS_PER_PROGRAM = torch.ones, 1  # nothing is computed, so sizes that depend on data come from here
     torch.empty_like = lambda x, **kwargs: torch.ones_like(x)
-    for out in launches(capability):
+    for out in launches(*SHAPES[shape]):
         out = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor) and x.requires_grad]
         if out:
             torch.autograd.backward(out, [torch.ones_like(x) for x in out])
     return len(cubins)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_launch_compiles_without_a_gpu(capability):
+def test_every_launch_compiles_without_a_gpu():
+    """For sm_90 in all dtypes and sizes, for sm_80 in bf16; a process for each, as many at a time as there are cores."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"import test_kernels; print(test_kernels.compile_launches({capability}), 'cubins')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "cubins" in done.stdout, done.stderr[-3000:]
+
+    def compiled(job):
+        code = f"import test_kernels; print(test_kernels.compile_launches(*{job}), 'cubins')"
+        return subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
+
+    jobs = [*((90, shape) for shape in reversed(range(len(SHAPES)))), (80, 0)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for job, done in zip(jobs, pool.map(compiled, jobs)):
+            assert done.returncode == 0 and "cubins" in done.stdout, f"{job}: {done.stderr[-3000:]}"
