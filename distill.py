@@ -957,9 +957,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     examine("teacher", teacher)
 
-    student = None
     for name in ["loaded"] if args.load else args.method:
-        del student  # one at a time
+        student = None  # lets the one before go
         start = time.perf_counter()
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
