@@ -132,14 +132,26 @@ def unpack_mask(cells: CellBits) -> Tensor:
 # -- grouped top-k -----------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _order(x):
+    """An integer that orders as the float x does: its bits, with those of negative ones turned round."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _float(order):
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
 # The best n = round(HEADS * topk * width / seen) of the HEADS x width cells of one query, as bits; ties to the lower index.
 # One program: the cells that compete, all in registers; grid (R, B * H / HEADS).
 #   x (B, H, R, width), any strides: probabilities, or scores if SOFTMAX; seen (B, R) int -> bits (B, H, R, words) int32
-# The order of floats is that of their bits as integers (with those of negative ones turned round), so the n-th largest is
-# found by bisection over integers: exact, no sort. fp32: softmax. Reads x once and writes a bit a cell, where eager writes
-# the softmax, sorts it and keeps an int64 index a cell. Limits: HEADS * width, each padded to a power of two, <= 32768.
-# Reference: sea.topk_mask, bit for bit given the same probabilities; SOFTMAX may order cells closer than its rounding
-# differently.
+# The order of floats is that of their bits as integers, so the n-th largest is found by bisection over integers: exact, no
+# sort. SOFTMAX ranks logarithms, whose bisection is shorter. Reads x once and writes a bit a cell, where eager writes the
+# softmax, sorts it and keeps an int64 index a cell. Limits: HEADS * width, each padded to a power of two, <= 32768.
+# Reference: sea.topk_mask, bit for bit given the same probabilities; SOFTMAX, in fp32, may order cells closer than its
+# rounding differently.
 @triton.jit
 def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_stride, H, R, budget, HEADS: tl.constexpr, WIDTH: tl.constexpr,
                    WORDS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SOFTMAX: tl.constexpr):
@@ -149,15 +161,14 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_stride, H, R, budget, HEADS: tl.
     there = (offs_h < HEADS)[:, None] & (offs_p < WIDTH)[None, :]
     # (BLOCK_H, BLOCK_P)
     x_ptr += b * x_stride[0] + (h + offs_h)[:, None].to(tl.int64) * x_stride[1] + r.to(tl.int64) * x_stride[2]
-    x = tl.load(x_ptr + offs_p[None, :] * x_stride[3], mask=there, other=0.0).to(tl.float32)
-    if SOFTMAX:
-        x = tl.where((offs_p < WIDTH)[None, :], x, -float("inf"))
-        x = tl.exp(x - tl.max(x, axis=1)[:, None])
-        x = x / tl.sum(x, axis=1)[:, None]
-    key = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
-    key = key ^ ((key >> 31) & 0x7FFFFFFF)
-    low, high = tl.min(tl.min(tl.where(there, key, 0x7FFFFFFF), axis=1), axis=0), -0x80000000
-    key = tl.reshape(tl.where(there, key, high), (BLOCK_H * BLOCK_P,))
+    x = tl.load(x_ptr + offs_p[None, :] * x_stride[3], mask=there, other=-float("inf")).to(tl.float32)
+    top = tl.maximum(tl.max(x, axis=1), LOWEST)
+    if SOFTMAX:  # its logarithm
+        lse = top + tl.log(tl.maximum(tl.sum(tl.exp2((x - top[:, None]) * 1.4426950408889634), axis=1), 1.0))
+        x, top = x - lse[:, None], top - lse
+    high = _order(tl.max(tl.where(offs_h < HEADS, top, -float("inf")), axis=0)) + 1
+    low = _order(tl.min(tl.min(tl.where(there, x, float("inf")), axis=1), axis=0))
+    x = tl.reshape(tl.where(there, x, -float("inf")), (BLOCK_H * BLOCK_P,))
 
     # -- bisection: `low` is reached by `count` >= n cells, `high` by fewer than n
     seen = tl.load(seen_ptr + b * R + r).to(tl.int64)
@@ -167,15 +178,16 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_stride, H, R, budget, HEADS: tl.
     count = n * 0 + HEADS * WIDTH
     while (count != n) & (low + 1 < high):
         middle = (low & high) + ((low ^ high) >> 1)  # rounded down, and low + high may not fit
-        reached = tl.sum((key >= middle).to(tl.int32), axis=0)
+        reached = tl.sum(tl.where(x >= _float(middle), 1.0, 0.0), axis=0).to(tl.int32)  # faster than of integers
         enough = reached >= n
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         count = tl.where(enough, reached, count)
-    keep = key >= low
+    least = _float(low)
+    keep = x >= least
     if count != n:  # more cells than wanted equal the n-th largest
-        tie = key == low
-        n_tie = n - tl.sum((key > low).to(tl.int32), axis=0)
-        keep = (key > low) | (tie & (tl.cumsum(tie.to(tl.int32), axis=0) <= n_tie))
+        tie = x == least
+        n_tie = n - tl.sum((x > least).to(tl.int32), axis=0)
+        keep = (x > least) | (tie & (tl.cumsum(tie.to(tl.int32), axis=0) <= n_tie))
 
     # -- pack, (BLOCK_H * BLOCK_P / 32, 32) cells
     on = tl.reshape((keep & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32)) << tl.arange(0, 32)[None, :]

@@ -232,7 +232,7 @@ def test_fused_softmax_selects_the_same_up_to_its_rounding(case):
     assert torch.equal(mask.sum(dims), fused.sum(dims))
     differ = mask ^ fused
     highest, lowest = probs.masked_fill(~differ, 0).amax(dims), probs.masked_fill(~differ, 1).amin(dims)
-    assert (highest <= lowest * (1 + 1e-6)).all()
+    assert (highest <= lowest * (1 + 4e-6)).all()  # the kernel ranks logarithms, up to about -16: 2^-20 apart
 
 
 # -- sparse attention --------------------------------------------------------------------------------------------------
