@@ -2140,10 +2140,10 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, there_ptr, seen_ptr, c
 def _cell_keys_tiles(dtype: torch.dtype, width: int) -> dict:
     block_p, half = max(16, triton.next_power_of_2(width)), dtype != torch.float32  # "ieee" dots run without tensor cores
     return dict(BLOCK_T=16, BLOCK_B=64 if half else 32, BLOCK_P=block_p, num_warps=min(max(block_p // (128 if half else 64), 1), 16),
-                num_stages=2 if half else 1)
+                num_stages=3 if half else 1)
 
 
-CELL_KEYS_PROGRAMS = 1056  # 8 on each of an H100's multiprocessors; more are slower there
+CELL_KEYS_PROGRAMS = 528  # 4 on each of an H100's multiprocessors; more are slower there
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
