@@ -948,7 +948,8 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
     x, (N, n), E = x.contiguous(), x.shape[:2], x[0, 0].numel()
     first = None if first is None else first.float().contiguous()
     out = torch.empty(N, n + 1, *x.shape[2:], dtype=torch.float32, device=x.device)
-    _running_sums_kernel[(triton.cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=128, BLOCK_E=16, num_warps=4)
+    _running_sums_kernel[(triton.cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=64 if E > 1024 else 128, BLOCK_E=16,
+                                                  num_warps=4)
     return out
 
 
