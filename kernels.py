@@ -174,7 +174,6 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_stride, H, R, budget, HEADS: tl.
     seen = tl.load(seen_ptr + b * R + r).to(tl.int64)
     t = tl.maximum(seen, 1)
     n = tl.minimum(tl.maximum((budget + t) // (2 * t), 1), HEADS * WIDTH).to(tl.int32)
-    high = tl.max(key, axis=0) + 1
     count = n * 0 + HEADS * WIDTH
     while (count != n) & (low + 1 < high):
         middle = (low & high) + ((low ^ high) >> 1)  # rounded down, and low + high may not fit
@@ -243,13 +242,18 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # from its first key, a block of BLOCK_N keys at a time, so that a cell of a block's width costs one, wherever it lies. Each
 # (query, key) pair is met at most once, and where cells are narrower than a block (early causal queries) a tile becomes an
 # ordinary dense one. Inside a block, a query's own bits decide. Work and memory are linear in T for a constant budget.
+#
+# Which keys of a block a query keeps would cost more than its products, a division and a load for each. But a query that sees
+# t >= width keys has at most 32 cells over 32 keys: the bits of these, a window, are shifted out of its words once a block, and key
+# number i of the block is in the cell of the window that place + step * i rounds to. The first few tiles do without.
 
 
 def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
-    """Tile sizes and launch options of the attention kernels. BLOCK_M and BLOCK_N >= 16, as tl.dot wants."""
+    """Tile sizes and launch options of the attention kernels. Sizes >= 16, as tl.dot wants; BLOCK_N <= 32, as windows are. With one
+    warp a row's maximum and its probabilities need not leave it."""
     if dtype == torch.float32:  # "ieee" dots run without tensor cores: small tiles keep them in registers
         return dict(BLOCK_M=16, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
-    return dict(BLOCK_M=16, BLOCK_N=32, num_warps=2 if d_head <= 64 else 4, num_stages=2)
+    return dict(BLOCK_M=16, BLOCK_N=32, num_warps=1 if d_head <= 128 else 4, num_stages=3)
 
 
 UNIT = tl.constexpr(8)  # keys
@@ -270,8 +274,8 @@ def _max(a, b):
 
 @triton.jit
 def _first_key(p, t, WIDTH: tl.constexpr):
-    """lo(p) = (2 t p + width) // (2 width), in int64: 2 t p passes 2^31 at t = 1M, width 1024."""
-    return (2 * t.to(tl.int64) * p + WIDTH) // (2 * WIDTH)
+    """lo(p) = (2 t p + width) // (2 width). t in two parts, since 2 t p passes 2^31 at t = 1M, width 1024."""
+    return t // (2 * WIDTH) * 2 * p + (t % (2 * WIDTH) * 2 * p + WIDTH) // (2 * WIDTH)
 
 
 @triton.jit
@@ -295,11 +299,40 @@ def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
     return ((word >> (cell & 31)) & 1) != 0
 
 
+@triton.jit
+def _has_windows(t, WIDTH: tl.constexpr):
+    """Whether all queries of a tile have windows: up to t = 2^20, fp32 is exact enough."""
+    return (tl.min(tl.where(t > 0, t, WIDTH), axis=0) >= WIDTH) & (tl.max(t, axis=0) <= 1048576)
+
+
+@triton.jit
+def _cells_a_key(t, WIDTH: tl.constexpr):
+    return WIDTH / tl.maximum(t, 1).to(tl.float32)
+
+
+@triton.jit
+def _window(words_ptr, t, j, step, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    """Mask bits of the 32 cells from cell(j, t) on, 0 past the last, and the place of key j's middle among them, less 1/2."""
+    cell, rest = _cell_of_key(t, j, WIDTH)
+    word = cell >> 5
+    low = tl.load(words_ptr + word, mask=j < t, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    high = tl.load(words_ptr + word + 1, mask=(j < t) & (word + 1 < WORDS), other=0).to(tl.int64)
+    place = (2 * rest + 1 - 2 * t).to(tl.float32) * (step * (0.25 / WIDTH))
+    return (((high << 32) | low) >> (cell & 31)).to(tl.int32), place
+
+
+@triton.jit
+def _in_window(window, place, step, i, there):
+    """Whether key number i of the block is kept and `there`. Shapes broadcast."""
+    cell = (place + step * i.to(tl.float32) + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23: rounds, to the low bits
+    return ((window >> (cell & 31)) & there.to(tl.int32)) != 0
+
+
 # The keys that each tile of queries visits.
 # One program: one tile; grid (n_tile, B * H), n_tile = cdiv(T, BLOCK_M).
 #   bits (B, H, R, words) int32; seen (B, T) int; row (B, T) int or None: query i uses row i
-#   runs (B * H * n_tile, max_runs + 1, 2) int32: first unit and end of each run, ascending, more than GAP units apart; the
-#   last entry is only ever read ahead
+#   runs (B * H * n_tile, max_runs + 1, 2) int32: first unit and end of each run, ascending, more than GAP units apart; then
+#   unit 0, for those who read ahead
 #   steps (B * H * n_tile,) int32: blocks in all
 #   union (B * H * n_tile, words + 2) int32, or None: the words of the tile's union of cells, its shortest and longest seen
 # A cell p of the union covers keys lo(p) of the tile's shortest query to lo(p+1) of its longest. Adjacent cells always
@@ -340,9 +373,9 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H,
     on = (on != 0) & (p < WIDTH) & (begin < end)
     begin_before, end_before = _first_key(p - 1, t_min, WIDTH), tl.minimum(_first_key(p, t_max, WIDTH), n_key)
     on_before = (on_before != 0) & (p <= WIDTH) & (begin_before < end_before)
-    begin = (begin // UNIT).to(tl.int32)
-    end = tl.where(on, ((end + UNIT - 1) // UNIT).to(tl.int32), 0)
-    end_before = tl.where(on_before, ((end_before + UNIT - 1) // UNIT).to(tl.int32), 0)
+    begin = begin // UNIT
+    end = tl.where(on, (end + UNIT - 1) // UNIT, 0)
+    end_before = tl.where(on_before, (end_before + UNIT - 1) // UNIT, 0)
     covered = tl.associative_scan(end_before, 0, _max)  # end of all cells before p; 0 if none is on
 
     # -- a run begins at a cell that leaves a gap; there, too, the run before it ends
@@ -353,6 +386,7 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H,
     tl.store(runs_ptr + run * 2 - 1, covered, mask=new & (run > 0))
     n_run, last_end = tl.sum(new.to(tl.int32), axis=0), tl.max(end, axis=0)
     tl.store(runs_ptr + n_run * 2 - 1, last_end, mask=n_run > 0)
+    tl.store(runs_ptr + n_run * 2, 0)
     # -- blocks: a run's first unit and end are in the hands of different threads
     tl.debug_barrier()
     run = tl.arange(0, BLOCK_W * 16)
@@ -370,17 +404,53 @@ def _next_block(runs_ptr, unit, end, BLOCK_N: tl.constexpr):
     return runs_ptr, tl.where(jump, following, unit + BLOCK_N // UNIT), end
 
 
+@triton.jit
+def _attend(q, k_ptr, v_ptr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
+            WINDOWS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Maximum and sum of the softmax, (BLOCK_M,), and its product with v, (BLOCK_M, BLOCK_D), over a tile's blocks."""
+    offs_n = tl.arange(0, BLOCK_N)
+    m_i = tl.full((q.shape[0],), LOWEST, tl.float32)
+    l_i = tl.zeros((q.shape[0],), tl.float32)
+    acc = tl.zeros(q.shape, tl.float32)
+    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
+    step = _cells_a_key(t, WIDTH)
+    window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)
+    for _ in range(n_step):
+        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
+        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
+        mask_n = (j < n_key)[:, None] & mask_d[None, :]
+        # -- scores, (BLOCK_M, BLOCK_N)
+        k = tl.load(k_ptr + first * K_ROW, mask=mask_n, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        if WINDOWS:
+            keep = _in_window(window[:, None], place[:, None], step[:, None], offs_n[None, :], (j < n_run_key)[None, :])
+        else:
+            keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
+        s = tl.where(keep, s, -float("inf"))
+        # -- online softmax
+        m_new = tl.maximum(m_i, tl.max(s, axis=1))
+        p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
+        l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
+        v = tl.load(v_ptr + first * V_ROW, mask=mask_n, other=0.0)
+        acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
+        window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)  # its loads end while other programs work
+    return m_i, l_i, acc
+
+
 # o = softmax(q k^T * softmax_scale) v over the kept keys; lse = log2 of the sum of 2^(scores * log2 e), +inf if none.
 # One program: one tile of BLOCK_M queries, walking its key blocks; grid (B * H * n_tile,).
 #   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bits, seen, row, runs, steps as in _plan_kernel
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
-# fp32: scores, m_i, l_i, acc. Moves the visited k and v blocks, where eager writes T x S scores and probabilities.
+# fp32: scores, m_i, l_i, acc. Moves the visited k and v blocks, where eager writes T x S scores and probabilities. Strides between
+# keys are constants, so that a block's rows share one address.
 # Limits: D padded to a power of two >= 16; tiles in registers, so D <= 256. Reference: sea.sparse_attention.
 @triton.jit
 def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, o_ptr,
                                  lse_ptr, q_stride, k_stride, v_stride, H, T, R, n_key, n_tile, max_runs, qk_scale,
-                                 GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
-                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                                 K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                                 WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                 BLOCK_D: tl.constexpr):
     tile = tl.program_id(0)
     pid_bh, pid_m = tile // n_tile, tile % n_tile
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
@@ -393,29 +463,17 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     q_ptr += b * q_stride[0] + h * q_stride[1] + offs_m[:, None].to(tl.int64) * q_stride[2] + offs_d[None, :] * q_stride[3]
     q = tl.load(q_ptr, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
     # (BLOCK_N, BLOCK_D), of unit 0
-    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * k_stride[2] + offs_d[None, :] * k_stride[3]
-    v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * v_stride[2] + offs_d[None, :] * v_stride[3]
+    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * K_ROW + offs_d[None, :] * k_stride[3]
+    v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * V_ROW + offs_d[None, :] * v_stride[3]
 
-    m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
-    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
-    for _ in range(tl.load(steps_ptr + tile)):
-        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
-        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
-        mask_n = (j < n_key)[:, None] & mask_d[None, :]
-        # -- scores, (BLOCK_M, BLOCK_N)
-        k = tl.load(k_ptr + first * k_stride[2], mask=mask_n, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        s = tl.where(_is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH), s, -float("inf"))
-        # -- online softmax
-        m_new = tl.maximum(m_i, tl.max(s, axis=1))
-        p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
-        l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
-        v = tl.load(v_ptr + first * v_stride[2], mask=mask_n, other=0.0)
-        acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
+    n_step = tl.load(steps_ptr + tile)
+    if _has_windows(t, WIDTH):
+        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, K_ROW, V_ROW, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
+                                True, WIDTH, WORDS, BLOCK_N)
+    else:
+        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, K_ROW, V_ROW, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
+                                False, WIDTH, WORDS, BLOCK_N)
     # -- write back
     empty = l_i == 0
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]
@@ -423,6 +481,42 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     at = pid_bh.to(tl.int64) * T + offs_m
     tl.store(o_ptr + at[:, None] * D + offs_d[None, :], acc.to(o_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
     tl.store(lse_ptr + at, lse, mask=mask_m)
+
+
+@triton.jit
+def _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
+                softmax_scale, ATOMIC: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr,
+                WINDOWS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dq / softmax_scale, (BLOCK_M, BLOCK_D) fp32, over a tile's blocks."""
+    offs_n = tl.arange(0, BLOCK_N)
+    dq = tl.zeros(q.shape, tl.float32)
+    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
+    step = _cells_a_key(t, WIDTH)
+    window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)
+    for _ in range(n_step):
+        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
+        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
+        mask_n = (j < n_key)[:, None] & mask_d[None, :]
+        # -- probabilities again, (BLOCK_M, BLOCK_N)
+        k = tl.load(k_ptr + first * K_ROW, mask=mask_n, other=0.0)
+        v = tl.load(v_ptr + first * V_ROW, mask=mask_n, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        if WINDOWS:
+            keep = _in_window(window[:, None], place[:, None], step[:, None], offs_n[None, :], (j < n_run_key)[None, :])
+        else:
+            keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
+        p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq += tl.dot(ds, k, input_precision="ieee")
+        if ATOMIC:
+            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * softmax_scale
+            tl.atomic_add(dk_ptr + first * D, dk, mask=mask_n, sem="relaxed")
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            tl.atomic_add(dv_ptr + first * D, dv, mask=mask_n, sem="relaxed")
+        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
+        window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)
+    return dq
 
 
 # With p = 2^(scores - lse), dp = do v^T, delta = rowsum(o do), ds = p (dp - delta): dq = ds k * softmax_scale.
@@ -434,9 +528,10 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
 @triton.jit
 def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr,
                                 lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride,
-                                do_stride, H, T, R, n_key, n_tile, max_runs, qk_scale, softmax_scale, GROUP: tl.constexpr,
-                                ATOMIC: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
-                                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                                do_stride, H, T, R, n_key, n_tile, max_runs, qk_scale, softmax_scale, K_ROW: tl.constexpr,
+                                V_ROW: tl.constexpr, GROUP: tl.constexpr, ATOMIC: tl.constexpr, D: tl.constexpr,
+                                WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                BLOCK_D: tl.constexpr):
     tile = tl.program_id(0)
     pid_bh, pid_m = tile // n_tile, tile % n_tile
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
@@ -456,32 +551,18 @@ def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, se
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     tl.store(delta_ptr + at, delta, mask=mask_m)
     # (BLOCK_N, BLOCK_D), of unit 0
-    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * k_stride[2] + offs_d[None, :] * k_stride[3]
-    v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * v_stride[2] + offs_d[None, :] * v_stride[3]
+    k_ptr += b * k_stride[0] + h // GROUP * k_stride[1] + offs_n[:, None] * K_ROW + offs_d[None, :] * k_stride[3]
+    v_ptr += b * v_stride[0] + h // GROUP * v_stride[1] + offs_n[:, None] * V_ROW + offs_d[None, :] * v_stride[3]
     at_kv = (b * (H // GROUP) + h // GROUP) * n_key * D + offs_n[:, None] * D + offs_d[None, :]
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
-    unit, end = tl.load(runs_ptr), tl.load(runs_ptr + 1)
-    for _ in range(tl.load(steps_ptr + tile)):
-        j, first = unit * UNIT + offs_n, unit.to(tl.int64) * UNIT
-        n_run_key = tl.minimum(end * UNIT, n_key)  # the block may reach into the next run
-        mask_n = (j < n_key)[:, None] & mask_d[None, :]
-        # -- probabilities again, (BLOCK_M, BLOCK_N)
-        k = tl.load(k_ptr + first * k_stride[2], mask=mask_n, other=0.0)
-        v = tl.load(v_ptr + first * v_stride[2], mask=mask_n, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
-        p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq += tl.dot(ds, k, input_precision="ieee")
-        if ATOMIC:
-            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * softmax_scale
-            tl.atomic_add(dk_ptr + at_kv + first * D, dk, mask=mask_n, sem="relaxed")
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-            tl.atomic_add(dv_ptr + at_kv + first * D, dv, mask=mask_n, sem="relaxed")
-        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
+    n_step = tl.load(steps_ptr + tile)
+    if _has_windows(t, WIDTH):
+        dq = _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, dk_ptr + at_kv, dv_ptr + at_kv, t, words_ptr, runs_ptr, n_step, n_key,
+                         mask_d, qk_scale, softmax_scale, ATOMIC, K_ROW, V_ROW, D, True, WIDTH, WORDS, BLOCK_N)
+    else:
+        dq = _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, dk_ptr + at_kv, dv_ptr + at_kv, t, words_ptr, runs_ptr, n_step, n_key,
+                         mask_d, qk_scale, softmax_scale, ATOMIC, K_ROW, V_ROW, D, False, WIDTH, WORDS, BLOCK_N)
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + at[:, None] * D + offs_d[None, :], dq, mask=mask_md)
 
@@ -521,6 +602,45 @@ def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP
     tl.store(firsts_ptr + pid_bh * tl.num_programs(0) + block, first)
 
 
+@triton.jit
+def _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr, q_stride, do_stride,
+                  b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, WINDOWS: tl.constexpr, WIDTH: tl.constexpr,
+                  WORDS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """dk / softmax_scale and dv of a key block, (BLOCK_N, BLOCK_D), and the shares of the first n tiles of a list."""
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[0]), tl.arange(0, k.shape[1])
+    j = block * k.shape[0] + offs_n
+    for i in range(0, n):
+        tile = tl.load(tiles_ptr + i)
+        pid_bh, h, m = tile // n_tile, (tile // n_tile % H).to(tl.int64), tile % n_tile * BLOCK_M + offs_m
+        mask_m = m < T
+        mask_md = mask_m[:, None] & mask_d[None, :]
+        of_query = pid_bh.to(tl.int64) * T + m
+        t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+        row = m if row_ptr is None else tl.load(row_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
+        words_ptr = bits_ptr + (pid_bh.to(tl.int64) * R + row) * WORDS
+        # (BLOCK_M, BLOCK_D)
+        q = tl.load(q_ptr + b * q_stride[0] + h * q_stride[1] + m[:, None].to(tl.int64) * q_stride[2]
+                    + offs_d[None, :] * q_stride[3], mask=mask_md, other=0.0)
+        do = tl.load(do_ptr + b * do_stride[0] + h * do_stride[1] + m[:, None].to(tl.int64) * do_stride[2]
+                     + offs_d[None, :] * do_stride[3], mask=mask_md, other=0.0)
+        lse = tl.load(lse_ptr + of_query, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + of_query, mask=mask_m, other=0.0)
+        # -- probabilities again, (BLOCK_N, BLOCK_M)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+        if WINDOWS:
+            step = _cells_a_key(t, WIDTH)
+            window, place = _window(words_ptr, t, block * k.shape[0], step, WIDTH, WORDS)
+            keep = _in_window(window[None, :], place[None, :], step[None, :], offs_n[:, None], (j < n_key)[:, None])
+        else:
+            keep = _is_kept(words_ptr[None, :], t[None, :], j[:, None], n_key, WIDTH)
+        p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
+        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk += tl.dot(ds, q, input_precision="ieee")
+    return dk, dv
+
+
 # dk = ds^T q * softmax_scale, dv = p^T do, over the tiles that visit a key block, in the order of the tiles.
 # One program: one key block and at most `per_program` of its tiles; grid (bound on the programs,). A block with few tiles is
 # written at once; that with many (every query visits a sink) by several programs, to `part`, summed by _sum_parts_kernel.
@@ -549,7 +669,7 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
     begin, end = nth * per_program, tl.minimum((nth + 1) * per_program, count)
     tiles_ptr += pid.to(tl.int64) * BLOCK_T
 
-    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_d = offs_d < D
     mask_n = (j < n_key)[:, None] & mask_d[None, :]
@@ -559,6 +679,7 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
     k, v = tl.load(k_ptr, mask=mask_n, other=0.0), tl.load(v_ptr, mask=mask_n, other=0.0)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     start, before = tl.load(firsts_ptr + lst), 0
+    windows = (block * BLOCK_N >= WIDTH) & (n_key <= 1048576)  # of all queries that see this block
     while (start < GROUP * n_tile) & (before < end):
         # -- list the next visitors, those from the begin-th to the end-th
         at = start + tl.arange(0, BLOCK_T)
@@ -570,30 +691,13 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
         tl.store(tiles_ptr + place - skip, visitor, mask=visits & (place >= skip) & (place < end))
         tl.debug_barrier()
         start, before = start + BLOCK_T, before + tl.sum(visits.to(tl.int32), axis=0)
-        for i in range(0, tl.minimum(before, end) - skip):
-            tile = tl.load(tiles_ptr + i)
-            pid_bh, h, m = tile // n_tile, (tile // n_tile % H).to(tl.int64), tile % n_tile * BLOCK_M + offs_m
-            mask_m = m < T
-            mask_md = mask_m[:, None] & mask_d[None, :]
-            of_query = pid_bh.to(tl.int64) * T + m
-            t = tl.load(seen_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
-            row = m if row_ptr is None else tl.load(row_ptr + b * T + m, mask=mask_m, other=0).to(tl.int32)
-            words_ptr = bits_ptr + (pid_bh.to(tl.int64) * R + row) * WORDS
-            # (BLOCK_M, BLOCK_D)
-            q = tl.load(q_ptr + b * q_stride[0] + h * q_stride[1] + m[:, None].to(tl.int64) * q_stride[2]
-                        + offs_d[None, :] * q_stride[3], mask=mask_md, other=0.0)
-            do = tl.load(do_ptr + b * do_stride[0] + h * do_stride[1] + m[:, None].to(tl.int64) * do_stride[2]
-                         + offs_d[None, :] * do_stride[3], mask=mask_md, other=0.0)
-            lse = tl.load(lse_ptr + of_query, mask=mask_m, other=float("inf"))
-            delta = tl.load(delta_ptr + of_query, mask=mask_m, other=0.0)
-            # -- probabilities again, (BLOCK_N, BLOCK_M)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
-            keep = _is_kept(words_ptr[None, :], t[None, :], j[:, None], n_key, WIDTH)
-            p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
-            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = (p * (dp - delta[None, :])).to(q.dtype)
-            dk += tl.dot(ds, q, input_precision="ieee")
+        n = tl.minimum(before, end) - skip
+        if windows:
+            dk, dv = _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
+                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, True, WIDTH, WORDS, BLOCK_M)
+        else:
+            dk, dv = _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
+                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, False, WIDTH, WORDS, BLOCK_M)
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
@@ -650,7 +754,7 @@ def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_p
     p = tl.arange(0, BLOCK_W * 32)
     word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + p // 32, mask=p < WORDS * 32, other=0)
     on = ((word >> p % 32) & 1) != 0
-    n = (tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key)).to(tl.int32)
+    n = (tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key))
     selected, skipped = tl.cumsum(tl.where(on, n, 0), axis=0), tl.where(on, 0, n)  # selected: up to a cell, it included
     total = tl.sum(tl.where(on, n, 0), axis=0)
 
@@ -712,8 +816,8 @@ def _sparse_attention_fwd(q, k, v, bits, seen, row, softmax_scale, width):
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     _sparse_attention_fwd_kernel[(len(steps),)](
         q, k, v, bits, seen, row, runs, steps, o, lse, q.stride(), k.stride(), v.stride(), H, T, bits.shape[2], S,
-        triton.cdiv(T, tiles["BLOCK_M"]), max_runs, softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width,
-        WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
+        triton.cdiv(T, tiles["BLOCK_M"]), max_runs, softmax_scale * math.log2(math.e), K_ROW=k.stride(2), V_ROW=v.stride(2),
+        GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
     return o, lse
 
 
@@ -730,7 +834,8 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     dk, dv = (new(B, Hkv, S, D, dtype=k.dtype if DETERMINISTIC else torch.float32, device=k.device) for _ in range(2))
     _sparse_attention_dq_kernel[(len(steps),)](
         q, k, v, o, do, bits, seen, row, runs, steps, lse, delta, dq, dk, dv, q.stride(), k.stride(), v.stride(),
-        do.stride(), H, T, R, S, n_tile, max_runs, qk_scale, softmax_scale, ATOMIC=not DETERMINISTIC, **sizes)
+        do.stride(), H, T, R, S, n_tile, max_runs, qk_scale, softmax_scale, K_ROW=k.stride(2), V_ROW=v.stride(2),
+        ATOMIC=not DETERMINISTIC, **sizes)
     if not DETERMINISTIC:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -750,7 +855,7 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     _sparse_attention_dkdv_kernel[(len(program),)](
         q, k, v, do, bits, seen, row, lse, delta, union, counts, firsts, list_of, part_ends, slots, per_program, scratch, part,
         dk, dv, q.stride(), k.stride(), v.stride(), do.stride(), H, T, R, S, n_tile, n_block, n_list, qk_scale, softmax_scale,
-        BLOCK_T=VISITORS, **sizes)
+        BLOCK_T=VISITORS, **dict(sizes, num_warps=max(tiles["num_warps"], sizes["BLOCK_D"] // 64), num_stages=1))
     _sum_parts_kernel[(n_list,)](counts, slots, per_program, part, dk, dv, S, n_block, D=D, BLOCK_N=tiles["BLOCK_N"],
                                  BLOCK_D=sizes["BLOCK_D"])
     return dq, dk, dv

@@ -142,7 +142,8 @@ def test_packing_loses_nothing(width, n_row, density, seed):
     assert torch.equal((cells.bits[..., word] >> bit & 1).bool(), mask[..., -1])
 
 
-_is_kept = kernels._is_kept  # a kernel may call a global function
+# A kernel may call global functions.
+_is_kept, _cells_a_key, _window, _in_window = kernels._is_kept, kernels._cells_a_key, kernels._window, kernels._in_window
 
 
 @triton.jit
@@ -152,21 +153,41 @@ def is_kept_kernel(words_ptr, t_ptr, j_ptr, out_ptr, n_key, WIDTH: tl.constexpr,
     tl.store(out_ptr + at, kept.to(tl.int32))
 
 
+@triton.jit
+def in_window_kernel(words_ptr, t_ptr, j_ptr, out_ptr, n_key, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    at, i = tl.arange(0, BLOCK), tl.arange(0, 32)
+    t, j = tl.load(t_ptr + at), tl.load(j_ptr + at)
+    step = _cells_a_key(t, WIDTH)
+    window, place = _window(words_ptr + at * 0, t, j, step, WIDTH, WORDS)
+    kept = _in_window(window[:, None], place[:, None], step[:, None], i[None, :], j[:, None] + i[None, :] < n_key)
+    tl.store(out_ptr + at[:, None] * 32 + i[None, :], kept.to(tl.int32))
+
+
 @given(st.integers(1, 2**23), st.sampled_from([1, 3, 32, 256, 1000, 1024, 4095]), st.integers(0, 99))
+@example(2**20, 256, 0)
 @settings(max_examples=100)
 def test_cell_of_a_key_is_exact_at_any_length(t, width, seed):
-    """Also where 2*t*width passes 2^31, and at the first and last key of a cell, where rounding would show."""
+    """Also where 2*t*width passes 2^31, and at the first and last key of a cell, where rounding would show. Key by key, and, for
+    the lengths that they are used for, by windows of 32 keys."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(1, 1, 1, width, generator=generator) < 0.5
     p = torch.randint(width, (128,), generator=generator)
     edges = sea.first_key_of_cell(p, torch.tensor(t), width) - torch.randint(2, (128,), generator=generator)
     j = torch.cat([edges, torch.randint(2**23, (128,), generator=generator) % (t + t // 4 + 1)]).clamp(0)
-    cell = sea.cell_of_key(j, torch.tensor(t), width)
-    expected = mask[0, 0, 0, cell.clamp(max=width - 1)] & (j < t)
+    words, t_of_j, n_key = kernels.pack_mask(mask.to(DEVICE)).bits, torch.full_like(j, t).int().to(DEVICE), t + t // 8
+
+    def expected(j):
+        cell = sea.cell_of_key(j, torch.tensor(t), width)
+        return mask[0, 0, 0, cell.clamp(max=width - 1)] & (j < min(t, n_key))
+
     out = torch.empty(256, dtype=torch.int32, device=DEVICE)
-    is_kept_kernel[(1,)](kernels.pack_mask(mask.to(DEVICE)).bits, torch.full_like(j, t).int().to(DEVICE), j.int().to(DEVICE), out,
-                         2**24, WIDTH=width, BLOCK=256)
-    assert torch.equal(out.cpu().bool(), expected)
+    is_kept_kernel[(1,)](words, t_of_j, j.int().to(DEVICE), out, n_key, WIDTH=width, BLOCK=256)
+    assert torch.equal(out.cpu().bool(), expected(j))
+    if width <= t <= 2**20:
+        first, n_key = (j - torch.randint(32, (256,), generator=generator)).clamp(0), t - t // 8
+        out = torch.empty(256, 32, dtype=torch.int32, device=DEVICE)
+        in_window_kernel[(1,)](words, t_of_j, first.int().to(DEVICE), out, n_key, WIDTH=width, WORDS=words.shape[-1], BLOCK=256)
+        assert torch.equal(out.cpu().bool(), expected(first[:, None] + torch.arange(32)))
 
 
 # -- grouped top-k -----------------------------------------------------------------------------------------------------
