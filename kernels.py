@@ -1729,22 +1729,32 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
 
 
 @triton.jit
-def _taps(x_ptr, w_ptr, row, p, there, n_row, P, C: tl.constexpr, BLOCK_C: tl.constexpr, SIGN: tl.constexpr,
-          PRECISION: tl.constexpr):
-    """Sum over the 9 taps of w[tap] x[:, row - SIGN*(4, 2, 0), p + SIGN*(-2, 0, 2)], (BLOCK_C, places) fp32: the convolution
-    if SIGN is 1; if -1, with w transposed, the gradient of its input. x (C, n_row, P), 0 outside; w (9, C, C) [tap, out, in]."""
-    offs_c = tl.arange(0, BLOCK_C)
-    in_c = offs_c < C
-    x_ptr += offs_c[:, None].to(tl.int64) * n_row * P
-    acc = tl.zeros((BLOCK_C, row.shape[0]), tl.float32)
-    for tap in tl.static_range(9):
-        r, c = row - SIGN * 2 * (2 - tap // 3), p + SIGN * 2 * (tap % 3 - 1)
-        at = there & (r >= 0) & (r < n_row) & (c >= 0) & (c < P)
-        x = tl.load(x_ptr + (r * P + c)[None, :], mask=in_c[:, None] & at[None, :], other=0.0)  # (BLOCK_C, places)
-        w_ptrs = w_ptr + tap * C * C + (offs_c[:, None] * C + offs_c[None, :] if SIGN == 1 else offs_c[None, :] * C + offs_c[:, None])
-        w = tl.load(w_ptrs, mask=in_c[:, None] & in_c[None, :], other=0.0)  # (BLOCK_C, BLOCK_C)
-        acc += tl.dot(w, x, input_precision=PRECISION)
-    return acc
+def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+              BLOCK_C: tl.constexpr):
+    """BLOCK_T rows from `row` (int64) on of an image whose channels lie last in memory, (n_row, P, C), or first, (C, n_row, P):
+    pointers (BLOCK_T * BLOCK_P, BLOCK_C)."""
+    offs, c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)[None, :]
+    place = (offs // BLOCK_P * P + offs % BLOCK_P)[:, None]
+    if LAST:
+        return x_ptr + row * P * C + (place * C + c)
+    else:
+        return x_ptr + row * P + (place + c.to(tl.int64) * n_row * P)
+
+
+@triton.jit
+def _tap(w_ptr, tap, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A tap (BLOCK_C, BLOCK_C) of w (9, C, C) [tap, out, in]; BACK: for x's gradient, transposed and from the last tap."""
+    m, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    of_w = (8 - tap) * C * C + n * C + m if BACK else tap * C * C + m * C + n
+    return tl.load(w_ptr + of_w, mask=(m < C) & (n < C), other=0.0)
+
+
+@triton.jit
+def _add_taps(x, w_0, w_1, w_2, acc_0, acc_1, acc_2, PRECISION: tl.constexpr):
+    """x (places, BLOCK_C) as a tap of three rows, whose sums are acc (BLOCK_C, places)."""
+    x = tl.trans(x)
+    return (tl.dot(w_0, x, acc_0, input_precision=PRECISION), tl.dot(w_1, x, acc_1, input_precision=PRECISION),
+            tl.dot(w_2, x, acc_2, input_precision=PRECISION))
 
 
 @triton.jit
@@ -1764,7 +1774,7 @@ def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.con
 def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
                BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
                PRECISION: tl.constexpr):
-    """LayerNorm(1x1 conv of x to 4 cells): (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P) fp32. up (4H, C)."""
+    """LayerNorm(1x1 conv of x to 4 cells): x (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P). up (4H, C)."""
     offs_c, offs_u, cell = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, 4 * BLOCK_P)
     up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & (offs_c < C)[None, :]).to(x.dtype)
     y = tl.dot(up, x, input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
@@ -1772,32 +1782,80 @@ def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: 
     return _normed(y, _vector(gain_ptr, cell, in_w), _vector(bias_ptr, cell, in_w), in_w, WIDTH)
 
 
-# out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with up also scores = LayerNorm(1x1 conv of it to 4 cells).
-# One program: BLOCK_T rows of all channels; grid (cdiv(R, BLOCK_T), B). The convolution is 9 products of the (C, C) weights
-# of a tap with the shifted (C, BLOCK_T * BLOCK_P) image; shifts come from the cache.
-#   x (B, C, lead + R, P), lead rows of the past first (0: zeros); w (9, C, C) [tap, out, in], up (4H, C) or None
-#   out (B, C, R, P), or with up scores (B, H, R, width)
-# fp32: accumulators and the norm. Reads and writes each row about once. Reference: sea.causal_cnn.
 @triton.jit
-def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, out_ptr, R, P, lead, WIDTH: tl.constexpr,
-                 C: tl.constexpr, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                 BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    offs, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
-    row, p = tl.program_id(0) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
-    at, in_c = (row < R) & (p < P), offs_c < C
-    acc = _taps(x_ptr + b * C * (lead + R) * P, w_ptr, row + lead, p, at, lead + R, P, C, BLOCK_C, 1, PRECISION)
-    acc = tl.maximum(acc + _vector(b_ptr, offs_c, in_c)[:, None], 0.0)
+def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, row, begin, out_stride, R, P,
+                WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK_T: tl.constexpr,
+                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """The end of _conv_kernel: acc (BLOCK_C, BLOCK_T * BLOCK_P), the sums of the taps of rows `row` on."""
+    offs, c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
+    in_c, t, p = c < C, row + offs // BLOCK_P, offs % BLOCK_P
+    if b_ptr is not None:
+        acc = tl.maximum(acc + _vector(b_ptr, c, in_c)[:, None], 0.0)
     if up_ptr is None:
-        out = out_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :]
-        tl.store(out, acc, mask=in_c[:, None] & at[None, :])
+        x, at = tl.trans(acc), ((t < R) & (p < P))[:, None] & in_c[None, :]
+        of_out = _row_ptrs(b * out_stride, row.to(tl.int64), R, P, C, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C)
+        if of_relu_ptr is not None:
+            of_relu = tl.load(of_relu_ptr + of_out, mask=at, other=0.0)
+            x = tl.where((of_relu > 0.0) | (t + begin < 0)[:, None], x, 0.0)
+        tl.store(out_ptr + of_out, x, mask=at)
     else:
-        y = _to_scores(acc.to(x_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T, BLOCK_P, BLOCK_C,
-                       BLOCK_H, PRECISION)
-        cell, n = tl.arange(0, 4 * BLOCK_P), tl.arange(0, BLOCK_H * BLOCK_T)
-        h, t = n // BLOCK_T, tl.program_id(0) * BLOCK_T + n % BLOCK_T
-        out = out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :]
-        tl.store(out, y, mask=((h < H) & (t < R))[:, None] & (cell < WIDTH)[None, :])
+        y = _to_scores(acc.to(up_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T, BLOCK_P,
+                       BLOCK_C, BLOCK_H, PRECISION)
+        n, cell = tl.arange(0, BLOCK_H * BLOCK_T), tl.arange(0, 4 * BLOCK_P)
+        h, t = n // BLOCK_T, row + n % BLOCK_T
+        tl.store(out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :], y,
+                 mask=((h < H) & (t < R))[:, None] & (cell < WIDTH)[None, :])
+
+
+# out = relu(conv3x3(x)), rows t, t-2, t-4 and columns p-2, p, p+2; with up, LayerNorm(1x1 conv of that to 4 cells) instead.
+# Without a bias, x is the gradient of such a convolution's sum, and out that of its input: the same with mirrored taps. With
+# of_relu it goes on through the relu that gave that input, except in rows of the past, which have been through theirs before.
+# One program: n_block times two rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and holds the sums
+# of the three pairs of rows that the pair at hand is a tap of, so 3 loads of it, with its columns shifted, serve 9 products of
+# the (C, C) weights of a tap with (C, 2P) places. Not WALK, for fp32 and many channels: one row and one sum, 9 loads.
+#   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (9, C, C) [tap, out, in], up (4H, C)
+#   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width); LAST, OUT_LAST: channels lie last in memory
+# fp32: accumulators and the norm. Where channels lie last, shifts keep places aligned: loads of 16 bytes, which go to shared
+# memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once. Reference: sea.causal_cnn.
+@triton.jit(do_not_specialize=["begin", "n_block"])
+def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride, out_stride, N, R, P,
+                 begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr,
+                 OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+                 BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * n_block * BLOCK_T
+    offs, in_c = tl.arange(0, BLOCK_T * BLOCK_P), (tl.arange(0, BLOCK_C) < C)[None, :]
+    row, p = begin + first + offs // BLOCK_P, offs % BLOCK_P
+    x_ptrs = _row_ptrs(x_ptr + b * x_stride, (begin + first).to(tl.int64), N, P, C, LAST, BLOCK_T, BLOCK_P, BLOCK_C)
+    place: tl.constexpr = C if LAST else 1
+    BACK: tl.constexpr = b_ptr is None
+    acc_0 = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
+    if WALK:
+        acc_1 = acc_0
+        w_00, w_01, w_02 = _tap(w_ptr, 0, C, BACK, BLOCK_C), _tap(w_ptr, 1, C, BACK, BLOCK_C), _tap(w_ptr, 2, C, BACK, BLOCK_C)
+        w_10, w_11, w_12 = _tap(w_ptr, 3, C, BACK, BLOCK_C), _tap(w_ptr, 4, C, BACK, BLOCK_C), _tap(w_ptr, 5, C, BACK, BLOCK_C)
+        w_20, w_21, w_22 = _tap(w_ptr, 6, C, BACK, BLOCK_C), _tap(w_ptr, 7, C, BACK, BLOCK_C), _tap(w_ptr, 8, C, BACK, BLOCK_C)
+    for i in range(0, n_block + 2):
+        at = (row + 2 * i >= 0) & (row + 2 * i < N) & (p < P)
+        x_0 = tl.load(x_ptrs - 2 * place, mask=(at & (p >= 2))[:, None] & in_c, other=0.0)  # (places, BLOCK_C)
+        x_1 = tl.load(x_ptrs, mask=at[:, None] & in_c, other=0.0)
+        x_2 = tl.load(x_ptrs + 2 * place, mask=(at & (p + 2 < P))[:, None] & in_c, other=0.0)
+        if WALK:
+            acc_2 = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
+            acc_0, acc_1, acc_2 = _add_taps(x_0, w_20, w_10, w_00, acc_0, acc_1, acc_2, PRECISION)
+            acc_0, acc_1, acc_2 = _add_taps(x_1, w_21, w_11, w_01, acc_0, acc_1, acc_2, PRECISION)
+            acc_0, acc_1, acc_2 = _add_taps(x_2, w_22, w_12, w_02, acc_0, acc_1, acc_2, PRECISION)
+            if i >= 2:
+                _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first + 2 * i - 4,
+                            begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+            acc_0, acc_1 = acc_1, acc_2
+        else:
+            acc_0 = tl.dot(_tap(w_ptr, 3 * i, C, BACK, BLOCK_C), tl.trans(x_0), acc_0, input_precision=PRECISION)
+            acc_0 = tl.dot(_tap(w_ptr, 3 * i + 1, C, BACK, BLOCK_C), tl.trans(x_1), acc_0, input_precision=PRECISION)
+            acc_0 = tl.dot(_tap(w_ptr, 3 * i + 2, C, BACK, BLOCK_C), tl.trans(x_2), acc_0, input_precision=PRECISION)
+        x_ptrs += 2 * P * place
+    if not WALK:
+        _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first, begin, out_stride, R, P,
+                    WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
 
 
 @triton.jit
@@ -1864,139 +1922,146 @@ def _causal_cnn_step(n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1,
     scores, middle, next1, next2 = new(B, H, 1, width), new(B, C, P), new(B, C, HISTORY, P), new(B, C, HISTORY, P)
     begins = None if n_rows is None else n_rows.contiguous()
     begins = begins.view(torch.int8) if begins is not None and begins.dtype == torch.bool else begins
-    tiles = _conv_tiles(image, "second")
-    del tiles["BLOCK_T"]
-    tiles["num_warps"] = 4 if tiles["BLOCK_C"] * tiles["BLOCK_P"] <= 4096 else 8
+    block_p, block_c = _power_of_2(P), _power_of_2(C)
+    tiles = dict(P=P, C=C, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=4 if block_p * block_c <= 4096 else 8)
     _cnn_step_kernel[(B,)](image.contiguous(), *(w.contiguous() for w in (w1, b1, w2, b2, up, up_b, gain, bias)),
                            past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), begins, middle, next1, next2, scores,
                            WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)), **tiles)
     return scores, next1, next2
 
 
-# From the gradient of scores to dx, that of the second convolution before its relu.
-# One program: `n_block` blocks of the rows of _conv_kernel, whose out and cells are computed again; grid (programs, B).
-#   dscores (B, H, R, width) contiguous -> dx (B, C, R, P), and each program's share of the gradients of up, of its bias, and
-#   of the norm's gain and bias: dup (programs, 4 BLOCK_H, BLOCK_C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width), all fp32
+# From the gradient of scores to dx, that of the second convolution's sum.
+# One program: `n_block` rows, all channels; grid (programs, B). It computes their cells again.
+#   x (B, C, R, P) what the second convolution gave, dx likewise, channels last in memory; dscores (B, H, R, width) contiguous
+#   each program's share of the gradients of up, of its bias, and of the norm's gain and bias, all fp32:
+#   dup (programs, 4 BLOCK_H, C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width)
 # fp32: accumulators and the norm. Reference: autograd through sea.causal_cnn.
 @triton.jit(do_not_specialize=["n_block"])
-def _up_bwd_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P,
-                   lead, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_T: tl.constexpr,
-                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P, n_block,
+                   WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                   BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
     b, pid = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    offs, offs_c, offs_u = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H)
-    cell, n = tl.arange(0, 4 * BLOCK_P), tl.arange(0, BLOCK_H * BLOCK_T)
+    offs_c, offs_u, h = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, BLOCK_H)
+    p, cell = tl.arange(0, BLOCK_P), tl.arange(0, 4 * BLOCK_P)
     in_c, in_w = offs_c < C, cell < WIDTH
     up = _tile(up_ptr, offs_u, offs_c, C, 1, (offs_u < 4 * H)[:, None] & in_c[None, :])
     gain = _vector(gain_ptr, cell, in_w)
     dup, dup_b = tl.zeros((4 * BLOCK_H, BLOCK_C), tl.float32), tl.zeros((4 * BLOCK_H,), tl.float32)
     dgain, dbias = tl.zeros((4 * BLOCK_P,), tl.float32), tl.zeros((4 * BLOCK_P,), tl.float32)
     for i in range(0, n_block):
-        first = (tl.program_id(0) * n_block + i) * BLOCK_T
-        row, p = first + offs // BLOCK_P, offs % BLOCK_P
-        at = (row < R) & (p < P)
-        x = _taps(x_ptr + b * C * (lead + R) * P, w_ptr, row + lead, p, at, lead + R, P, C, BLOCK_C, 1, PRECISION)
-        x = tl.maximum(x + _vector(b_ptr, offs_c, in_c)[:, None], 0.0)  # (BLOCK_C, places)
-        x = tl.where(at[None, :], x, 0.0).to(up.dtype)
-        y = tl.dot(up, x, input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
-        y, rstd = _standardized(_to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P), in_w, WIDTH)
-        h, t = n // BLOCK_T, first + n % BLOCK_T
-        dy = tl.load(dscores_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + cell[None, :],
-                     mask=((h < H) & (t < R))[:, None] & in_w[None, :], other=0.0).to(tl.float32)
+        row = tl.program_id(0) * n_block + i
+        at = (p < P)[:, None] & in_c[None, :] & (row < R)
+        of_x = b * C * R * P + row.to(tl.int64) * P * C + (p[:, None] * C + offs_c[None, :])
+        x = tl.load(x_ptr + of_x, mask=at, other=0.0)  # (BLOCK_P, BLOCK_C)
+        y = tl.dot(up, tl.trans(x), input_precision=PRECISION) + _vector(up_b_ptr, offs_u, offs_u < 4 * H)[:, None]
+        y, rstd = _standardized(_to_cells(y, BLOCK_H, 1, BLOCK_P), in_w, WIDTH)
+        dy = tl.load(dscores_ptr + ((b * H + h) * R + row)[:, None] * WIDTH + cell[None, :],
+                     mask=(h < H)[:, None] & in_w[None, :] & (row < R), other=0.0).to(tl.float32)
         dgain += tl.sum(dy * y, axis=0)
         dbias += tl.sum(dy, axis=0)
-        dy = _from_cells(_through_norm(dy, y, rstd, gain, in_w, WIDTH), BLOCK_H, BLOCK_T, BLOCK_P)  # (4 BLOCK_H, places)
+        dy = _from_cells(_through_norm(dy, y, rstd, gain, in_w, WIDTH), BLOCK_H, 1, BLOCK_P)  # (4 BLOCK_H, BLOCK_P)
         dup_b += tl.sum(dy, axis=1)
         dy = dy.to(up.dtype)
-        dup += tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-        dx = tl.where(x > 0.0, tl.dot(tl.trans(up), dy, input_precision=PRECISION), 0.0)
-        tl.store(dx_ptr + (b * C + offs_c[:, None]) * R * P + (row * P + p)[None, :], dx, mask=in_c[:, None] & at[None, :])
-    tl.store(dup_ptr + (pid * 4 * BLOCK_H + offs_u[:, None]) * BLOCK_C + offs_c[None, :], dup)
+        dup += tl.dot(dy, x, input_precision=PRECISION)
+        dx = tl.trans(tl.dot(tl.trans(up), dy, input_precision=PRECISION))
+        tl.store(dx_ptr + of_x, tl.where(x > 0.0, dx, 0.0), mask=at)
+    tl.store(dup_ptr + (pid * 4 * BLOCK_H + offs_u[:, None]) * C + offs_c[None, :], dup, mask=in_c[None, :])
     tl.store(dup_b_ptr + pid * 4 * BLOCK_H + offs_u, dup_b)
     tl.store(dnorm_ptr + pid * 2 * WIDTH + cell, dgain, mask=in_w)
     tl.store(dnorm_ptr + (pid * 2 + 1) * WIDTH + cell, dbias, mask=in_w)
 
 
-# dx of a convolution's input from dout, that of its output before the relu; with RELU, through the relu that made x.
-# One program: BLOCK_T rows of x; grid (cdiv(lead + R, BLOCK_T), B). x and dx (B, C, lead + R, P), dout (B, C, R, P).
-# Rows of the past have been through their relu before. Reference: autograd through sea.causal_cnn.
-@triton.jit
-def _conv_dx_kernel(dout_ptr, w_ptr, x_ptr, dx_ptr, R, P, lead, C: tl.constexpr, RELU: tl.constexpr, BLOCK_T: tl.constexpr,
-                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    offs, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
-    row, p = tl.program_id(0) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
-    at = (row < lead + R) & (p < P)
-    dx = _taps(dout_ptr + b * C * R * P, w_ptr, row - lead, p, at, R, P, C, BLOCK_C, -1, PRECISION)
-    of_x = (b * C + offs_c[:, None]) * (lead + R) * P + (row * P + p)[None, :]
-    mask = (offs_c < C)[:, None] & at[None, :]
-    if RELU:
-        x = tl.load(x_ptr + of_x, mask=mask, other=0.0)
-        dx = tl.where((x > 0.0) | (row < lead)[None, :], dx, 0.0)
-    tl.store(dx_ptr + of_x, dx, mask=mask)
-
-
 # Gradients of a convolution's weights and bias: sums over all places of dout x^T.
-# One program: the taps of one row (4, 2 or 0 rows before) over `n_block` blocks of rows; grid (programs, B, 3).
-#   x (B, C, lead + R, P), dout (B, C, R, P) -> dw (programs * B, 9, BLOCK_C, BLOCK_C), db (.., BLOCK_C), fp32
+# One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places; grid (programs, B,
+# BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3 rows, that they are taps of: 6 loads
+# for 9 products. Loads go to shared memory during the products before.
+#   x (B, C, lead + R, P), dout (B, C, R, P), with channels last, and of x if LAST
+#   each program's share: dw (programs, 9, C, C) [tap, out, in], db (programs, C), fp32
 @triton.jit(do_not_specialize=["n_block"])
-def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, R, P, lead, n_block, C: tl.constexpr, BLOCK_T: tl.constexpr,
-                    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_block, C: tl.constexpr, LAST: tl.constexpr,
+                    BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+                    PRECISION: tl.constexpr):
     b, pid = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    offs, offs_c, of_row = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C), tl.program_id(2)
-    in_c = (offs_c < C)[:, None]
-    x_ptr += (b * C + offs_c[:, None]) * (lead + R) * P
-    dout_ptr += (b * C + offs_c[:, None]) * R * P
-    dw_0 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    dw_1 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    dw_2 = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    db = tl.zeros((BLOCK_C,), tl.float32)
-    for i in range(0, n_block):
-        row, p = (tl.program_id(0) * n_block + i) * BLOCK_T + offs // BLOCK_P, offs % BLOCK_P
-        at = (row < R) & (p < P)
-        dout = tl.load(dout_ptr + (row * P + p)[None, :], mask=in_c & at[None, :], other=0.0)  # (BLOCK_C, places)
-        r = row + lead - 2 * (2 - of_row)
-        at, of_x = at & (r >= 0), r * P + p
-        x = tl.load(x_ptr + (of_x - 2)[None, :], mask=in_c & (at & (p >= 2))[None, :], other=0.0)
-        dw_0 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
-        x = tl.load(x_ptr + of_x[None, :], mask=in_c & at[None, :], other=0.0)
-        dw_1 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
-        x = tl.load(x_ptr + (of_x + 2)[None, :], mask=in_c & (at & (p + 2 < P))[None, :], other=0.0)
-        dw_2 += tl.dot(dout, tl.trans(x), input_precision=PRECISION)
-        db += tl.sum(dout.to(tl.float32), axis=1)
-    dw_ptr += ((pid * 9 + of_row * 3) * BLOCK_C + offs_c[:, None]) * BLOCK_C + offs_c[None, :]
-    tl.store(dw_ptr, dw_0)
-    tl.store(dw_ptr + BLOCK_C * BLOCK_C, dw_1)
-    tl.store(dw_ptr + 2 * BLOCK_C * BLOCK_C, dw_2)
-    if of_row == 2:
-        tl.store(db_ptr + pid * BLOCK_C + offs_c, db)
+    m_0, n_0 = tl.program_id(2) // BLOCKS * BLOCK, tl.program_id(2) % BLOCKS * BLOCK
+    p, m, n = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    in_m, in_n = (m_0 + m < C)[:, None], (n_0 + n < C)[None, :]
+    first, n_row = tl.program_id(0) * n_block, lead + R
+    place: tl.constexpr = C if LAST else 1
+    of_n = n_0 if LAST else n_0.to(tl.int64) * n_row * P
+    x_ptrs = _row_ptrs(x_ptr + b * C * n_row * P + of_n, first.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
+    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C + (m_0 + m[:, None] + tl.trans(p) * C)
+    zero, ones = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((BLOCK_P, 16), 1.0, x_ptr.dtype.element_ty)
+    dw_00, dw_01, dw_02, dw_10, dw_11, dw_12, dw_20, dw_21, dw_22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    db = tl.zeros((BLOCK, 16), tl.float32)
+    for i in range(0, n_block * CHUNKS):
+        row, column = first + i // CHUNKS - lead, p + i % CHUNKS * BLOCK_P  # of dout, by the last tap
+        at = in_n & (column < P) & (row < R)
+        x_0 = tl.load(x_ptrs - 2 * place, mask=at & (column >= 2), other=0.0)  # (BLOCK_P, BLOCK)
+        x_1 = tl.load(x_ptrs, mask=at, other=0.0)
+        x_2 = tl.load(x_ptrs + 2 * place, mask=at & (column + 2 < P), other=0.0)
+        at = in_m & tl.trans(column < P)
+        dout = tl.load(dout_ptrs + 4 * P * C, mask=at & (row + 4 >= 0) & (row + 4 < R), other=0.0)  # (BLOCK, BLOCK_P)
+        dw_00 = tl.dot(dout, x_0, dw_00, input_precision=PRECISION)
+        dw_01 = tl.dot(dout, x_1, dw_01, input_precision=PRECISION)
+        dw_02 = tl.dot(dout, x_2, dw_02, input_precision=PRECISION)
+        dout = tl.load(dout_ptrs + 2 * P * C, mask=at & (row + 2 >= 0) & (row + 2 < R), other=0.0)
+        dw_10 = tl.dot(dout, x_0, dw_10, input_precision=PRECISION)
+        dw_11 = tl.dot(dout, x_1, dw_11, input_precision=PRECISION)
+        dw_12 = tl.dot(dout, x_2, dw_12, input_precision=PRECISION)
+        dout = tl.load(dout_ptrs, mask=at & (row >= 0) & (row < R), other=0.0)
+        dw_20 = tl.dot(dout, x_0, dw_20, input_precision=PRECISION)
+        dw_21 = tl.dot(dout, x_1, dw_21, input_precision=PRECISION)
+        dw_22 = tl.dot(dout, x_2, dw_22, input_precision=PRECISION)
+        db = tl.dot(dout, ones, db, input_precision=PRECISION)  # cheaper than a sum across threads
+        step = BLOCK_P if i % CHUNKS + 1 < CHUNKS else P - (CHUNKS - 1) * BLOCK_P  # to the next columns, or row
+        x_ptrs += step * place
+        dout_ptrs += step * C
+    dw_ptr += (pid * 9 * C + m_0 + m[:, None]) * C + n_0 + n[None, :]
+    at = (m_0 + m < C)[:, None] & (n_0 + n < C)[None, :]
+    tl.store(dw_ptr, dw_00, mask=at)
+    tl.store(dw_ptr + C * C, dw_01, mask=at)
+    tl.store(dw_ptr + 2 * C * C, dw_02, mask=at)
+    tl.store(dw_ptr + 3 * C * C, dw_10, mask=at)
+    tl.store(dw_ptr + 4 * C * C, dw_11, mask=at)
+    tl.store(dw_ptr + 5 * C * C, dw_12, mask=at)
+    tl.store(dw_ptr + 6 * C * C, dw_20, mask=at)
+    tl.store(dw_ptr + 7 * C * C, dw_21, mask=at)
+    tl.store(dw_ptr + 8 * C * C, dw_22, mask=at)
+    if n_0 == 0:
+        tl.store(db_ptr + pid * C + m_0 + m, tl.max(db, axis=1), mask=m_0 + m < C)  # its columns are one
 
 
-# Places (rows times P) of a program, warps and stages: the first convolution, the second with its end, and backward.
-CONV = dict(first=(256, 4, 1), second=(128, 4, 1), up=(128, 4, 1), dx=(256, 4, 1), dw=(64, 4, 3), programs=528)
+# Programs of a kernel where rows suffice, about two a multiprocessor: each reads rows that its neighbour reads as well, or
+# leaves sums that have to be added up.
+CONV = dict(programs=256)
 HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
 
-def _conv_tiles(x: Tensor, step: str) -> dict:
-    """Keywords of each kernel."""
-    (C, P), (places, num_warps, num_stages) = (x.shape[1], x.shape[3]), CONV[step]
-    block_p, block_c = _power_of_2(P), _power_of_2(C)
-    block_t = max(1, (64 if x.dtype == torch.float32 else places) // block_p)
-    if block_t * block_p * block_c > 8192:  # more stages would not fit into shared memory
-        num_stages = 1
-    return dict(P=P, C=C, BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=num_warps,
-                num_stages=num_stages)
-
-
-def _split_rows(n_row: int, B: int, block: int) -> tuple[int, int]:
+def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
     """Programs a batch entry, and blocks of rows that each of them walks."""
-    n_block = max(1, triton.cdiv(n_row, block) * B // CONV["programs"])
+    n_block = triton.cdiv(triton.cdiv(n_row, block) * B, CONV["programs"])
     return triton.cdiv(triton.cdiv(n_row, block), n_block), n_block
+
+
+def _conv(x, w, vectors, out, begin, **flags):
+    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x."""
+    (B, C, N, P), R = x.shape, out.shape[2]
+    block_p, block_c = _power_of_2(P), _power_of_2(C)
+    walk = x.dtype != torch.float32 and block_p * block_c <= 4096  # else registers would not hold the sums
+    n_program, n_block = _split_rows(R, B, 2) if walk else (R, 1)
+    if n_block > 32:  # more programs, of which the last end sooner after the others
+        n_program, n_block = triton.cdiv(R, 64), 32
+    stages = 1 if not walk or block_c > 32 else 3 if flags["LAST"] else 2  # as many as fit into shared memory, or registers
+    _conv_kernel[(n_program, B)](
+        x, w, *vectors, out, x.stride(0), out.stride(0), N, R, P, begin, n_block, C=C, WALK=walk, BLOCK_T=2 if walk else 1,
+        BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8,
+        num_stages=stages, **flags)
 
 
 def _last_rows(x, n_rows, lead):
     """The HISTORY rows before row n_rows; zeros before the first."""
     if n_rows is None and x.shape[2] >= HISTORY:
-        return x[:, :, -HISTORY:].clone()
+        return x[:, :, -HISTORY:].clone(memory_format=torch.contiguous_format)
     x = x if lead else F.pad(x, (0, 0, HISTORY, 0))
     if n_rows is None:
         return x[:, :, -HISTORY:]
@@ -2017,53 +2082,60 @@ class _CausalCNN(torch.autograd.Function):
         (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
         taps = [w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous() for w in (w1, w2)]
         ups, lead = up.to(dtype).reshape(4 * H, C).contiguous(), 0 if past1 is None else HISTORY
-        kept = [image.contiguous() if past1 is None else torch.cat([past1.to(dtype), image], 2)]
-        constants = dict(R=R, lead=lead, WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)))
-        x, tiles = torch.empty(B, C, R, P, dtype=dtype, device=image.device), _conv_tiles(image, "first")
-        _conv_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B)](kept[0], taps[0], b1, None, None, None, None, x, **constants, **tiles)
-        kept.append(x if past2 is None else torch.cat([past2.to(dtype), x], 2))
-        scores, tiles = torch.empty(B, H, R, width, dtype=dtype, device=image.device), _conv_tiles(image, "second")
-        _conv_kernel[(triton.cdiv(R, tiles["BLOCK_T"]), B)](kept[1], taps[1], b2, ups, up_b, gain, bias, scores, **constants, **tiles)
-        ctx.save_for_backward(*kept, *taps, b2, ups, up_b, gain)
-        ctx.n_rows, ctx.constants = n_rows, constants
+        constants = dict(WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)))
+        x1 = image.contiguous() if past1 is None else torch.cat([past1.to(dtype), image], 2).contiguous()
+        x2 = torch.empty(B, lead + R, P, C, dtype=dtype, device=image.device).permute(0, 3, 1, 2)  # channels last
+        if lead:
+            x2[:, :, :lead] = past2
+        none = (None,) * 5
+        _conv(x1, taps[0], (b1, *none), x2[:, :, lead:], lead - HISTORY, LAST=False, OUT_LAST=True, **constants)
+        scores = torch.empty(B, H, R, width, dtype=dtype, device=image.device)
+        _conv(x2, taps[1], (b2, ups, up_b, gain, bias, None), scores, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        ctx.save_for_backward(x1, x2, *taps, b2, ups, up_b, gain)
+        ctx.n_rows, ctx.constants, ctx.lead = n_rows, constants, lead
         ctx.set_materialize_grads(False)
-        return scores, *(_last_rows(x, n_rows, lead) for x in kept)
+        return scores, *(_last_rows(x, n_rows, lead) for x in (x1, x2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dscores, *dlast):
         x1, x2, taps1, taps2, b2, ups, up_b, gain = ctx.saved_tensors
-        n_rows, constants, (R, lead) = ctx.n_rows, ctx.constants, (ctx.constants["R"], ctx.constants["lead"])
-        (B, C, _, P), H, width = x1.shape, constants["H"], constants["WIDTH"]
+        n_rows, constants, lead, none = ctx.n_rows, ctx.constants, ctx.lead, (None,) * 5
+        (B, C, N, P), H, width = x1.shape, constants["H"], constants["WIDTH"]
+        R = N - lead
         new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=x1.device)
+        new_image = lambda rows: new(B, rows, P, C, dtype=x1.dtype).permute(0, 3, 1, 2)  # channels last
         dscores = new(B, H, R, width, dtype=x1.dtype).zero_() if dscores is None else dscores.contiguous()
         # -- scores to the second convolution's sum
-        tiles = _conv_tiles(x1, "up")
-        n_program, n_block = _split_rows(R, B, tiles["BLOCK_T"])
-        dout, dup = new(B, C, R, P, dtype=x1.dtype), new(n_program * B, 4 * constants["BLOCK_H"], tiles["BLOCK_C"])
+        (n_program, n_block), block_p = _split_rows(R, B), _power_of_2(P)
+        x3, dout, dup = new_image(R), new_image(R), new(n_program * B, 4 * constants["BLOCK_H"], C)
         dup_b, dnorm = new(*dup.shape[:2]), new(len(dup), 2, width)
-        _up_bwd_kernel[(n_program, B)](x2, taps2, b2, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, n_block=n_block,
-                                       **constants, **tiles)
+        _conv(x2, taps2, (b2, *none), x3, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        _up_bwd_kernel[(n_program, B)](
+            x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R, P, n_block, C=C, BLOCK_P=block_p,
+            BLOCK_C=_power_of_2(C, x1.dtype), PRECISION="ieee", num_warps=4 if block_p <= 64 else 8, num_stages=1, **constants)
         dgain, dbias = dnorm.sum(0)
-        found = {"up": dup.sum(0)[: 4 * H, :C, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
+        found = {"up": dup.sum(0)[: 4 * H, :, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
         # -- through the convolutions
+        (n_program, n_block), block_c = _split_rows(N, B), _power_of_2(C)
+        block = min(32, block_c)
+        num_warps, num_stages = (4, 1) if x1.dtype == torch.float32 else (2, 3)  # more warps would share 32 x 32 products
         for i, (x, taps) in enumerate(((x2, taps2), (x1, taps1))):
-            tiles = _conv_tiles(x, "dw")
-            n_program, n_block = _split_rows(R, B, tiles["BLOCK_T"])
-            dw = new(n_program * B, 9, tiles["BLOCK_C"], tiles["BLOCK_C"])
-            db = new(len(dw), tiles["BLOCK_C"])
-            _conv_dw_kernel[(n_program, B, 3)](x, dout, dw, db, R=R, lead=lead, n_block=n_block, **tiles)
-            found[f"w{2 - i}"] = dw.sum(0)[:, :C, :C].unflatten(0, (3, 3)).permute(2, 3, 0, 1)
-            found[f"b{2 - i}"] = db.sum(0)[:C]
-            dx, tiles = torch.empty_like(x), _conv_tiles(x, "dx")
-            _conv_dx_kernel[(triton.cdiv(lead + R, tiles["BLOCK_T"]), B)](dout, taps, x, dx, R=R, lead=lead, RELU=i == 0, **tiles)
+            dw, db = new(n_program * B, 9, C, C), new(n_program * B, C)
+            _conv_dw_kernel[(n_program, B, (block_c // block) ** 2)](
+                x, dout, dw, db, dout.stride(0), R, P, lead, n_block, C=C, LAST=i == 0, BLOCK_P=min(64, block_p),
+                CHUNKS=triton.cdiv(block_p, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
+            found[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
+            found[f"b{2 - i}"] = db.sum(0)
+            dx = new_image(N) if i == 0 else new(B, C, N, P, dtype=x1.dtype)  # the encoder reads it in its image's order
+            _conv(dout, taps, (*none, x2 if i == 0 else None), dx, -lead, LAST=True, OUT_LAST=i == 0, **constants)
             if dlast[1 - i] is not None:
                 own = _through_last_rows(dlast[1 - i], x, n_rows, lead)
                 if i == 0:
                     own[:, :, lead:] *= x[:, :, lead:] > 0
-                dx = dx + own
+                dx += own
             found[f"past{2 - i}"] = dx[:, :, :lead] if lead else None
-            dout = dx[:, :, lead:].contiguous()
+            dout = dx[:, :, lead:]
         names = ("w1", "b1", "w2", "b2", "up", "up_b", "gain", "bias", "past1", "past2")
         needed = zip(names, ctx.needs_input_grad[2:])
         return None, dout, *(found[name] if need else None for name, need in needed)
