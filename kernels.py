@@ -694,10 +694,12 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
         n = tl.minimum(before, end) - skip
         if windows:
             dk, dv = _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, True, WIDTH, WORDS, BLOCK_M)
+                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, True, WIDTH, WORDS,
+                                   BLOCK_M)
         else:
             dk, dv = _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, False, WIDTH, WORDS, BLOCK_M)
+                                   q_stride, do_stride, b, H, T, R, n_key, n_tile, block, mask_d, qk_scale, False, WIDTH, WORDS,
+                                   BLOCK_M)
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
@@ -2124,7 +2126,8 @@ class _CausalCNN(torch.autograd.Function):
             dw, db = new(n_program * B, 9, C, C), new(n_program * B, C)
             _conv_dw_kernel[(n_program, B, (block_c // block) ** 2)](
                 x, dout, dw, db, dout.stride(0), R, P, lead, n_block, C=C, LAST=i == 0, BLOCK_P=min(64, block_p),
-                CHUNKS=triton.cdiv(block_p, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
+                CHUNKS=triton.cdiv(block_p, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps,
+                num_stages=num_stages)
             found[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
             found[f"b{2 - i}"] = db.sum(0)
             dx = new_image(N) if i == 0 else new(B, C, N, P, dtype=x1.dtype)  # the encoder reads it in its image's order
