@@ -1099,24 +1099,27 @@ def _vector(ptr, offs, mask):
 
 @triton.jit
 def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, dtype: tl.constexpr):
-    """W as w + w_rest, (BLOCK_D, BLOCK_F) each, in the dtype of x: so two half-precision products are as good as one in fp32."""
+    """W as a sum of one or two (BLOCK_D, BLOCK_F) in the dtype of x: two half-precision products are as good as one in fp32."""
     d, f = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_F)[None, :]
     w_all = tl.load(w_ptr + d * M + f, mask=(d < D) & (f < M), other=0.0)
     w = w_all.to(dtype)
-    return w, (w_all - w.to(tl.float32)).to(dtype)
+    if w_all.dtype == dtype:
+        return (w,)
+    else:
+        return w, (w_all.to(tl.float32) - w.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def _features(x, w, w_rest, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
+def _features(x, w, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
     """relu(x W * scale) + 1e-3, 0 in the padding: (BLOCK, BLOCK_D) -> (BLOCK, BLOCK_F) fp32."""
-    f = tl.dot(x, w, input_precision="ieee")
-    if x.dtype != tl.float32:
-        f += tl.dot(x, w_rest)
+    f = tl.dot(x, w[0], input_precision="ieee")
+    if len(w) == 2:
+        f += tl.dot(x, w[1])
     return tl.where((tl.arange(0, BLOCK_F) < M)[None, :], tl.maximum(f * scale, 0.0) + 1e-3, 0.0)
 
 
 @triton.jit
-def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, in_chunk, N, k_scale,
+def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, j, in_chunk, N, k_scale,
           D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
     """phi(k) fp32, v and pos of the keys j (int64) of one head, 0 where there is no key."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -1127,7 +1130,7 @@ def _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w
     k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], at)
     v = _tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], at).to(DOT)
     pos = _tile(pos_ptr, j, offs_d, pos_strides[1], 1, at).to(DOT)
-    f = tl.where(there[:, None], _features(k, w, w_rest, k_scale, M, BLOCK_F), 0.0)
+    f = tl.where(there[:, None], _features(k, w, k_scale, M, BLOCK_F), 0.0)
     return f, v, pos
 
 
@@ -1152,7 +1155,7 @@ def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexp
 
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
 # One program: one segment (n_chunk chunks of CHUNK keys) of one key/value head; grid (n_segment, B * Hkv).
-#   k, v (B, Hkv, N, D), any strides; pos (1 or B, N, D); w (D, m) fp32; there (B, N) int8 or None
+#   k, v (B, Hkv, N, D), any strides; pos (1 or B, N, D); w (D, m), any dtype; there (B, N) int8 or None
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
 # Key j stands at place j + lead. fp32: features and sums, which stay in registers. Reads each key once.
 # Reference: sea.causal_context.
@@ -1169,12 +1172,12 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, k_st
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
+    w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     norm = tl.zeros((BLOCK_F,), tl.float32)
     for i in range(0, n_chunk):
         j = ((segment * n_chunk + i) * CHUNK + offs_c - lead).to(tl.int64)
-        f, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j, offs_c < CHUNK,
+        f, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, j, offs_c < CHUNK,
                           N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         f_dot = tl.trans(f.to(DOT))
         sum_pos += tl.dot(f_dot, pos, input_precision=PRECISION)
@@ -1204,20 +1207,20 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr, co
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
+    w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
     earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
-        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, j,
                             offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
         at = in_row[:, None] & (offs_d < D)[None, :]
         q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
-        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
+        f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         q_dot, k_dot = f_q.to(DOT), f_k.to(DOT)
         same = tl.where(earlier, tl.dot(q_dot, tl.trans(k_dot), input_precision=PRECISION), 0.0)  # (BLOCK_R, BLOCK_C)
         den = tl.sum(f_q * norm[None, :], axis=1) + tl.sum(same, axis=1)
@@ -1259,7 +1262,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
+    w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + segment) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
     dsum_pos, dsum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
@@ -1268,13 +1271,13 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
-        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, j,
                             offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
         in_row = (row < R) & (offs_r < CHUNK // STRIDE)
         at = in_row[:, None] & (offs_d < D)[None, :]
         q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], at)  # (BLOCK_R, BLOCK_D)
-        f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
+        f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         row += pid_bh * R
         # -- g and g_den
         den = tl.load(den_ptr + row, mask=in_row, other=1.0)[:, None]
@@ -1292,7 +1295,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, sums_ptr,
         k_dot = f_k.to(DOT)
         df += tl.dot(same.to(DOT), k_dot, input_precision=PRECISION)
         df = tl.where(f_q > 1e-3, df * q_scale, 0.0)  # through relu
-        tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], tl.dot(df.to(DOT), tl.trans(w).to(DOT), input_precision=PRECISION), mask=at)
+        tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], tl.dot(df.to(DOT), tl.trans(w[0]).to(DOT), input_precision=PRECISION), mask=at)
 
         k_dot, q_dot = tl.trans(k_dot), tl.trans(f_q.to(DOT))
         sum_pos += tl.dot(k_dot, pos, input_precision=PRECISION)
@@ -1325,14 +1328,14 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
     pos_ptr += b * pos_strides[0]
     if there_ptr is not None:
         there_ptr += b * N
-    w, w_rest = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
+    w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     dsums_ptr += (pid_bh * (n_segment + 1) + segment + 1) * M * (2 * D + 1)
     dsum_pos, dsum_v, dnorm = _load_sums(dsums_ptr, D, M, BLOCK_D, BLOCK_F)
     earlier = offs_c[:, None] < (offs_r[None, :] + 1) * STRIDE  # (BLOCK_C, BLOCK_R)
     for i in range(0, n_chunk):
         chunk = segment * n_chunk + n_chunk - 1 - i
         j = (chunk * CHUNK + offs_c - lead).to(tl.int64)
-        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, w_rest, j,
+        f_k, v, pos = _keys(k_ptr, v_ptr, pos_ptr, there_ptr, k_strides, v_strides, pos_strides, w, j,
                             offs_c < CHUNK, N, k_scale, D, M, BLOCK_D, BLOCK_F, DOT)
         k_dot = f_k.to(DOT)
         # -- rows of later chunks, (BLOCK_C, BLOCK_F) and (BLOCK_C, BLOCK_D)
@@ -1349,7 +1352,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
         for n in range(0, GROUP):
             h = kv * GROUP + n
             q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2], q_strides[3], at)
-            f_q = _features(q, w, w_rest, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
+            f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
             of_row = (b * H + h) * R + row
             den = tl.load(den_ptr + of_row, mask=in_row, other=1.0)[:, None]
             g_den = tl.load(g_den_ptr + of_row, mask=in_row, other=0.0)
@@ -1367,7 +1370,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, dsums_p
             dsum_v += tl.dot(q_dot, g_v, input_precision=PRECISION)
             dnorm += tl.sum(f_q * g_den[:, None], axis=0)
         df = tl.where(f_k > 1e-3, df * k_scale, 0.0)  # through relu; a key that is not there has no features
-        dk = tl.dot(df.to(DOT), tl.trans(w).to(DOT), input_precision=PRECISION)
+        dk = tl.dot(df.to(DOT), tl.trans(w[0]).to(DOT), input_precision=PRECISION)
         at = ((offs_c < CHUNK) & (j >= 0) & (j < N))[:, None] & (offs_d < D)[None, :]
         out = (pid_bh * N + j)[:, None] * D + offs_d[None, :]
         tl.store(dk_ptr + out, dk, mask=at)
@@ -1450,7 +1453,7 @@ def _context_launch(q, k, v, position, projection, there, softmax_scale, stride,
     n_segment = triton.cdiv(n_chunks, n_chunk)
     rows, n_chunk = (rows * longer, n_chunk) if backward else (rows, n_chunk * longer)
     there = None if there is None else there.contiguous().view(torch.int8)
-    inputs = (k, v, position, projection.float().contiguous(), there)
+    inputs = (k, v, position, projection.contiguous(), there)
     of_keys = dict(k_strides=k.stride(), v_strides=v.stride(), pos_strides=(position.stride(0) * (len(position) > 1), position.stride(1)),
                    N=N, lead=lead, n_chunk=n_chunk, k_scale=D**-0.25, D=D, M=M, CHUNK=rows * stride,
                    BLOCK_C=_power_of_2(rows * stride), BLOCK_D=_power_of_2(D, q.dtype), BLOCK_F=_power_of_2(M, q.dtype), num_stages=1,
@@ -1745,9 +1748,9 @@ def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_T
 
 @triton.jit
 def _tap(w_ptr, tap, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tap (BLOCK_C, BLOCK_C) of w (9, C, C) [tap, out, in]; BACK: for x's gradient, transposed and from the last tap."""
+    """A tap (BLOCK_C, BLOCK_C) of w (C, C, 3, 3) [out, in, tap]; BACK: for x's gradient, transposed and from the last tap."""
     m, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    of_w = (8 - tap) * C * C + n * C + m if BACK else tap * C * C + m * C + n
+    of_w = (n * C + m) * 9 + 8 - tap if BACK else (m * C + n) * 9 + tap
     return tl.load(w_ptr + of_w, mask=(m < C) & (n < C), other=0.0)
 
 
@@ -1815,7 +1818,7 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
 # One program: n_block times two rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and holds the sums
 # of the three pairs of rows that the pair at hand is a tap of, so 3 loads of it, with its columns shifted, serve 9 products of
 # the (C, C) weights of a tap with (C, 2P) places. Not WALK, for fp32 and many channels: one row and one sum, 9 loads.
-#   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (9, C, C) [tap, out, in], up (4H, C)
+#   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (C, C, 3, 3), up (4H, C)
 #   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width); LAST, OUT_LAST: channels lie last in memory
 # fp32: accumulators and the norm. Where channels lie last, shifts keep places aligned: loads of 16 bytes, which go to shared
 # memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once. Reference: sea.causal_cnn.
@@ -2082,7 +2085,7 @@ class _CausalCNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
         (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
-        taps = [w.to(dtype).permute(2, 3, 0, 1).reshape(9, C, C).contiguous() for w in (w1, w2)]
+        w1, w2 = w1.to(dtype).contiguous(), w2.to(dtype).contiguous()
         ups, lead = up.to(dtype).reshape(4 * H, C).contiguous(), 0 if past1 is None else HISTORY
         constants = dict(WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)))
         x1 = image.contiguous() if past1 is None else torch.cat([past1.to(dtype), image], 2).contiguous()
@@ -2090,10 +2093,10 @@ class _CausalCNN(torch.autograd.Function):
         if lead:
             x2[:, :, :lead] = past2
         none = (None,) * 5
-        _conv(x1, taps[0], (b1, *none), x2[:, :, lead:], lead - HISTORY, LAST=False, OUT_LAST=True, **constants)
+        _conv(x1, w1, (b1, *none), x2[:, :, lead:], lead - HISTORY, LAST=False, OUT_LAST=True, **constants)
         scores = torch.empty(B, H, R, width, dtype=dtype, device=image.device)
-        _conv(x2, taps[1], (b2, ups, up_b, gain, bias, None), scores, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
-        ctx.save_for_backward(x1, x2, *taps, b2, ups, up_b, gain)
+        _conv(x2, w2, (b2, ups, up_b, gain, bias, None), scores, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        ctx.save_for_backward(x1, x2, w1, w2, b2, ups, up_b, gain)
         ctx.n_rows, ctx.constants, ctx.lead = n_rows, constants, lead
         ctx.set_materialize_grads(False)
         return scores, *(_last_rows(x, n_rows, lead) for x in (x1, x2))
@@ -2101,7 +2104,7 @@ class _CausalCNN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dscores, *dlast):
-        x1, x2, taps1, taps2, b2, ups, up_b, gain = ctx.saved_tensors
+        x1, x2, w1, w2, b2, ups, up_b, gain = ctx.saved_tensors
         n_rows, constants, lead, none = ctx.n_rows, ctx.constants, ctx.lead, (None,) * 5
         (B, C, N, P), H, width = x1.shape, constants["H"], constants["WIDTH"]
         R = N - lead
@@ -2112,7 +2115,7 @@ class _CausalCNN(torch.autograd.Function):
         (n_program, n_block), block_p = _split_rows(R, B), _power_of_2(P)
         x3, dout, dup = new_image(R), new_image(R), new(n_program * B, 4 * constants["BLOCK_H"], C)
         dup_b, dnorm = new(*dup.shape[:2]), new(len(dup), 2, width)
-        _conv(x2, taps2, (b2, *none), x3, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        _conv(x2, w2, (b2, *none), x3, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
         _up_bwd_kernel[(n_program, B)](
             x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R, P, n_block, C=C, BLOCK_P=block_p,
             BLOCK_C=_power_of_2(C, x1.dtype), PRECISION="ieee", num_warps=4 if block_p <= 64 else 8, num_stages=1, **constants)
@@ -2122,7 +2125,7 @@ class _CausalCNN(torch.autograd.Function):
         (n_program, n_block), block_c = _split_rows(N, B), _power_of_2(C)
         block = min(32, block_c)
         num_warps, num_stages = (4, 1) if x1.dtype == torch.float32 else (2, 3)  # more warps would share 32 x 32 products
-        for i, (x, taps) in enumerate(((x2, taps2), (x1, taps1))):
+        for i, (x, w) in enumerate(((x2, w2), (x1, w1))):
             dw, db = new(n_program * B, 9, C, C), new(n_program * B, C)
             _conv_dw_kernel[(n_program, B, (block_c // block) ** 2)](
                 x, dout, dw, db, dout.stride(0), R, P, lead, n_block, C=C, LAST=i == 0, BLOCK_P=min(64, block_p),
@@ -2131,7 +2134,7 @@ class _CausalCNN(torch.autograd.Function):
             found[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
             found[f"b{2 - i}"] = db.sum(0)
             dx = new_image(N) if i == 0 else new(B, C, N, P, dtype=x1.dtype)  # the encoder reads it in its image's order
-            _conv(dout, taps, (*none, x2 if i == 0 else None), dx, -lead, LAST=True, OUT_LAST=i == 0, **constants)
+            _conv(dout, w, (*none, x2 if i == 0 else None), dx, -lead, LAST=True, OUT_LAST=i == 0, **constants)
             if dlast[1 - i] is not None:
                 own = _through_last_rows(dlast[1 - i], x, n_rows, lead)
                 if i == 0:

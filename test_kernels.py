@@ -1093,7 +1093,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
     for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
         config = replace(config, cell_keys=with_scores)
-        result = sea.SEAttention(config).to(dtype)(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
+        layer = sea.SEAttention(config).to(dtype)
+        layer.projection = layer.projection.to(dtype if with_scores else torch.float32)  # fp32 as under autocast
+        result = layer(k.repeat(1, H // Hkv, 1, 1), k, v, valid=valid)
         yield (result.out, result.scores) if with_scores else result.out
         with torch.no_grad():  # decoding, with and without padding
             layer, new = sea.SEAttention(config).to(dtype), torch.ones(B, H, 1, D, dtype=dtype)
