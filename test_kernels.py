@@ -321,6 +321,21 @@ def test_sparse_attention_matches_reference(case):
     check_sparse_attention(case)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_runs_of_a_plan_are_apart_and_end_with_unit_0(density):
+    """Who reads ahead then reads a key that is there."""
+    T, width, tiles = 300, 100, kernels._attention_tiles(torch.float16, 64)
+    cells = torch.rand(1, 2, T, width, generator=torch.Generator().manual_seed(0)) < density
+    seen = torch.arange(1, T + 1, device=DEVICE)[None]
+    with guarded():
+        runs, steps, max_runs = kernels._plan(kernels.pack_mask(cells.to(DEVICE)).bits, seen, None, width, T, tiles)
+    for run, step in zip(runs.tolist(), steps.tolist()):
+        n = next(i for i in range(max_runs + 1) if run[i][0] == 0 and (i > 0 or step == 0))
+        assert all(first < end for first, end in run[:n])
+        assert all(end + kernels.GAP.value < first for (_, end), (first, _) in zip(run[:n], run[1:n]))
+        assert step == sum(-(-(end - first) * kernels.UNIT.value // tiles["BLOCK_N"]) for first, end in run[:n])
+
+
 def test_keys_in_any_order():
     q, k, v, mask, seen, row = Sparse(torch.float32, True, 33, 20, (2, 1, 2), 16, 9, 0.5, 3, True, "gaps", True, 64, 3).tensors()
     order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
