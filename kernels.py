@@ -79,7 +79,8 @@ def _is_step(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class CellBits:
-    """A mask of cells, one bit each: cell p is bit p % 32 of word p // 32. Stands for a bool mask (B, H, R, width)."""
+    """A mask of cells, one bit each: cell p is bit p % 32 of word p // 32, and bits from width on are 0. Stands for a bool mask
+    (B, H, R, width)."""
 
     bits: Tensor  # (B, H, R, ceil(width / 32)) int32
     width: int
@@ -167,8 +168,8 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_stride, H, R, budget, HEADS: tl.
         lse = top + tl.log(tl.maximum(tl.sum(tl.exp2((x - top[:, None]) * 1.4426950408889634), axis=1), 1.0))
         x, top = x - lse[:, None], top - lse
     high = _order(tl.max(tl.where(offs_h < HEADS, top, -float("inf")), axis=0)) + 1
-    low = _order(tl.min(tl.min(tl.where(there, x, float("inf")), axis=1), axis=0))
-    x = tl.reshape(tl.where(there, x, -float("inf")), (BLOCK_H * BLOCK_P,))
+    low = tl.minimum(_order(tl.min(tl.min(tl.where(there, x, float("inf")), axis=1), axis=0)), high - 1)  # above it with NaN only
+    x = tl.reshape(tl.where(there, x, float("nan")), (BLOCK_H * BLOCK_P,))  # reaches nothing
 
     # -- bisection: `low` is reached by `count` >= n cells, `high` by fewer than n
     seen = tl.load(seen_ptr + b * R + r).to(tl.int64)
@@ -243,9 +244,10 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # (query, key) pair is met at most once, and where cells are narrower than a block (early causal queries) a tile becomes an
 # ordinary dense one. Inside a block, a query's own bits decide. Work and memory are linear in T for a constant budget.
 #
-# Which keys of a block a query keeps would cost more than its products, a division and a load for each. But a query that sees
-# t >= width keys has at most 32 cells over 32 keys: the bits of these, a window, are shifted out of its words once a block, and key
-# number i of the block is in the cell of the window that place + step * i rounds to. The first few tiles do without.
+# To find out which keys of a block a query keeps would cost more than the block's products: a division and a load for each pair.
+# But a query that sees t >= width keys has at most 32 cells over 32 keys. The bits of these, a window, are shifted out of its
+# words once a block, and key number i of the block is in the cell of the window that place + step * i rounds to. Only the first
+# few tiles do without windows.
 
 
 def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
@@ -756,7 +758,7 @@ def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_p
     p = tl.arange(0, BLOCK_W * 32)
     word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + p // 32, mask=p < WORDS * 32, other=0)
     on = ((word >> p % 32) & 1) != 0
-    n = (tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key))
+    n = tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key)
     selected, skipped = tl.cumsum(tl.where(on, n, 0), axis=0), tl.where(on, 0, n)  # selected: up to a cell, it included
     total = tl.sum(tl.where(on, n, 0), axis=0)
 
@@ -901,6 +903,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}", None if row is None else tuple(row.shape))
     _expect(order is None or order.shape == (B, k.shape[2]), "order", f"shape (B, S) = {(B, k.shape[2])}",
             None if order is None else tuple(order.shape))
+    _expect(mask.shape[3] <= 16384, "mask", "a width of at most 16384, its square has to fit into 32 bits", mask.shape[3])
     cells = mask if isinstance(mask, CellBits) else pack_mask(mask)
     scale = D**-0.5 if softmax_scale is None else softmax_scale
     row = None if row is None else row.contiguous()
@@ -1103,7 +1106,7 @@ def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, 
     d, f = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_F)[None, :]
     w_all = tl.load(w_ptr + d * M + f, mask=(d < D) & (f < M), other=0.0)
     w = w_all.to(dtype)
-    if w_all.dtype == dtype:
+    if dtype == tl.float32 or w_all.dtype == dtype:
         return (w,)
     else:
         return w, (w_all.to(tl.float32) - w.to(tl.float32)).to(dtype)
@@ -1817,7 +1820,8 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
 # of_relu it goes on through the relu that gave that input, except in rows of the past, which have been through theirs before.
 # One program: n_block times two rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and holds the sums
 # of the three pairs of rows that the pair at hand is a tap of, so 3 loads of it, with its columns shifted, serve 9 products of
-# the (C, C) weights of a tap with (C, 2P) places. Not WALK, for fp32 and many channels: one row and one sum, 9 loads.
+# the (C, C) weights of a tap with (C, 2P) places. Not WALK, for fp32 and rows of more than 4096 numbers, whose sums registers
+# would not hold: one row, 9 loads; grid (R, B).
 #   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (C, C, 3, 3), up (4H, C)
 #   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width); LAST, OUT_LAST: channels lie last in memory
 # fp32: accumulators and the norm. Where channels lie last, shifts keep places aligned: loads of 16 bytes, which go to shared
@@ -1825,8 +1829,9 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
 @triton.jit(do_not_specialize=["begin", "n_block"])
 def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride, out_stride, N, R, P,
                  begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr,
-                 OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-                 BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+                 OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                 BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    BLOCK_T: tl.constexpr = 2 if WALK else 1
     b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * n_block * BLOCK_T
     offs, in_c = tl.arange(0, BLOCK_T * BLOCK_P), (tl.arange(0, BLOCK_C) < C)[None, :]
     row, p = begin + first + offs // BLOCK_P, offs % BLOCK_P
@@ -1988,13 +1993,13 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
                     PRECISION: tl.constexpr):
     b, pid = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     m_0, n_0 = tl.program_id(2) // BLOCKS * BLOCK, tl.program_id(2) % BLOCKS * BLOCK
-    p, m, n = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    in_m, in_n = (m_0 + m < C)[:, None], (n_0 + n < C)[None, :]
+    p, c = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK)
+    in_m, in_n = (m_0 + c < C)[:, None], (n_0 + c < C)[None, :]
     first, n_row = tl.program_id(0) * n_block, lead + R
     place: tl.constexpr = C if LAST else 1
     of_n = n_0 if LAST else n_0.to(tl.int64) * n_row * P
     x_ptrs = _row_ptrs(x_ptr + b * C * n_row * P + of_n, first.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
-    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C + (m_0 + m[:, None] + tl.trans(p) * C)
+    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C + (m_0 + c[:, None] + tl.trans(p) * C)
     zero, ones = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((BLOCK_P, 16), 1.0, x_ptr.dtype.element_ty)
     dw_00, dw_01, dw_02, dw_10, dw_11, dw_12, dw_20, dw_21, dw_22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     db = tl.zeros((BLOCK, 16), tl.float32)
@@ -2021,8 +2026,8 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
         step = BLOCK_P if i % CHUNKS + 1 < CHUNKS else P - (CHUNKS - 1) * BLOCK_P  # to the next columns, or row
         x_ptrs += step * place
         dout_ptrs += step * C
-    dw_ptr += (pid * 9 * C + m_0 + m[:, None]) * C + n_0 + n[None, :]
-    at = (m_0 + m < C)[:, None] & (n_0 + n < C)[None, :]
+    dw_ptr += (pid * 9 * C + m_0 + c[:, None]) * C + n_0 + c[None, :]
+    at = in_m & in_n
     tl.store(dw_ptr, dw_00, mask=at)
     tl.store(dw_ptr + C * C, dw_01, mask=at)
     tl.store(dw_ptr + 2 * C * C, dw_02, mask=at)
@@ -2033,7 +2038,7 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
     tl.store(dw_ptr + 7 * C * C, dw_21, mask=at)
     tl.store(dw_ptr + 8 * C * C, dw_22, mask=at)
     if n_0 == 0:
-        tl.store(db_ptr + pid * C + m_0 + m, tl.max(db, axis=1), mask=m_0 + m < C)  # its columns are one
+        tl.store(db_ptr + pid * C + m_0 + c, tl.max(db, axis=1), mask=m_0 + c < C)  # its columns are one
 
 
 # Programs of a kernel where rows suffice, about two a multiprocessor: each reads rows that its neighbour reads as well, or
@@ -2048,19 +2053,20 @@ def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
     return triton.cdiv(triton.cdiv(n_row, block), n_block), n_block
 
 
-def _conv(x, w, vectors, out, begin, **flags):
-    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x."""
-    (B, C, N, P), R = x.shape, out.shape[2]
-    block_p, block_c = _power_of_2(P), _power_of_2(C)
-    walk = x.dtype != torch.float32 and block_p * block_c <= 4096  # else registers would not hold the sums
+def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, out_last=True, **constants):
+    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x. up: weights, bias, gain and bias of the end."""
+    (B, C, N, P), R, half = x.shape, out.shape[2], x.dtype != torch.float32
+    block_p, block_c = max(_power_of_2(P), 32 if half else 16), _power_of_2(C)
+    walk = half and block_p * block_c <= 4096
+    block_p = max(block_p, 64) if half and not walk else block_p  # 64 places at least, see _power_of_2
     n_program, n_block = _split_rows(R, B, 2) if walk else (R, 1)
     if n_block > 32:  # more programs, of which the last end sooner after the others
         n_program, n_block = triton.cdiv(R, 64), 32
-    stages = 1 if not walk or block_c > 32 else 3 if flags["LAST"] else 2  # as many as fit into shared memory, or registers
+    stages = 1 if not walk or block_c > 32 else 3 if last else 2  # as many as fit into shared memory, or registers
     _conv_kernel[(n_program, B)](
-        x, w, *vectors, out, x.stride(0), out.stride(0), N, R, P, begin, n_block, C=C, WALK=walk, BLOCK_T=2 if walk else 1,
-        BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8,
-        num_stages=stages, **flags)
+        x, w, bias, *up, of_relu, out, x.stride(0), out.stride(0), N, R, P, begin, n_block, C=C, LAST=last, OUT_LAST=out_last,
+        WALK=walk, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_stages=stages,
+        num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8, **constants)
 
 
 def _last_rows(x, n_rows, lead):
@@ -2069,7 +2075,7 @@ def _last_rows(x, n_rows, lead):
         return x[:, :, -HISTORY:].clone(memory_format=torch.contiguous_format)
     x = x if lead else F.pad(x, (0, 0, HISTORY, 0))
     if n_rows is None:
-        return x[:, :, -HISTORY:]
+        return x[:, :, -HISTORY:].contiguous()
     at = (n_rows[:, None] + torch.arange(HISTORY, device=x.device))[:, None, :, None]
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
@@ -2092,10 +2098,9 @@ class _CausalCNN(torch.autograd.Function):
         x2 = torch.empty(B, lead + R, P, C, dtype=dtype, device=image.device).permute(0, 3, 1, 2)  # channels last
         if lead:
             x2[:, :, :lead] = past2
-        none = (None,) * 5
-        _conv(x1, w1, (b1, *none), x2[:, :, lead:], lead - HISTORY, LAST=False, OUT_LAST=True, **constants)
+        _conv(x1, w1, x2[:, :, lead:], lead - HISTORY, bias=b1, last=False, **constants)
         scores = torch.empty(B, H, R, width, dtype=dtype, device=image.device)
-        _conv(x2, w2, (b2, ups, up_b, gain, bias, None), scores, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        _conv(x2, w2, scores, lead - HISTORY, bias=b2, up=(ups, up_b, gain, bias), last=True, **constants)
         ctx.save_for_backward(x1, x2, w1, w2, b2, ups, up_b, gain)
         ctx.n_rows, ctx.constants, ctx.lead = n_rows, constants, lead
         ctx.set_materialize_grads(False)
@@ -2105,7 +2110,7 @@ class _CausalCNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dscores, *dlast):
         x1, x2, w1, w2, b2, ups, up_b, gain = ctx.saved_tensors
-        n_rows, constants, lead, none = ctx.n_rows, ctx.constants, ctx.lead, (None,) * 5
+        n_rows, constants, lead = ctx.n_rows, ctx.constants, ctx.lead
         (B, C, N, P), H, width = x1.shape, constants["H"], constants["WIDTH"]
         R = N - lead
         new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=x1.device)
@@ -2115,10 +2120,11 @@ class _CausalCNN(torch.autograd.Function):
         (n_program, n_block), block_p = _split_rows(R, B), _power_of_2(P)
         x3, dout, dup = new_image(R), new_image(R), new(n_program * B, 4 * constants["BLOCK_H"], C)
         dup_b, dnorm = new(*dup.shape[:2]), new(len(dup), 2, width)
-        _conv(x2, w2, (b2, *none), x3, lead - HISTORY, LAST=True, OUT_LAST=True, **constants)
+        _conv(x2, w2, x3, lead - HISTORY, bias=b2, last=True, **constants)
         _up_bwd_kernel[(n_program, B)](
-            x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R, P, n_block, C=C, BLOCK_P=block_p,
+            x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R, P, n_block, C=C, BLOCK_P=_power_of_2(P, x1.dtype),
             BLOCK_C=_power_of_2(C, x1.dtype), PRECISION="ieee", num_warps=4 if block_p <= 64 else 8, num_stages=1, **constants)
+        del x3
         dgain, dbias = dnorm.sum(0)
         found = {"up": dup.sum(0)[: 4 * H, :, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
         # -- through the convolutions
@@ -2129,12 +2135,12 @@ class _CausalCNN(torch.autograd.Function):
             dw, db = new(n_program * B, 9, C, C), new(n_program * B, C)
             _conv_dw_kernel[(n_program, B, (block_c // block) ** 2)](
                 x, dout, dw, db, dout.stride(0), R, P, lead, n_block, C=C, LAST=i == 0, BLOCK_P=min(64, block_p),
-                CHUNKS=triton.cdiv(block_p, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps,
+                CHUNKS=triton.cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps,
                 num_stages=num_stages)
             found[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
             found[f"b{2 - i}"] = db.sum(0)
             dx = new_image(N) if i == 0 else new(B, C, N, P, dtype=x1.dtype)  # the encoder reads it in its image's order
-            _conv(dout, w, (*none, x2 if i == 0 else None), dx, -lead, LAST=True, OUT_LAST=i == 0, **constants)
+            _conv(dout, w, dx, -lead, of_relu=x2 if i == 0 else None, last=True, out_last=i == 0, **constants)
             if dlast[1 - i] is not None:
                 own = _through_last_rows(dlast[1 - i], x, n_rows, lead)
                 if i == 0:

@@ -241,6 +241,18 @@ def test_zeros_of_either_sign_tie():
         assert torch.equal(kernels.topk_mask(x, seen, 3, group), sea.topk_mask(x, seen, 3, group))
 
 
+@pytest.mark.parametrize("H, width", [(1, 5), (3, 40), (4, 64)])
+def test_selection_ends_and_stays_within_the_width_whatever_the_scores(H, width):
+    """-inf ranks last, ties among it to the lower index; a row of NaN costs no other row anything."""
+    scores = torch.randn(1, H, 3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[:, :, 0], scores[:, :, 1, 2:] = float("nan"), -float("inf")
+    cells = kernels.select_cells(scores, torch.full((1, 3), 2, device=DEVICE), 1)
+    padding = torch.arange(32 * cells.bits.shape[3], device=DEVICE) >= width
+    assert not kernels.unpack_mask(kernels.CellBits(cells.bits, len(padding)))[..., padding].any()
+    expected = sea.topk_mask(scores[:, :, 1:].softmax(-1), torch.full((1, 2), 2, device=DEVICE), 1)
+    assert torch.equal(kernels.unpack_mask(cells)[:, :, 1:], expected)
+
+
 @given(CELLS)
 @example(Cells(torch.float32, "causal_batch", 1, 12, 2, 256, 7, 0, "contiguous", 0))
 @settings(FEW)
@@ -482,12 +494,12 @@ FEWER = settings(max_examples=8)
 
 
 def check_causal_context(case):
-    with mock.patch.dict(kernels.CONTEXT, programs=528 if case.seed % 3 else 1):  # 1: a program walks all chunks
+    with mock.patch.dict(kernels.CONTEXT, programs=kernels.CONTEXT["programs"] if case.seed % 3 else 1):  # 1: a program walks all chunks
         _check_causal_context(case)
 
 
 def check_estimator(case):
-    with mock.patch.dict(kernels.CONV, programs=528 if case.seed % 3 else 1):
+    with mock.patch.dict(kernels.CONV, programs=kernels.CONV["programs"] if case.seed % 3 else 1):
         _check_estimator(case)
 
 
@@ -952,10 +964,11 @@ def test_large_score_loss_matches_reference(dtype, T, extra, D):
 
 
 @gpu
-@pytest.mark.parametrize("dtype, D, stride", [(torch.float32, 64, 4), (torch.float16, 64, 1), (torch.float16, 64, 4),
-                                              (torch.bfloat16, 64, 1), (torch.bfloat16, 64, 4), (torch.bfloat16, 128, 3)])
-def test_large_estimator_matches_reference(dtype, D, stride):
-    case = Layer(dtype, 1100, stride, (1, 4, 3), D, 256, 64, False, "heads last", 1)
+@pytest.mark.parametrize("dtype, D, stride, width", [
+    (torch.float32, 64, 4, 256), (torch.float16, 64, 1, 256), (torch.float16, 64, 4, 256), (torch.bfloat16, 64, 1, 256),
+    (torch.bfloat16, 64, 4, 256), (torch.bfloat16, 128, 3, 256), (torch.bfloat16, 64, 1, 64), (torch.bfloat16, 64, 4, 1024)])
+def test_large_estimator_matches_reference(dtype, D, stride, width):
+    case = Layer(dtype, 1100, stride, (1, 4, 3), D, width, 64, False, "heads last", 1)
     check_causal_context(case)
     check_estimator(case)
 
@@ -1119,9 +1132,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
             layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
     for kernels.DETERMINISTIC in (True, False):
         yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
-    if width == 1024:  # the widest convolutions
-        cnn = sea.CausalCNN(32, 1024).to(dtype)
-        image = torch.ones(1, 64, 8, 256, dtype=dtype, requires_grad=True)
+    for heads, width in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
+        cnn = sea.CausalCNN(heads, width).to(dtype)
+        image = torch.ones(1, 2 * heads, 8, width // 4, dtype=dtype, requires_grad=True)
         yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
         with torch.no_grad():
             kernels.causal_cnn(image[:, :, :1], cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, (image[:, :, :4], image[:, :, :4]))
