@@ -260,6 +260,7 @@ def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
 
 UNIT = tl.constexpr(8)  # keys
 GAP = tl.constexpr(2)  # units between runs that are walked through: on average, half of a run's last block is waste
+MOST_KEYS = tl.constexpr(2**20)  # of a query with windows: so far fp32 is exact enough
 PAIRS_PER_PROGRAM = 32  # (tile, key block) pairs that one program of the dk, dv kernel adds up, at least
 VISITORS = 256  # tiles that it looks through at a time
 
@@ -303,8 +304,8 @@ def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
 
 @triton.jit
 def _has_windows(t, WIDTH: tl.constexpr):
-    """Whether all queries of a tile have windows: up to t = 2^20, fp32 is exact enough."""
-    return (tl.min(tl.where(t > 0, t, WIDTH), axis=0) >= WIDTH) & (tl.max(t, axis=0) <= 1048576)
+    """Whether all queries of a tile have windows."""
+    return (tl.min(tl.where(t > 0, t, WIDTH), axis=0) >= WIDTH) & (tl.max(t, axis=0) <= MOST_KEYS)
 
 
 @triton.jit
@@ -407,7 +408,7 @@ def _next_block(runs_ptr, unit, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k_ptr, v_ptr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
+def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
             WINDOWS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Maximum and sum of the softmax, (BLOCK_M,), and its product with v, (BLOCK_M, BLOCK_D), over a tile's blocks."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -471,11 +472,11 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     runs_ptr += tile.to(tl.int64) * (max_runs + 1) * 2
     n_step = tl.load(steps_ptr + tile)
     if _has_windows(t, WIDTH):
-        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, K_ROW, V_ROW, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
-                                True, WIDTH, WORDS, BLOCK_N)
+        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale, K_ROW, V_ROW, True, WIDTH,
+                                WORDS, BLOCK_N)
     else:
-        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, K_ROW, V_ROW, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale,
-                                False, WIDTH, WORDS, BLOCK_N)
+        m_i, l_i, acc = _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale, K_ROW, V_ROW, False, WIDTH,
+                                WORDS, BLOCK_N)
     # -- write back
     empty = l_i == 0
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]
@@ -681,7 +682,7 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
     k, v = tl.load(k_ptr, mask=mask_n, other=0.0), tl.load(v_ptr, mask=mask_n, other=0.0)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     start, before = tl.load(firsts_ptr + lst), 0
-    windows = (block * BLOCK_N >= WIDTH) & (n_key <= 1048576)  # of all queries that see this block
+    windows = (block * BLOCK_N >= WIDTH) & (n_key <= MOST_KEYS)  # of all queries that see this block
     while (start < GROUP * n_tile) & (before < end):
         # -- list the next visitors, those from the begin-th to the end-th
         at = start + tl.arange(0, BLOCK_T)
