@@ -142,6 +142,7 @@ def _order(x):
 
 @triton.jit
 def _float(order):
+    """The float that _order gave this integer."""
     return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -282,13 +283,18 @@ def _first_key(p, t, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _cells_a_key(t, WIDTH: tl.constexpr):
+    return WIDTH / tl.maximum(t, 1).to(tl.float32)
+
+
+@triton.jit
 def _cell_of_key(t, j, WIDTH: tl.constexpr):
     """cell(j, t) = ((2 j + 1) width - 1) // (2 t), and what is left of that division. Shapes broadcast.
 
     Without the slow integer division: an fp32 guess, wrong by at most one, and its exact remainder. The products may wrap
     around int32; the remainder is small, so it is right nevertheless.
     """
-    cell = ((j.to(tl.float32) + 0.5) * (WIDTH / tl.maximum(t, 1).to(tl.float32))).to(tl.int32)
+    cell = ((j.to(tl.float32) + 0.5) * _cells_a_key(t, WIDTH)).to(tl.int32)
     rest = (2 * j + 1) * WIDTH - 1 - cell * (2 * t)
     step = (rest >= 2 * t).to(tl.int32) - (rest < 0).to(tl.int32)
     return cell + step, rest - step * (2 * t)
@@ -306,11 +312,6 @@ def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
 def _has_windows(t, WIDTH: tl.constexpr):
     """Whether all queries of a tile have windows."""
     return (tl.min(tl.where(t > 0, t, WIDTH), axis=0) >= WIDTH) & (tl.max(t, axis=0) <= MOST_KEYS)
-
-
-@triton.jit
-def _cells_a_key(t, WIDTH: tl.constexpr):
-    return WIDTH / tl.maximum(t, 1).to(tl.float32)
 
 
 @triton.jit
