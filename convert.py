@@ -15,6 +15,7 @@ The estimator's state has a constant size, whatever the context: SEAState in sea
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -167,17 +168,12 @@ def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, se
     return torch.zeros_like(ranked).scatter(-1, order[:, None, None].expand_as(ranked), ranked)
 
 
-def _ask_weights(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
-    """Before a model runs: tell its attention modules whether anyone wants their weights; not all models pass it on."""
+def _ask_weights(ask: bool, model: PreTrainedModel, args: tuple, kwargs: dict, output=None) -> None:
+    """Before and after a model runs, if its caller wants weights: tell its attention modules, since not all models pass it on."""
     asked = kwargs.get("output_attentions")
     if asked or (asked is None and model.config.output_attentions):
         for module in attention_modules(model):
-            module.sea_weights = True
-
-
-def _forget_weights(model: PreTrainedModel, args: tuple, output) -> None:
-    for module in attention_modules(model):
-        module.sea_weights = False
+            module.sea_weights = ask
 
 
 def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -246,8 +242,8 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
             module.register_forward_pre_hook(bring_cache, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.register_forward_pre_hook(_ask_weights, with_kwargs=True)
-            part.register_forward_hook(_forget_weights, always_call=True)
+            part.register_forward_pre_hook(functools.partial(_ask_weights, True), with_kwargs=True)
+            part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
     model.config.sea = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*shape, "causal", "seed")} | options
     model.set_attn_implementation("sea")
     if text._attn_implementation != "sea":

@@ -63,6 +63,18 @@ def __getattr__(name: str):
     return getattr(package, name)
 
 
+# Triton's own take 3 us a call from Python, and a layer makes dozens of calls.
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    """The least that is >= n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
     _expect(x.dtype in (torch.float32, torch.float16, torch.bfloat16), name, "float32, float16 or bfloat16", x.dtype)
@@ -86,7 +98,7 @@ class CellBits:
     width: int
 
     def __post_init__(self):
-        words = -(-self.width // 32)
+        words = _cdiv(self.width, 32)
         ok = self.bits.dtype == torch.int32 and self.bits.ndim == 4 and self.bits.shape[-1] == words
         _expect(ok, "bits", f"int32 of shape (B, H, R, {words}) for width {self.width}",
                 f"{self.bits.dtype} {tuple(self.bits.shape)}")
@@ -118,9 +130,9 @@ def pack_mask(mask: Tensor) -> CellBits:
     _expect(mask.ndim == 4 and mask.dtype == torch.bool, "mask", "bool of shape (B, H, R, width)",
             f"{mask.dtype} {tuple(mask.shape)}")
     width = mask.shape[-1]
-    bits = torch.empty(*mask.shape[:3], -(-width // 32), dtype=torch.int32, device=mask.device)
-    _pack_kernel[(triton.cdiv(bits.numel(), 128),)](mask.contiguous().view(torch.int8), bits, bits.numel(), WIDTH=width,
-                                                    WORDS=bits.shape[-1], BLOCK=128)
+    bits = torch.empty(*mask.shape[:3], _cdiv(width, 32), dtype=torch.int32, device=mask.device)
+    _pack_kernel[(_cdiv(bits.numel(), 128),)](mask.contiguous().view(torch.int8), bits, bits.numel(), WIDTH=width,
+                                              WORDS=bits.shape[-1], BLOCK=128)
     return CellBits(bits, width)
 
 
@@ -216,10 +228,10 @@ def _select(x: Tensor, seen: Tensor, topk: int, group: str, softmax: bool) -> Ce
         keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, first_n, True)
         return pack_mask(keep.view(x.shape) & visible)
     heads = H if group == "causal_batch" else 1
-    block_h, block_p = triton.next_power_of_2(heads), max(32, triton.next_power_of_2(width))
+    block_h, block_p = _next_power_of_2(heads), max(32, _next_power_of_2(width))
     _expect(block_h * block_p <= 32768, "probs", "at most 32768 cells that compete, heads and width padded to powers of two",
             block_h * block_p)
-    bits = torch.empty(B, H, R, -(-width // 32), dtype=torch.int32, device=x.device)
+    bits = torch.empty(B, H, R, _cdiv(width, 32), dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         _select_kernel[(R, B * H // heads)](x, seen.contiguous(), bits, x.stride(), H, R, 2 * heads * topk * width, HEADS=heads,
                                             WIDTH=width, WORDS=bits.shape[3], BLOCK_H=block_h, BLOCK_P=block_p, SOFTMAX=softmax,
@@ -793,10 +805,10 @@ STEP = dict(numbers=8192, num_warps=8)  # of keys that a program of the kernel a
 def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width):
     (B, H, _, D), (Hkv, S), words = q.shape, k.shape[1:3], bits.shape[3]
     # At least 32: Triton 3.6 makes wrong addresses of heads that two threads read.
-    o, block_d = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device), max(32, triton.next_power_of_2(D))
+    o, block_d = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device), max(32, _next_power_of_2(D))
     _sparse_attention_step_kernel[(B * H,)](
         q, k, v, bits, seen, row, order, o, q.stride(), k.stride(), v.stride(), H, bits.shape[2], S,
-        softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width, WORDS=words, BLOCK_W=triton.next_power_of_2(words),
+        softmax_scale * math.log2(math.e), GROUP=H // Hkv, D=D, WIDTH=width, WORDS=words, BLOCK_W=_next_power_of_2(words),
         BLOCK_N=min(STEP["numbers"] // block_d, 256), BLOCK_D=block_d, num_warps=STEP["num_warps"])
     return o
 
@@ -804,13 +816,13 @@ def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width
 def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int, tiles: dict, union: Tensor | None = None):
     """runs, steps, max_runs: the keys that each tile visits."""
     B, H, R, words = bits.shape
-    T, n_tile = seen.shape[1], triton.cdiv(seen.shape[1], tiles["BLOCK_M"])
-    max_runs = min(-(-width // 2), triton.cdiv(n_key, UNIT.value * (GAP.value + 2)))
+    T, n_tile = seen.shape[1], _cdiv(seen.shape[1], tiles["BLOCK_M"])
+    max_runs = min(_cdiv(width, 2), _cdiv(n_key, UNIT.value * (GAP.value + 2)))
     runs = torch.empty(B * H * n_tile, max_runs + 1, 2, dtype=torch.int32, device=bits.device)
     steps = torch.empty(B * H * n_tile, dtype=torch.int32, device=bits.device)
     _plan_kernel[(n_tile, B * H)](bits, seen, row, runs, steps, union, H, T, R, n_key, max_runs, WIDTH=width, WORDS=words,
-                                  BLOCK_W=triton.next_power_of_2(words), BLOCK_M=tiles["BLOCK_M"], BLOCK_N=tiles["BLOCK_N"],
-                                  num_warps=min(max(triton.next_power_of_2(words) // 8, 1), 8))
+                                  BLOCK_W=_next_power_of_2(words), BLOCK_M=tiles["BLOCK_M"], BLOCK_N=tiles["BLOCK_N"],
+                                  num_warps=min(max(_next_power_of_2(words) // 8, 1), 8))
     return runs, steps, max_runs
 
 
@@ -822,18 +834,18 @@ def _sparse_attention_fwd(q, k, v, bits, seen, row, softmax_scale, width):
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     _sparse_attention_fwd_kernel[(len(steps),)](
         q, k, v, bits, seen, row, runs, steps, o, lse, q.stride(), k.stride(), v.stride(), H, T, bits.shape[2], S,
-        triton.cdiv(T, tiles["BLOCK_M"]), max_runs, softmax_scale * math.log2(math.e), K_ROW=k.stride(2), V_ROW=v.stride(2),
-        GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
+        _cdiv(T, tiles["BLOCK_M"]), max_runs, softmax_scale * math.log2(math.e), K_ROW=k.stride(2), V_ROW=v.stride(2),
+        GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, _next_power_of_2(D)), **tiles)
     return o, lse
 
 
 def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, width):
     (B, H, T, D), (Hkv, S), R = q.shape, k.shape[1:3], bits.shape[2]
     tiles = _attention_tiles(q.dtype, D)
-    n_tile, n_block = triton.cdiv(T, tiles["BLOCK_M"]), triton.cdiv(S, tiles["BLOCK_N"])
+    n_tile, n_block = _cdiv(T, tiles["BLOCK_M"]), _cdiv(S, tiles["BLOCK_N"])
     union = torch.empty(B * H * n_tile, bits.shape[3] + 2, dtype=torch.int32, device=q.device) if DETERMINISTIC else None
     runs, steps, max_runs = _plan(bits, seen, row, width, S, tiles, union)  # cheaper again than kept since the forward
-    sizes = dict(GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
+    sizes = dict(GROUP=H // Hkv, D=D, WIDTH=width, WORDS=bits.shape[3], BLOCK_D=max(16, _next_power_of_2(D)), **tiles)
     qk_scale = softmax_scale * math.log2(math.e)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
     new = torch.empty if DETERMINISTIC else torch.zeros
@@ -850,7 +862,7 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     _count_visits_kernel[(n_block, B * Hkv)](union, counts, firsts, n_tile, S, BLOCK_T=256, **of_lists)
 
     # -- several programs for a key block that many tiles visit: `extra` at most, and twice as many slots for their parts
-    extra = min(1024, triton.cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
+    extra = min(1024, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
     per_program = (counts.sum() + extra - 1).div(extra, rounding_mode="floor").clamp(min=PAIRS_PER_PROGRAM)
     n_part = ((counts + per_program - 1) // per_program).clamp(min=1)
     part_ends, slots = n_part.cumsum(0), (n_part * (n_part > 1)).cumsum(0)
@@ -1016,9 +1028,9 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int, softmax_scale
     cells = torch.zeros(B, H, T, width, dtype=torch.float32, device=q.device)
     a_log_a, a_square = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
-        _pool_attention_kernel[(triton.cdiv(T, tiles["BLOCK_M"]), B * H)](
+        _pool_attention_kernel[(_cdiv(T, tiles["BLOCK_M"]), B * H)](
             q, k, seen.contiguous(), cells, a_log_a, a_square, q.stride(), k.stride(), H, T, S, scale * math.log2(math.e),
-            GROUP=H // Hkv, D=D, WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles)
+            GROUP=H // Hkv, D=D, WIDTH=width, BLOCK_D=max(16, _next_power_of_2(D)), **tiles)
     return PooledAttention(cells, a_log_a, a_square, S)
 
 
@@ -1060,8 +1072,8 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
     x, (N, n), E = x.contiguous(), x.shape[:2], x[0, 0].numel()
     first = None if first is None else first.float().contiguous()
     out = torch.empty(N, n + 1, *x.shape[2:], dtype=torch.float32, device=x.device)
-    _running_sums_kernel[(triton.cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=64 if E > 1024 else 128, BLOCK_E=16,
-                                                  num_warps=4)
+    _running_sums_kernel[(_cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=64 if E > 1024 else 128, BLOCK_E=16,
+                                            num_warps=4)
     return out
 
 
@@ -1082,7 +1094,7 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
 def _power_of_2(n: int, dtype: torch.dtype = torch.float32) -> int:
     """Block size for n numbers in a tl.dot. In half precision, for a tile whose rows are n long, at least 128 bytes: from
     narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper (github.com/triton-lang/triton/issues/11366)."""
-    return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(n))
+    return max(16 if dtype == torch.float32 else 64, _next_power_of_2(n))
 
 
 def _dot_type(dtype: torch.dtype) -> dict:
@@ -1430,7 +1442,7 @@ def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, there_ptr, past_pt
 def _causal_context_step(q, k, v, position, past, projection, there, softmax_scale):
     (B, H, _, D), Hkv, M = q.shape, k.shape[1], projection.shape[1]
     position, past = position.contiguous(), None if past is None else past.float().contiguous()
-    block_d, block_f = triton.next_power_of_2(D), triton.next_power_of_2(M)
+    block_d, block_f = _next_power_of_2(D), _next_power_of_2(M)
     sums = torch.empty(B, Hkv, M, 2 * D + 1, dtype=torch.float32, device=q.device)
     context = torch.empty(B, H, 1, 2 * D, dtype=q.dtype, device=q.device)
     _context_step_kernel[(2, B * Hkv)](
@@ -1453,9 +1465,9 @@ def _context_launch(q, k, v, position, projection, there, softmax_scale, stride,
     (B, H, R, D), (Hkv, N), M = q.shape, k.shape[1:3], projection.shape[1]
     keys = CONTEXT["keys"] // (1 if q.dtype != torch.float32 and D <= 64 else 2)
     rows, longer = max(1, keys // stride), 2 if q.dtype == torch.bfloat16 and D <= 64 else 1
-    n_chunks = triton.cdiv(max(triton.cdiv(R, rows), triton.cdiv(N + lead, rows * stride)), longer)  # of the longer ones
+    n_chunks = _cdiv(max(_cdiv(R, rows), _cdiv(N + lead, rows * stride)), longer)  # of the longer ones
     n_chunk = max(1, n_chunks * B * Hkv // CONTEXT["programs"])
-    n_segment = triton.cdiv(n_chunks, n_chunk)
+    n_segment = _cdiv(n_chunks, n_chunk)
     rows, n_chunk = (rows * longer, n_chunk) if backward else (rows, n_chunk * longer)
     there = None if there is None else there.contiguous().view(torch.int8)
     inputs = (k, v, position, projection.contiguous(), there)
@@ -1512,7 +1524,7 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, pro
     _expect(position is not None, "position", "a table, the Performer has no kernel", None)
     _expect(stride <= 32, "stride", "at most 32, a row and its keys have to fit into a chunk", stride)
     most = 128 if q.dtype == torch.bfloat16 else 64  # for their product to fit into shared memory
-    size = max(64, triton.next_power_of_2(projection.shape[1])) * max(64, triton.next_power_of_2(q.shape[-1]))
+    size = max(64, _next_power_of_2(projection.shape[1])) * max(64, _next_power_of_2(q.shape[-1]))
     _expect(size <= most * most and projection.shape[1] <= 128, "projection",
             f"at most {most} features of head size <= {most} in {q.dtype}", tuple(projection.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -1679,7 +1691,7 @@ def _encode_launch(context, v, P, tiles):
     """Grid and keywords of both kernels."""
     B, H, R, D = *context.shape[:3], context.shape[3] // 2
     tiles = tiles if context.dtype != torch.float32 and R > 16 else dict(BLOCK_R=16, num_warps=4)
-    return (triton.cdiv(R, tiles["BLOCK_R"]), B * H), dict(
+    return (_cdiv(R, tiles["BLOCK_R"]), B * H), dict(
         v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D, P=P, BLOCK_D=_power_of_2(D, v.dtype),
         BLOCK_Z=_power_of_2(2 * D, v.dtype), BLOCK_P=_power_of_2(P, v.dtype), PRECISION="ieee", **tiles)
 
@@ -1938,7 +1950,7 @@ def _causal_cnn_step(n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1,
     tiles = dict(P=P, C=C, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=4 if block_p * block_c <= 4096 else 8)
     _cnn_step_kernel[(B,)](image.contiguous(), *(w.contiguous() for w in (w1, b1, w2, b2, up, up_b, gain, bias)),
                            past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), begins, middle, next1, next2, scores,
-                           WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)), **tiles)
+                           WIDTH=width, H=H, BLOCK_H=_next_power_of_2(max(4, H)), **tiles)
     return scores, next1, next2
 
 
@@ -2051,8 +2063,8 @@ HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
 def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
     """Programs a batch entry, and blocks of rows that each of them walks."""
-    n_block = triton.cdiv(triton.cdiv(n_row, block) * B, CONV["programs"])
-    return triton.cdiv(triton.cdiv(n_row, block), n_block), n_block
+    n_block = _cdiv(_cdiv(n_row, block) * B, CONV["programs"])
+    return _cdiv(_cdiv(n_row, block), n_block), n_block
 
 
 def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, out_last=True, **constants):
@@ -2063,7 +2075,7 @@ def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, ou
     block_p = max(block_p, 64) if half and not walk else block_p  # 64 places at least, see _power_of_2
     n_program, n_block = _split_rows(R, B, 2) if walk else (R, 1)
     if n_block > 32:  # more programs, of which the last end sooner after the others
-        n_program, n_block = triton.cdiv(R, 64), 32
+        n_program, n_block = _cdiv(R, 64), 32
     stages = 1 if not walk or block_c > 32 else 3 if last else 2  # as many as fit into shared memory, or registers
     _conv_kernel[(n_program, B)](
         x, w, bias, *up, of_relu, out, x.stride(0), out.stride(0), N, R, P, begin, n_block, C=C, LAST=last, OUT_LAST=out_last,
@@ -2095,7 +2107,7 @@ class _CausalCNN(torch.autograd.Function):
         (B, C, R, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
         w1, w2 = w1.to(dtype).contiguous(), w2.to(dtype).contiguous()
         ups, lead = up.to(dtype).reshape(4 * H, C).contiguous(), 0 if past1 is None else HISTORY
-        constants = dict(WIDTH=width, H=H, BLOCK_H=triton.next_power_of_2(max(4, H)))
+        constants = dict(WIDTH=width, H=H, BLOCK_H=_next_power_of_2(max(4, H)))
         x1 = image.contiguous() if past1 is None else torch.cat([past1.to(dtype), image], 2).contiguous()
         x2 = torch.empty(B, lead + R, P, C, dtype=dtype, device=image.device).permute(0, 3, 1, 2)  # channels last
         if lead:
@@ -2137,7 +2149,7 @@ class _CausalCNN(torch.autograd.Function):
             dw, db = new(n_program * B, 9, C, C), new(n_program * B, C)
             _conv_dw_kernel[(n_program, B, (block_c // block) ** 2)](
                 x, dout, dw, db, dout.stride(0), R, P, lead, n_block, C=C, LAST=i == 0, BLOCK_P=min(64, block_p),
-                CHUNKS=triton.cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps,
+                CHUNKS=_cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee", num_warps=num_warps,
                 num_stages=num_stages)
             found[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
             found[f"b{2 - i}"] = db.sum(0)
@@ -2330,7 +2342,7 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, there_ptr, seen_ptr, c
 
 
 def _cell_keys_tiles(dtype: torch.dtype, width: int) -> dict:
-    block_p, half = max(16, triton.next_power_of_2(width)), dtype != torch.float32  # "ieee" dots run without tensor cores
+    block_p, half = max(16, _next_power_of_2(width)), dtype != torch.float32  # "ieee" dots run without tensor cores
     return dict(BLOCK_T=16, BLOCK_B=64 if half else 32, BLOCK_P=block_p, num_warps=min(max(block_p // (128 if half else 64), 1), 16),
                 num_stages=3 if half else 1)
 
@@ -2340,7 +2352,7 @@ CELL_KEYS_PROGRAMS = 528  # 4 on each of an H100's multiprocessors; more are slo
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     (B, H, R, D), width, (n_kv, n_level, _, _), tiles = q.shape, x.shape[-1], means.shape, _cell_keys_tiles(q.dtype, x.shape[-1])
-    n_tile = triton.cdiv(R, tiles["BLOCK_T"]) * B * H
+    n_tile = _cdiv(R, tiles["BLOCK_T"]) * B * H
     n_program = min(n_tile, CELL_KEYS_PROGRAMS)
     products = torch.empty(n_program, tiles["BLOCK_T"], 2 * width, dtype=torch.float32, device=q.device)
     _cell_keys_kernel[(n_program,)](
@@ -2364,7 +2376,7 @@ class _AddCellKeys(torch.autograd.Function):
     def backward(ctx, dscores):
         gain, q, means, row_seen, count = ctx.saved_tensors
         (B, H, R, _), dscores = q.shape, dscores.contiguous()
-        n_tile = triton.cdiv(R, _cell_keys_tiles(q.dtype, dscores.shape[-1])["BLOCK_T"])
+        n_tile = _cdiv(R, _cell_keys_tiles(q.dtype, dscores.shape[-1])["BLOCK_T"])
         parts = torch.empty(B, H, n_tile, dtype=torch.float32, device=q.device)
         _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
         return dscores, parts.sum((0, 2)).to(gain.dtype), None, None, None, None, None
@@ -2386,9 +2398,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     q, k = q.detach(), k.detach()
     past, count = None if past is None else past.float().contiguous(), None if count is None else count.contiguous()
     sums = torch.empty(B, Hkv, n_bins, D, dtype=torch.float32, device=k.device)
-    block_d = triton.next_power_of_2(D)
+    block_d = _next_power_of_2(D)
     if _is_step(q) and N == 1 and past is not None:
-        products, block_p = torch.empty(B * H, n_bins, dtype=torch.float32, device=q.device), triton.next_power_of_2(width)
+        products, block_p = torch.empty(B * H, n_bins, dtype=torch.float32, device=q.device), _next_power_of_2(width)
         with torch.cuda.device_of(q):
             _cell_keys_step_kernel[(B * Hkv,)](
                 scores, gain, q, k, None if there is None else there.contiguous().view(torch.int8), row_seen, count, past, products,
@@ -2407,7 +2419,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         there = there.view(torch.int8)
     means = torch.empty(B * Hkv, n_level, n_bins, D, dtype=k.dtype, device=k.device)
     with torch.cuda.device_of(q):
-        _bin_keys_kernel[(triton.cdiv(n_bins, 16), n_level, B * Hkv)](
+        _bin_keys_kernel[(_cdiv(n_bins, 16), n_level, B * Hkv)](
             k, first, there, count, new, past, means, sums, k.stride(), Hkv, N, D=D, N_BINS=n_bins, BLOCK_B=16, BLOCK_N=64,
             BLOCK_D=_power_of_2(D, k.dtype), num_warps=2, num_stages=3)
         return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
@@ -2502,7 +2514,7 @@ def _mix_average_step(sparse, v, gates, past, seen, row, valid):
     past = None if past is None else past.float().contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.int8)
     _mix_step_kernel[(B * Hkv,)](sparse.contiguous(), v, past, gates.contiguous(), seen.contiguous(), row.contiguous(), valid, out,
-                                 sums, v.stride(), Hkv, gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=triton.next_power_of_2(D),
+                                 sums, v.stride(), Hkv, gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D),
                                  num_warps=1)
     return out, sums
 
@@ -2582,7 +2594,7 @@ class _MixAverage(torch.autograd.Function):
     def forward(ctx, sparse, v, gates, past, seen, row, valid):
         (B, H, T, D), Hkv = sparse.shape, v.shape[1]
         sparse, gates, seen, row = (x.contiguous() for x in (sparse, gates, seen, row))
-        n_block = triton.cdiv(T, MIX["BLOCK_T"])
+        n_block = _cdiv(T, MIX["BLOCK_T"])
         valid = None if valid is None else valid.contiguous().view(torch.int8)
         sums = torch.empty(B * Hkv, n_block, D, dtype=torch.float32, device=v.device)
         _block_sums_kernel[(n_block, B * Hkv)](v, valid, sums, v.stride(), Hkv, T, D=D, BLOCK_D=_power_of_2(D, v.dtype), **MIX)
@@ -2609,7 +2621,7 @@ class _MixAverage(torch.autograd.Function):
                                   BLOCK_D=_power_of_2(D, v.dtype), **MIX)
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         ends = torch.searchsorted(row, torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous(), right=True)
-        _sum_rows_kernel[(triton.cdiv(R, 64), B * H)](per_query, ends, dgates, H, T, R, BLOCK=64)
+        _sum_rows_kernel[(_cdiv(R, 64), B * H)](per_query, ends, dgates, H, T, R, BLOCK=64)
         dpast = after[:, 0].view(dsum.shape) if ctx.needs_input_grad[3] else None
         return dsparse, dv, dgates.to(gates.dtype), dpast, None, None, None
 
@@ -2773,8 +2785,8 @@ class _ScoreLoss(torch.autograd.Function):
         constants = dict(H=H, T=T, n_key=S, qk_scale=softmax_scale * math.log2(math.e), kl_weight=kl_weight, GROUP=H // Hkv, D=D,
                          BLOCK_D=_power_of_2(D, q.dtype), **tiles)
         strides = [x.stride() for x in (q, k, teacher_q, teacher_k)]
-        _score_fwd_kernel[(triton.cdiv(T, tiles["BLOCK_M"]), B * H)](q, k, teacher_q, teacher_k, seen, loss, lse_s, lse_t, r, *strides,
-                                                                     **constants)
+        _score_fwd_kernel[(_cdiv(T, tiles["BLOCK_M"]), B * H)](q, k, teacher_q, teacher_k, seen, loss, lse_s, lse_t, r, *strides,
+                                                              **constants)
         n_row = ((seen > 0).sum() * H).clamp(min=1)
         ctx.save_for_backward(q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, n_row)
         ctx.constants = dict(constants, softmax_scale=softmax_scale)
@@ -2788,7 +2800,7 @@ class _ScoreLoss(torch.autograd.Function):
         weight, grads = (dloss / n_row).float(), []
         for keys, x, block in ((False, q, constants["BLOCK_M"]), (True, k, constants["BLOCK_N"])):
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            _score_bwd_kernel[(triton.cdiv(x.shape[2], block), x.shape[0] * x.shape[1])](
+            _score_bwd_kernel[(_cdiv(x.shape[2], block), x.shape[0] * x.shape[1])](
                 q, k, teacher_q, teacher_k, seen, lse_s, lse_t, r, weight, dx, *strides, KEYS=keys, **constants)
             grads.append(dx)
         return *grads, *[None] * 5
