@@ -344,6 +344,15 @@ def _in_window(window, place, step, i, there):
     return ((window >> (cell & 31)) & there.to(tl.int32)) != 0
 
 
+@triton.jit
+def _kept(words_ptr, t, window, place, step, i, j, n_key, WINDOWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Which keys j, number i of a block, each query of a tile keeps, (BLOCK_M, BLOCK_N)."""
+    if WINDOWS:
+        return _in_window(window[:, None], place[:, None], step[:, None], i[None, :], (j < n_key)[None, :])
+    else:
+        return _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_key, WIDTH)
+
+
 # The keys that each tile of queries visits.
 # One program: one tile; grid (n_tile, B * H), n_tile = cdiv(T, BLOCK_M).
 #   bits (B, H, R, words) int32; seen (B, T) int; row (B, T) int or None: query i uses row i
@@ -411,13 +420,16 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H,
 
 
 @triton.jit
-def _next_block(runs_ptr, unit, end, BLOCK_N: tl.constexpr):
-    """The walk over a tile's runs, without a branch: the pointer to the run, the first unit of the block to visit, the run's end."""
+def _next_block(runs_ptr, unit, end, words_ptr, t, step, WIDTH: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The walk over a tile's runs, without a branch: the pointer to the run, the first unit of the block to visit, the run's end,
+    and the block's window, whose loads end while other programs work."""
     jump = unit + BLOCK_N // UNIT >= end
     runs_ptr += tl.where(jump, 2, 0)
     following = tl.load(runs_ptr, mask=jump, other=0)
     end = tl.where(jump, tl.load(runs_ptr + 1, mask=jump, other=0), end)
-    return runs_ptr, tl.where(jump, following, unit + BLOCK_N // UNIT), end
+    unit = tl.where(jump, following, unit + BLOCK_N // UNIT)
+    window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)
+    return runs_ptr, unit, end, window, place
 
 
 @triton.jit
@@ -438,10 +450,7 @@ def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_s
         # -- scores, (BLOCK_M, BLOCK_N)
         k = tl.load(k_ptr + first * K_ROW, mask=mask_n, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        if WINDOWS:
-            keep = _in_window(window[:, None], place[:, None], step[:, None], offs_n[None, :], (j < n_run_key)[None, :])
-        else:
-            keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
+        keep = _kept(words_ptr, t, window, place, step, offs_n, j, n_run_key, WINDOWS, WIDTH)
         s = tl.where(keep, s, -float("inf"))
         # -- online softmax
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
@@ -449,8 +458,7 @@ def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_s
         l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
         v = tl.load(v_ptr + first * V_ROW, mask=mask_n, other=0.0)
         acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
-        window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)  # its loads end while other programs work
+        runs_ptr, unit, end, window, place = _next_block(runs_ptr, unit, end, words_ptr, t, step, WIDTH, WORDS, BLOCK_N)
     return m_i, l_i, acc
 
 
@@ -517,10 +525,7 @@ def _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, t, words_ptr, r
         k = tl.load(k_ptr + first * K_ROW, mask=mask_n, other=0.0)
         v = tl.load(v_ptr + first * V_ROW, mask=mask_n, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        if WINDOWS:
-            keep = _in_window(window[:, None], place[:, None], step[:, None], offs_n[None, :], (j < n_run_key)[None, :])
-        else:
-            keep = _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_run_key, WIDTH)
+        keep = _kept(words_ptr, t, window, place, step, offs_n, j, n_run_key, WINDOWS, WIDTH)
         p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(k.dtype)
@@ -530,8 +535,7 @@ def _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, t, words_ptr, r
             tl.atomic_add(dk_ptr + first * D, dk, mask=mask_n, sem="relaxed")
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             tl.atomic_add(dv_ptr + first * D, dv, mask=mask_n, sem="relaxed")
-        runs_ptr, unit, end = _next_block(runs_ptr, unit, end, BLOCK_N)
-        window, place = _window(words_ptr, t, unit * UNIT, step, WIDTH, WORDS)
+        runs_ptr, unit, end, window, place = _next_block(runs_ptr, unit, end, words_ptr, t, step, WIDTH, WORDS, BLOCK_N)
     return dq
 
 
@@ -1072,8 +1076,8 @@ def _running_sums(x: Tensor, first: Tensor | None, reverse: bool = False) -> Ten
     x, (N, n), E = x.contiguous(), x.shape[:2], x[0, 0].numel()
     first = None if first is None else first.float().contiguous()
     out = torch.empty(N, n + 1, *x.shape[2:], dtype=torch.float32, device=x.device)
-    _running_sums_kernel[(_cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=64 if E > 1024 else 128, BLOCK_E=16,
-                                            num_warps=4)
+    block = 64 if E > 1024 else 128  # smaller where the programs of the columns fill the GPU
+    _running_sums_kernel[(_cdiv(E, 16), N)](x, first, out, n, E, REVERSE=reverse, BLOCK_N=block, BLOCK_E=16, num_warps=4)
     return out
 
 
