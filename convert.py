@@ -32,7 +32,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
-from sea import SEAConfig, SEAOutput, SEAState, SEAttention, attention_weights, take
+from baselines import BASELINES
+from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
+                 first_key_of_cell, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -133,14 +135,15 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     valid = None if attention_mask is None else attention_mask.bool()
     state = None if sea_layer is None else sea_layer.state
     wants_weights = getattr(module, "sea_weights", False)
-    whole = torch.is_grad_enabled() or wants_weights or getattr(module, "sea_records", None) is not None
-    sea = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state, kv_cached=sea_layer is not None,
-                     rows_at_once=ROWS_AT_ONCE if module.sea.config.causal and not whole else None)
+    needs_all = torch.is_grad_enabled() or wants_weights or getattr(module, "sea_records", None) is not None
+    in_chunks = module.sea.config.causal and not needs_all
+    result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,
+                        kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if in_chunks else None)
     if sea_layer is not None:
-        sea_layer.state = sea.state
-    _record(module, query, key, value, scaling, sea.out, sea)
-    weights = _weights(query, key, valid, scaling, sea) if wants_weights else None
-    return sea.out.transpose(1, 2).contiguous(), weights
+        sea_layer.state = result.state
+    _record(module, query, key, value, scaling, result.out, result)
+    weights = _weights(query, key, valid, scaling, result) if wants_weights else None
+    return result.out.transpose(1, 2).contiguous(), weights
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -149,23 +152,72 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
 
 
+METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
 
 
 @torch.no_grad()
-def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, sea: SEAOutput) -> Tensor:
+def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, result: SEAOutput) -> Tensor:
     """For output_attentions=True: the sparse attention, before the gates, (B, H, T, S)."""
-    if sea.cells is None:
+    if result.cells is None:
         raise ValueError("output_attentions: expected a SEA student, got a Performer, which has no attention matrix")
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if size > MOST_WEIGHTS:
-        raise ValueError(f"output_attentions: expected at most {MOST_WEIGHTS:,} numbers a layer, got {size:,}; sea.attention_csr "
+        raise ValueError(f"output_attentions: expected at most {MOST_WEIGHTS:,} numbers a layer, got {size:,}; attention_csr "
                          "gives the same as sparse matrices, of what convert.record sees")
     if valid is None:
-        return attention_weights(q, k, sea.mask, sea.seen, scale)
-    order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first, as SEA ranks them
-    ranked = attention_weights(q, take(k, order), sea.mask, sea.seen, scale)
+        return attention_weights(q, k, result.mask, result.seen, scale)
+    order = valid_first(valid)  # as SEA ranks keys
+    ranked = attention_weights(q, take(k, order), result.mask, result.seen, scale)
     return torch.zeros_like(ranked).scatter(-1, order[:, None, None].expand_as(ranked), ranked)
+
+
+@torch.no_grad()
+def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: float | None = None, *,
+                  row: Tensor | None = None, block: int = 2**20) -> list[list[Tensor]]:
+    """sea.attention_weights as sparse matrices: for each sequence and head a torch CSR tensor (T, S), fp32 at least.
+
+    Arguments as in sea.sparse_attention; cells: SEAOutput.cells, a bool mask or kernels.CellBits. Column j is the key of
+    rank j, as in k. Times v it is the sparse context, before the gates. Memory is a few times that of the result, 12 bytes
+    a number, and `block` products q k at a time: nothing is T x S.
+    """
+    check_qkv(q, k, k)
+    B, H, T, D = q.shape
+    scale, group = D**-0.5 if softmax_scale is None else softmax_scale, H // k.shape[1]
+
+    def matrix(b: int, h: int) -> Tensor:
+        if isinstance(cells, Tensor):
+            mask = cells[b, h]
+        else:  # unpack one head at a time
+            mask = type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
+        mask = (mask if row is None else mask[row[b]]) & (seen[b] > 0)[:, None]  # (T, width)
+        query, key = _kept_keys(mask, seen[b])
+        return _softmax_csr(at_least_fp32(q[b, h]) * scale, at_least_fp32(k[b, h // group]), query, key, block)
+
+    return [[matrix(b, h) for h in range(H)] for b in range(B)]
+
+
+def _kept_keys(mask: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key of each pair that a mask of cells (T, width) keeps, by query and then by key."""
+    query, cell = mask.nonzero(as_tuple=True)
+    first = first_key_of_cell(cell, seen[query], mask.shape[1])
+    n = first_key_of_cell(cell + 1, seen[query], mask.shape[1]) - first  # keys under each cell
+    before = n.cumsum(0) - n
+    key = torch.arange(int(n.sum()), device=mask.device) + (first - before).repeat_interleave(n)
+    return query.repeat_interleave(n), key
+
+
+def _softmax_csr(q: Tensor, k: Tensor, query: Tensor, key: Tensor, block: int) -> Tensor:
+    """softmax(q k^T) over the pairs (query, key), CSR (T, S); `block` of their products at a time."""
+    scores = [(q[i] * k[j]).sum(-1) for i, j in zip(query.split(block), key.split(block))]
+    scores = torch.cat(scores) if scores else q.new_zeros(0)
+    n_key = torch.bincount(query, minlength=len(q))  # of each query
+    lowest = torch.finfo(scores.dtype).min
+    top = torch.segment_reduce(scores, "max", lengths=n_key, unsafe=True, initial=lowest)
+    weights = (scores - top[query]).exp()
+    weights = weights / torch.segment_reduce(weights, "sum", lengths=n_key, unsafe=True, initial=0)[query]
+    rows = torch.cat([n_key.new_zeros(1), n_key.cumsum(0)])
+    return torch.sparse_csr_tensor(rows, key, weights, size=(len(q), len(k)), check_invariants=False)
 
 
 def _ask_weights(ask: bool, model: PreTrainedModel, args: tuple, kwargs: dict, output=None) -> None:
@@ -216,13 +268,15 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "is_causal")]
 
 
-def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
+def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
     """Give each attention layer of `model` a SEAttention, in place, and switch the model to it.
 
-    options: fields of sea.SEAConfig; heads, head size, causality and the longest sequence come from the model. Load the
+    method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest sequence come from the model. Load the
     model first: new weights keep the initialisation of SEAttention. Raises ValueError if the model has no attention of
     the kind that the attention interface serves.
     """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
@@ -237,14 +291,15 @@ def attach(model: PreTrainedModel, **options) -> PreTrainedModel:
             raise ValueError(f"model: expected self-attention only, got cross-attention in {type(module).__name__}")
         config = SEAConfig(**{**shape, "causal": bool(module.is_causal), "seed": i, **options})
         weight = next(module.parameters())
-        module.sea = SEAttention(config).to(weight.device, weight.dtype)
+        module.sea = METHODS[method](config).to(weight.device, weight.dtype)
         if config.causal:
             module.register_forward_pre_hook(bring_cache, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.register_forward_pre_hook(functools.partial(_ask_weights, True), with_kwargs=True)
             part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
-    model.config.sea = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*shape, "causal", "seed")} | options
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*shape, "causal", "seed")}
+    model.config.sea = {"method": method, **fields, **options}
     model.set_attn_implementation("sea")
     if text._attn_implementation != "sea":
         raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")

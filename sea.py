@@ -1,35 +1,56 @@
 """SEA: Sparse Linear Attention with Estimated Attention Mask, in plain PyTorch.
 
-Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained transformer. It
-estimates each attention row in `width` cells with linear attention and a small CNN, keeps the best cells by a grouped
-top-k, attends only to the keys under them, and learns all this by distilling the teacher's attention. This file is the
-readable reference: every step of the paper is one function, in the paper's order, for every dtype and device, with
-autograd. Copy it away and it works: it needs torch and einops only. Its sparse attention looks at all keys and masks them,
-so that it is easy to check; kernels.py beside it, which takes over on a GPU, does only the work that SEA needs.
+Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained
+transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
+keeps the best cells by a grouped top-k, attends only to the keys under them, and learns all this by
+distilling the teacher's attention. A layer, SEAttention.forward, is these lines:
 
-    name     paper   meaning
-    B, H, T  N,H,T   batch, query heads, queries (new tokens)
-    Hkv      -       key/value heads, H % Hkv == 0 (grouped-query attention)
-    S, D     T, d    keys (past and new tokens), head size
-    width    K       cells of an estimated attention row
-    topk     k       budget: keys per query and head, on average
-    seen     t       number of keys that a query may see; 0 marks a padded query
-    cell     pixel   one of `width` equal slices of the keys that a query sees
-    row      -       a query whose attention is estimated: every one, or each `query_stride`-th; R rows for T queries
-    m        -       random features of the linear attention
+    new     valid tokens of q, k, v to the front, padding behind them               border
+    rows    the queries whose attention is estimated: all, or every stride-th       border
+    c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))              steps 1, 2
+    z       GELU(LayerNorm(Linear([c ; v]))), of which come image and gates         step 3
+    scores  CNN(image)                                                              step 4
+            + gain * q . (mean key of each cell)                                    step 5, ours
+    cells   the best of softmax(scores), `topk` keys a query and head on average    step 6
+    sparse  softmax(q k^T * softmax_scale) v over the keys under those cells        steps 7, 8
+    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v                    step 9
+    back    each token to where it came from                                        border
 
-Tensors are (B, H, T, D). A key's number is its rank among the valid keys. Probabilities, softmax statistics and running
-sums are at least fp32, whatever the input is. "Differs" marks where we leave the paper or its authors' code.
+This file is the readable reference: a function for each step, in that order, for every dtype and
+device, with autograd. Copy it away and it works: it needs torch and einops only. Its sparse
+attention looks at all keys and masks them, which is easy to check and not fast; kernels.py has the
+same operations in Triton and takes over on a GPU.
+
+    name       paper   meaning
+    B, H, T    N,H,T   batch, query heads, queries (the new tokens of a call)
+    Hkv        -       key/value heads, H % Hkv == 0 (grouped-query attention)
+    S, D       T, d    keys (past and new tokens), head size
+    width      K       cells of an estimated attention row
+    topk       k       budget: keys per query and head, on average
+    cell       pixel   one of `width` equal slices of the keys that a query sees
+    seen       t       number of keys that a query sees; 0 marks padding
+    row        -       a query whose attention is estimated; R rows for T queries
+    cell key   -       mean of the keys in the middle of a cell, from bins of keys (not in the paper)
+    m          -       random features of the linear attention
+    count      -       (B,) tokens of each sequence before this call
+    n_new      -       (B,) new tokens: places 0 ... n_new-1 of the call, padding behind them
+    rank       -       number of a token in its sequence; the token at place i has rank count + i
+
+Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
+whatever the input is. "Differs" marks where we leave the paper or its authors' code.
 
 Left out: attention dropout, cross-attention, sliding windows.
 """
 
+import importlib
 import importlib.util
 import math
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +58,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = ("causal_batch", "query", "head", "batch")
-METHODS = ("sea", "performer")
 BACKENDS = ("auto", "torch", "triton")
 HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
@@ -46,6 +65,27 @@ HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+class Group(NamedTuple):
+    """What cells compete with each other for a place in the mask, see topk_mask."""
+
+    layout: str  # the axes of (b, h, t, p) ranked together, in einops' words
+    causal: bool  # no query competes with a later one
+    budget: Callable  # (H, topk * width, keys seen) -> cells to keep of those ranked together
+
+
+def _rounded(a, b):
+    """a / b rounded half up, in integers."""
+    return (2 * a + b) // (2 * b)
+
+
+GROUPS = {
+    "causal_batch": Group("b t (h p)", True, lambda H, cells, seen: _rounded(H * cells, seen)),
+    "query": Group("b t h p", True, lambda H, cells, seen: _rounded(cells, seen)),
+    "head": Group("b h (t p)", False, lambda H, cells, seen: cells),
+    "batch": Group("b (h t p)", False, lambda H, cells, seen: H * cells),
+}
 
 
 @dataclass(frozen=True)
@@ -61,31 +101,30 @@ class SEAConfig:
     width: int = 256  # 128 for BERT
     topk: int = 64
     causal: bool = True
-    group: str = "causal_batch"  # what cells compete with each other, see topk_mask
-    query_stride: int = 1  # estimate queries 0, r, 2r, ...; those between reuse that row's cells and gates (causal only)
+    group: str = "causal_batch"  # one of GROUPS
+    query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
-    max_positions: int = 2048  # rows of the learned position table, the longest sequence with its padding (causal only)
-    cell_keys: bool = True  # add each query's product with the mean key of a cell to its score, see add_cell_keys (causal only)
-    method: str = "sea"  # "performer": the linear attention's own context is the output, the paper's control
+    max_positions: int = 2048  # rows of the learned position table, padding included (causal)
+    cell_keys: bool = True  # step 5 (causal)
     seed: int = 0  # of the random features
-    backend: str = "auto"  # kernels.py on a GPU where it lies beside this file and fits; or "torch", or "triton" to insist
+    backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
             value = getattr(self, name)
             _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", value)
         kv = self.kv_heads
-        _expect(isinstance(kv, int) and kv >= 1 and self.n_head % kv == 0, "n_kv_head",
-                f"a divisor of n_head = {self.n_head}", kv)
-        _expect(self.group in GROUPS, "group", f"one of {GROUPS}", repr(self.group))
-        _expect(self.method in METHODS, "method", f"one of {METHODS}", repr(self.method))
+        divides = isinstance(kv, int) and kv >= 1 and self.n_head % kv == 0
+        _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", kv)
+        _expect(self.group in GROUPS, "group", f"one of {tuple(GROUPS)}", repr(self.group))
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         _expect(self.nbf > 0, "nbf", "a number > 0", self.nbf)
-        if self.causal:
-            _expect(self.group in GROUPS[:2], "group", f"one of {GROUPS[:2]} when causal, since the others rank "
-                    "a query's cells against later queries'", repr(self.group))
-        _expect(self.query_stride == 1 or (self.causal and self.method == "sea"), "query_stride",
-                "1 unless causal and method = 'sea'", self.query_stride)
+        causal_groups = tuple(name for name, group in GROUPS.items() if group.causal)
+        _expect(not self.causal or self.group in causal_groups, "group",
+                f"one of {causal_groups} when causal, since the others rank a query's cells against "
+                "later queries'", repr(self.group))
+        _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
+                self.query_stride)
 
     @property
     def kv_heads(self) -> int:
@@ -96,7 +135,7 @@ class SEAConfig:
         return max(1, int(self.d_head * math.log(self.d_head) / self.nbf))
 
 
-# -- small tools -------------------------------------------------------------------------------------------------------
+# -- small tools -----------------------------------------------------------------------------------
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -114,33 +153,164 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def extend(past: Tensor, x: Tensor) -> Tensor:
+    """x (B, C, N, E) after the rows of the past; x itself, not a copy, if there are none."""
+    return torch.cat([past.to(x.dtype), x], dim=2) if past.shape[2] else x
+
+
+def is_token(x: Tensor, n: Tensor) -> Tensor:
+    """Which rows of x (B, C, T, E) are among the first n (B,): (B, 1, T, 1)."""
+    return (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
+
+
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     """(B, Hkv, S, D) -> (B, H, S, D): each key/value head serves H/Hkv neighbouring query heads."""
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
-# -- 1. estimate the attention row in `width` cells --------------------------------------------------------------------
+# -- the border: valid tokens first, and the rows to estimate --------------------------------------
 
 
-def orthogonal_features(d_head: int, n_features: int, generator: torch.Generator | None = None) -> Tensor:
-    """Random projection (D, m) with orthogonal columns in blocks of D and the norms of Gaussian vectors (FAVOR+)."""
-    blocks = [torch.linalg.qr(torch.randn(d_head, d_head, generator=generator, dtype=torch.float64))[0]
+def valid_first(valid: Tensor) -> Tensor:
+    """(B, S) bool -> (B, S): the places of the valid tokens, in order, then those of the others."""
+    return valid.int().argsort(dim=1, descending=True, stable=True)
+
+
+@dataclass
+class Tokens:
+    """A call's tokens behind the border: no padding between them, each sequence from place 0 on."""
+
+    q: Tensor  # (B, H, T, D), as k and v zero behind the last token
+    k: Tensor  # (B, Hkv, T, D)
+    v: Tensor
+    n_new: Tensor  # (B,)
+    keys: Tensor  # (B, Hkv, S, D), those of the past and the new ones by rank, or as key_order says
+    values: Tensor
+    key_order: Tensor | None  # (B, S), where in keys and values the key of each rank stands
+    places: Tensor | None  # (B, T), where each token came from; None: nothing has moved
+
+    def back(self, result: "SEAOutput") -> "SEAOutput":
+        """The result with each query where it came from."""
+        if self.places is not None:
+            back = self.places.argsort(dim=1)
+            result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
+            result.row = None if result.row is None else result.row.gather(1, back)
+        return result
+
+
+def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: "SEAState",
+             kv_cached: bool) -> Tokens:
+    """The border on the way in; arguments as in SEAttention.forward. Without padding nothing moves.
+
+    Whatever padding holds, nan included, goes no further.
+    """
+    T, S, places, key_order = q.shape[2], k.shape[2], None, None
+    if valid is None:
+        n_new = torch.full((len(q),), T, device=q.device)
+        if T == 1 and kv_cached:  # a static buffer may go on behind the new token
+            k_new, v_new = take(k, past.count[:, None]), take(v, past.count[:, None])
+        else:
+            k_new, v_new = k[:, :, -T:], v[:, :, -T:]
+    else:
+        n_new, k_new, v_new = valid[:, -T:].sum(1), k[:, :, -T:], v[:, :, -T:]
+        if T > 1:  # a single token stands at the front already
+            places = valid_first(valid[:, -T:])
+            q, k_new, v_new = take(q, places), take(k_new, places), take(v_new, places)
+        padding = ~is_token(q, n_new)
+        q, k_new, v_new = (x.masked_fill(padding, 0) for x in (q, k_new, v_new))
+    if kv_cached and S > T:
+        keys, values = k, v
+        key_order = None if valid is None else valid_first(valid)
+    else:
+        keys, values = append(past.k, k_new, past.count), append(past.v, v_new, past.count)
+    return Tokens(q, k_new, v_new, n_new, keys, values, key_order, places)
+
+
+def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
+    """The rows of x (B, C, T, D) behind the first count (B,) of cache (B, C, S, D)."""
+    if cache.shape[2] == 0:
+        return x
+    offs = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
+    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, offs.expand_as(x), x)
+
+
+@dataclass
+class Rows:
+    """Which queries are estimated, and where every query finds its row: rank // stride, counted
+    from the start of the sequence. Row 0 may be one of the past, for the queries that still use it."""
+
+    seen: Tensor  # (B, T) keys that each query sees, 0 behind the last token
+    row: Tensor  # (B, T) the row of each query
+    row_seen: Tensor  # (B, n_before + R) keys that each row sees, 0 behind the last
+    place: Tensor  # (B, R) the query that each row of this call belongs to
+    n_rows: Tensor  # (B,) rows of this call
+    last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
+    count: Tensor  # (B,) tokens of each sequence after this call
+    n_new: Tensor  # (B,)
+    stride: int
+    aligned: bool  # the first new token of every sequence begins a row
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, C, T, E) at the rows of this call: a view where it can be, (B, C, R, E)."""
+        return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
+
+
+def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
+    """The first seven fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
+    2 * stride, ...
+
+    count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1.
+    Query skipping is the paper's; a row is reused by later queries only, so it stays causal.
+    """
+    i, first = torch.arange(T, device=count.device), (-count % stride)[:, None]  # first: row's place
+    place = first + stride * torch.arange((T - 1) // stride + 1, device=count.device)  # (B, R)
+    seen = (count[:, None] + i + 1) * (i < n_new[:, None])
+    row_seen = (count[:, None] + place + 1) * (place < n_new[:, None])
+    before = (count[:, None] + first + 1 - stride).clamp(min=0)[:, :n_before]
+    row_seen = torch.cat([before, row_seen], dim=1)
+    row = n_before + (i - first).div(stride, rounding_mode="floor")
+    row = row.clamp(0, row_seen.shape[1] - 1)
+    n_rows = (place < n_new[:, None]).sum(1)
+    last = (n_before + n_rows - 1).clamp(min=0)[:, None][:, : stride - 1]
+    return seen, row, row_seen, place.clamp(max=T - 1), n_rows, last, count + n_new
+
+
+def all_rows(n_new: Tensor, T: int) -> tuple[Tensor, ...]:
+    """The same for a bidirectional call: every query is a row and sees all n_new keys."""
+    i = torch.arange(T, device=n_new.device).expand(len(n_new), T)
+    seen = n_new[:, None] * (i < n_new[:, None])
+    return seen, i, seen, i, n_new, i[:, :0], n_new
+
+
+# -- 1. features and linear attention --------------------------------------------------------------
+
+
+def orthogonal_features(d_head: int, n_features: int,
+                        generator: torch.Generator | None = None) -> Tensor:
+    """Random projection (D, m) with orthogonal columns in blocks of D and the norms of Gaussian
+    vectors (FAVOR+)."""
+    draw = dict(generator=generator, dtype=torch.float64)
+    blocks = [torch.linalg.qr(torch.randn(d_head, d_head, **draw))[0]
               for _ in range(-(-n_features // d_head))]
-    norms = torch.randn(n_features, d_head, generator=generator, dtype=torch.float64).norm(dim=1)
+    norms = torch.randn(n_features, d_head, **draw).norm(dim=1)
     return (torch.cat(blocks, dim=1)[:, :n_features] * norms).float()
 
 
 def relu_features(x: Tensor, projection: Tensor) -> Tensor:
-    """phi for causal attention: relu(xW) + 1e-3, (..., D) -> (..., m). Positive, and a function of one token only."""
-    return F.relu(at_least_fp32(x) @ projection.to(at_least_fp32(x).dtype)) + 1e-3
+    """phi for causal attention: relu(x W) + 1e-3, (..., D) -> (..., m). Positive, and a function of
+    one token only."""
+    x = at_least_fp32(x)
+    return F.relu(x @ projection.to(x.dtype)) + 1e-3
 
 
 def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) -> Tensor:
-    """phi for bidirectional attention: FAVOR+ positive features exp(xW - |x|^2/2 - max) + 1e-4, (..., T, D) -> (..., T, m).
+    """phi for bidirectional attention: FAVOR+ positive features exp(x W - |x|^2 / 2 - max) + 1e-4,
+    (..., T, D) -> (..., T, m).
 
-    The maximum is a factor of phi that cancels in the attention. It runs over each query's features, or, with `keep`
-    (broadcastable to (..., T, 1)), over the features of all kept tokens, since keys share one sum. That is why causal
-    attention has features of its own: such a maximum would leak the future.
+    The maximum is a factor of phi that cancels in the attention. It runs over each query's features
+    or, with `keep` (broadcastable to (..., T, 1)), over the features of all kept tokens, since keys
+    share one sum. That is why causal attention has features of its own: such a maximum would leak
+    the future.
     """
     x = at_least_fp32(x)
     u = x @ projection.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2
@@ -152,178 +322,269 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
     return (u - top.detach()).exp() + 1e-4
 
 
-def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
-    """Bidirectional positions: the D x D identity, stretched linearly over each sequence's `seen` (B,) rows.
+def scaled_qk(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """q and k such that phi(q) phi(k)^T stands for exp(q k^T * softmax_scale). Both are scaled by
+    D**-0.25, and q also by what softmax_scale differs from D**-0.5, since some models scale q
+    before they call us."""
+    D = q.shape[-1]
+    return at_least_fp32(q) * (softmax_scale * D**0.25), at_least_fp32(k) * D**-0.25
 
-    Returns (B, n_rows, D) fp64.
+
+def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor) -> Tensor:
+    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)), the sums over all keys: (B, H, T, E).
+
+    q_feat (B, H, T, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, E). A key whose features are 0 takes no
+    part.
     """
+    with no_autocast(v):
+        sums = k_feat.mT @ F.pad(v, (0, 1), value=1.0)  # a last column of ones: the denominator
+        return _quotient(q_feat @ repeat_heads(sums, q_feat.shape[1]))
+
+
+def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Tensor, place: Tensor,
+                            chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """The same with sums over the past and the keys up to place[b, i] for row i, in O(T).
+
+    q_feat (B, H, R, m), place (B, R) ascending; k_feat (B, Hkv, T, m), v (B, Hkv, T, E); past and the
+    second result (B, Hkv, m, E+1): sums of phi(k)^T [v ; 1] before the first key and after the last.
+    Returns (B, H, R, E), 0 for a row that sees nothing.
+
+    Keys of earlier chunks count through their sum, keys of the same chunk one by one.
+    """
+    n_group, T = q_feat.shape[1] // k_feat.shape[1], k_feat.shape[2]
+    # Each row to its token's place, so that rows and keys are cut into the same chunks.
+    slots = q_feat.new_zeros(*q_feat.shape[:2], T, q_feat.shape[3])
+    slots = slots.scatter(2, place[:, None, :, None].expand_as(q_feat), q_feat)
+    pad = (0, 0, 0, -T % chunk)
+    with no_autocast(v):
+        q = rearrange(F.pad(slots, pad), "b (h g) (n c) m -> b h n g c m", g=n_group, c=chunk)
+        k = rearrange(F.pad(k_feat, pad), "b h (n c) m -> b h n c m", c=chunk)
+        v = rearrange(F.pad(F.pad(v, (0, 1), value=1.0), pad), "b h (n c) e -> b h n c e", c=chunk)
+        sums = torch.cat([past[:, :, None], k.mT @ v], dim=2).cumsum(2)  # before each chunk, and all
+        same_chunk = (q @ k[:, :, :, None].mT).tril() @ v[:, :, :, None]
+        c = q @ sums[:, :, :-1, None] + same_chunk
+    c = take(rearrange(c, "b h n g c e -> b (h g) (n c) e"), place)
+    return _quotient(c), sums[:, :, -1]
+
+
+def _quotient(c: Tensor) -> Tensor:
+    """(..., E+1) -> (..., E): divided by the last column, 0 where that is 0."""
+    return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1)
+
+
+# -- 2. context: values with their position, mixed by linear attention -----------------------------
+
+
+def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection: Tensor,
+                   softmax_scale: float, stride: int, count: Tensor, n_new: Tensor,
+                   past: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal linear attention over [position ; v] with ReLU features, for the rows of a call.
+
+    q (B, H, R, D) of the rows, k, v (B, Hkv, T, D), position (max_positions, D), the learned table,
+    since a causal sequence grows; count, n_new (B,); past and the second result (B, Hkv, m, 2D+1) as
+    in causal_linear_attention. Returns (B, H, R, 2D).
+    """
+    i = torch.arange(k.shape[2], device=k.device)
+    rank = (count[:, None] + i).clamp(max=len(position) - 1)
+    place = (-count % stride)[:, None] + stride * i[: q.shape[2]]
+    q, k_scaled = scaled_qk(q, k, softmax_scale)
+    with no_autocast(q):
+        q_feat = relu_features(q, projection)
+        k_feat = relu_features(k_scaled, projection) * is_token(k, n_new)
+    v = at_least_fp32(v)
+    pos = F.embedding(rank, position).to(v.dtype)[:, None].expand_as(v)
+    return causal_linear_attention(q_feat, k_feat, torch.cat([pos, v], dim=-1), past,
+                                   place.clamp(max=k.shape[2] - 1))
+
+
+def bidirectional_context(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, softmax_scale: float,
+                          n_new: Tensor) -> Tensor:
+    """Linear attention over [position ; v] and all keys with softmax features: (B, H, T, 2D)."""
+    T, D = q.shape[2:]
+    q, k_scaled = scaled_qk(q, k, softmax_scale)
+    with no_autocast(q):
+        q_feat = softmax_features(q, projection)
+        k_feat = softmax_features(k_scaled, projection, is_token(k, n_new)) * is_token(k, n_new)
+    v = at_least_fp32(v)
+    pos = interpolated_identity(n_new, T, D).to(v.dtype)[:, None].expand_as(v)
+    return linear_attention(q_feat, k_feat, torch.cat([pos, v], dim=-1))
+
+
+def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
+    """Bidirectional positions: the D x D identity, stretched linearly over each sequence's `seen`
+    (B,) rows. Returns (B, n_rows, D) fp64."""
     row = torch.arange(n_rows, device=seen.device, dtype=torch.float64)
     x = row * (d - 1) / (seen[:, None] - 1).clamp(min=1)  # (B, n_rows)
     return F.relu(1 - (x[..., None] - torch.arange(d, device=seen.device)).abs())
 
 
-def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, *, causal: bool = True, stride: int = 1,
-                     past: Tensor | None = None, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)), the sums over all keys, or causal, in O(S).
+# -- 3. encoder, row decoder and gates -------------------------------------------------------------
 
-    q_feat (B, H, R, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, E). Causal, row i sees the keys before (i+1)*stride; a key
-    whose features are 0 is not there. past and the second result: (B, Hkv, m, E+1), sums of phi(k)^T [v; 1] before the
-    first key and after the last. Returns (B, H, R, E), and 0 for a row that sees nothing.
 
-    Causal rows work in chunks: keys of earlier chunks through their sum, keys of the same chunk one by one.
+def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear,
+                cnn: nn.Module, gate: nn.Linear) -> tuple[Tensor, Tensor]:
+    """z = GELU(LayerNorm(Linear([c ; v]))), shared by all heads; of z the CNN's image and the gates.
+
+    context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, channels * H, R, P),
+    normed as the CNN wants it, and the gates (B, H, R, 2), s_prob and s_mix before their sigmoid.
     """
-    n_group, n_rows, n_keys = q_feat.shape[1] // k_feat.shape[1], q_feat.shape[2], k_feat.shape[2]
-    v = F.pad(v, (0, 1), value=1.0)  # a last column of ones gives the denominator
-    with no_autocast(v):
-        if causal:
-            rows = max(1, chunk // stride)
-            n_chunk = max(-(-n_rows // rows), -(-n_keys // (rows * stride)))
-            q = F.pad(q_feat, (0, 0, 0, n_chunk * rows - n_rows))
-            q = rearrange(q, "b (h g) (n r) m -> b h n g r m", g=n_group, n=n_chunk)
-            pad = (0, 0, 0, n_chunk * rows * stride - n_keys)
-            k = rearrange(F.pad(k_feat, pad), "b h (n c) m -> b h n c m", n=n_chunk)
-            v = rearrange(F.pad(v, pad), "b h (n c) e -> b h n c e", n=n_chunk)
-            sums = k.mT @ v  # (B, Hkv, n_chunk, m, E+1)
-            sums = torch.cat([torch.zeros_like(sums[:, :, :1]) if past is None else past[:, :, None], sums], 2).cumsum(2)
-            last_key = torch.arange(rows, device=q.device) * stride + stride - 1
-            later = torch.arange(rows * stride, device=q.device) > last_key[:, None]
-            same_chunk = (q @ k[:, :, :, None].mT).masked_fill(later, 0) @ v[:, :, :, None]
-            c = q @ sums[:, :, :-1, None] + same_chunk
-            c, past = rearrange(c, "b h n g r e -> b (h g) (n r) e")[:, :, :n_rows], sums[:, :, -1]
-        else:
-            past = k_feat.mT @ v
-            c = q_feat @ repeat_heads(past, q_feat.shape[1])
-    return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1), past
+    autocast = torch.is_autocast_enabled(v.device.type)
+    x = torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1)  # (B, H, R, 3D)
+    z = encoder(x.to(v.dtype if autocast else gate.weight.dtype))  # (B, H, R, 2D)
+    image = rearrange(decoder(z), "b h t (c p) -> b (h c) t p", c=cnn.channels)
+    return cnn.norm(image), gate(z)
 
 
-def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, projection: Tensor, softmax_scale: float, *,
-                   stride: int = 1, lead: int = 0, there: Tensor | None = None,
-                   past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Steps 1 and 2: causal linear attention over v_cat = [position ; v] with ReLU features.
+# -- 4. the CNN: heads are channels, so heads inform each other ------------------------------------
 
-    q (B, H, R, D) of the estimated rows; k, v (B, Hkv, N, D); position (1 or B, N, D), or None to leave it out (the
-    Performer). Key j stands at place j + lead, and row i sees the places before (i+1)*stride; there (B, N) bool: which keys
-    there are. past and the second result as in linear_attention. Returns (B, H, R, E), E = 2D (D without position).
+
+class CausalCNN(nn.Module):
+    """Image (B, 2H, R, P), P = width / 4, -> scores (B, H, R, width).
+
+    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the authors
+    upsample by nearest, which gives four neighbouring cells one score; a 1x1 convolution to 4 cells
+    costs the same.
     """
-    D = q.shape[-1]
-    # phi(q) phi(k)^T stands for exp(q k^T * softmax_scale); q takes what k's D**-0.25 leaves, since some models scale q
-    # before they call us.
-    with no_autocast(q):
-        q_feat = relu_features(at_least_fp32(q) * (softmax_scale * D**0.25), projection)
-        k_feat = relu_features(at_least_fp32(k) * D**-0.25, projection)
-    if there is not None:
-        k_feat, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k_feat, v))
-    v_cat = at_least_fp32(v)
-    if position is not None:
-        v_cat = torch.cat([position[:, None].to(v_cat.dtype).expand_as(v), v_cat], dim=-1)
-    k_feat, v_cat = F.pad(k_feat, (0, 0, lead, 0)), F.pad(v_cat, (0, 0, lead, 0))
-    return linear_attention(q_feat, k_feat, v_cat, stride=stride, past=past)
+
+    channels = 2  # of a head
+
+    def __init__(self, n_head: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(self.image_width(width))
+        self.conv1 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
+        self.conv2 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
+        self.up = nn.Conv2d(2 * n_head, 4 * n_head, 1)
+        self.norm_out = nn.LayerNorm(width)
+
+    @staticmethod
+    def image_width(width: int) -> int:
+        """Differs: at least 4, since the norm of a row would leave nothing of a single number."""
+        return max(4, -(-width // 4))
+
+    def forward(self, image: Tensor, past: tuple[Tensor, Tensor],
+                n_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """past: the rows that entered each convolution before, (B, 2H, n, P), n = 0 at the start of a
+        sequence, else HISTORY; the second result: the HISTORY rows before row n_rows (B,)."""
+        x, last_rows = image, []
+        for conv, rows in zip((self.conv1, self.conv2), past):
+            rows = F.pad(rows.to(x.dtype), (0, 0, HISTORY - rows.shape[2], 0))
+            x = torch.cat([rows, x], dim=2)
+            last_rows.append(take(x, n_rows[:, None] + torch.arange(HISTORY, device=x.device)))
+            x = F.relu(conv(x))
+        scores = rearrange(self.up(x), "b (h s) t p -> b h t (p s)", s=4)
+        return self.norm_out(scores[..., : self.norm_out.weight.shape[0]]), tuple(last_rows)
 
 
-def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear, norm: nn.LayerNorm,
-                gate: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Steps 3, 4 and 8: z = encoder([c ; v]), the row decoder's image, normed for the CNN, and the gates.
+class BidirectionalCNN(nn.Module):
+    """Image (B, 4H, R, P), P = width / 2, -> scores (B, H, R, width), at half the rows, doubled by
+    nearest. Differs: the last convolution gives 2 cells a place, as CausalCNN's gives 4."""
 
-    context (B, H, R, 2D), v (B, Hkv, R, D) -> image (B, 2H, R, P), P = ceil(width / 4) or at least 4, and gates (B, H, R, 2) before their
-    sigmoid.
-    """
-    dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else gate.weight.dtype
-    z = encoder(torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1).to(dtype))  # (B, H, R, 2D)
-    return norm(rearrange(decoder(z), "b h t (c p) -> b (h c) t p", p=norm.weight.shape[0])), gate(z)
+    channels = 4
+
+    def __init__(self, n_head: int, width: int):
+        super().__init__()
+        self.width = width
+        self.norm = nn.Identity()
+        self.conv1 = nn.Conv2d(4 * n_head, 4 * n_head, 3, padding=1, stride=(2, 1))
+        self.conv2 = nn.Conv2d(4 * n_head, 4 * n_head, 3, padding=1)
+        self.up = nn.Conv2d(4 * n_head, 2 * n_head, 3, padding=1)
+
+    @staticmethod
+    def image_width(width: int) -> int:
+        return max(4, -(-width // 2))
+
+    def forward(self, image: Tensor, n_rows: Tensor) -> Tensor:
+        """Rows from n_rows (B,) on are padding: they enter each convolution as zeros, as the border
+        of the image does."""
+        n_half = (n_rows + 1) // 2
+        x = F.relu(self.conv1(image * is_token(image, n_rows)))
+        x = F.relu(self.conv2(x * is_token(x, n_half)))
+        x = x.repeat_interleave(2, dim=2)[:, :, : image.shape[2]]
+        x = self.up(x * is_token(x, n_rows))
+        return rearrange(x, "b (h s) t p -> b h t (p s)", s=2)[..., : self.width]
 
 
-def causal_cnn(image: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, up: nn.Conv2d, norm: nn.LayerNorm,
-               past: tuple[Tensor, Tensor] | None = None,
-               n_rows: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Step 5: image (B, 2H, R, P) -> scores (B, H, R, width). Heads are channels, so heads inform each other.
+def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
+               n_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """CausalCNN as an operation that kernels.py has too."""
+    return cnn(image, past, n_rows)
 
-    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. past and the second result: the last
-    HISTORY rows that entered each convolution before these rows and before row n_rows (B,), by default R. Differs: the
-    authors upsample by nearest and give four neighbouring cells one score; a 1x1 convolution to 4 cells costs the same.
-    """
-    x, last_rows = image, []
-    n_rows = torch.full((len(x),), x.shape[2], device=x.device) if n_rows is None else n_rows
-    for i, conv in enumerate((conv1, conv2)):
-        before = x.new_zeros(x.shape[0], x.shape[1], HISTORY, x.shape[3]) if past is None else past[i].to(x.dtype)
-        x = torch.cat([before, x], dim=2)
-        last_rows.append(take(x, n_rows[:, None] + torch.arange(HISTORY, device=x.device)))
-        x = F.relu(conv(x))
-    scores = rearrange(up(x), "b (h s) t p -> b h t (p s)", s=4)[..., : norm.weight.shape[0]]
-    return norm(scores), tuple(last_rows)
+
+# -- 5. cell keys, ours: each query's product with the mean key of every cell ----------------------
+#
+# Random features do not tell single keys apart: without this step the estimate is little more than a
+# mean over all texts. It is linear attention too, with the identity for phi and one-hot places for
+# values, q sum_j k_j onehot(bin(j))^T, so it is causal, linear in T and needs a constant state.
 
 
 def bin_level(seen, n_bins: int):
-    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys, for an int or an int tensor."""
+    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys: an int or a tensor."""
     if isinstance(seen, int):
-        return max(0, (max(1, -(-seen // n_bins)) - 1).bit_length())
+        return (max(0, seen - 1) // n_bins).bit_length()
     return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
-def bin_sums(k: Tensor, n_bins: int, level: int, rank: Tensor | None = None, there: Tensor | None = None,
-             past: Tensor | None = None, past_level: Tensor | None = None) -> Tensor:
-    """Sums of the keys k (B, Hkv, N, D) in bins of 2**level: (B, Hkv, n_bins, D). Bin b holds those of rank b * 2**level on.
+def bin_sums(k: Tensor, level: Tensor, count: Tensor, n_new: Tensor, past: Tensor) -> Tensor:
+    """Sums of keys in bins of 2**level, bin b of the keys of rank b * 2**level on: as past.
 
-    rank (1 or B, N): their ranks, 0, 1, ... by default; there (B, N): which keys there are. past (B, Hkv, n_bins, D): sums of
-    earlier keys, in bins of 2**past_level (B,); what does not fit into n_bins bins is left out, as past of a higher level is.
+    k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_bins, D): the sums before the new
+    keys, at the level of count, which is at most `level`. Keys that no bin holds are left out.
     """
-    B, Hkv, N, D = k.shape
-    if rank is None:
-        size = n_bins << level
-        return F.pad(k[:, :, :size], (0, 0, 0, max(0, size - N))).unflatten(2, (n_bins, 1 << level)).sum(3)
-    add = lambda to, x, at: to.scatter_add(2, at[:, None, :, None].clamp(0, n_bins - 1).expand_as(x), x)
-    at = rank.expand(B, N) >> level
-    inside = at < n_bins if there is None else (at < n_bins) & there
-    sums = add(k.new_zeros(B, Hkv, n_bins, D), k.masked_fill(~inside[:, None, :, None], 0), at)
-    if past is not None:
-        up = level - past_level[:, None]  # (B, 1)
-        at = torch.arange(n_bins, device=k.device) >> up.clamp(min=0)
-        sums = add(sums, past.masked_fill((up < 0)[:, None, :, None], 0).to(k.dtype), at)
+    n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
+    bins = (count[:, None] + i) >> level[:, None]  # (B, T)
+    inside = (bins < n_bins) & (i < n_new[:, None])
+    of_past = torch.arange(n_bins, device=k.device) >> (level - bin_level(count, n_bins))[:, None]
+    sums = torch.zeros_like(past)
+    for x, to in ((past, of_past), (k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))):
+        sums = sums.scatter_add(2, to[:, None, :, None].expand_as(x), x)
     return sums
 
 
-def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float, n_keys: int, *,
-                  rank: Tensor | None = None, there: Tensor | None = None, past: Tensor | None = None,
-                  count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scores + gain * q (mean of the keys of a cell) * softmax_scale, less the row's largest, at least -32: (B, H, R, width).
+def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float,
+                    count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """What add_cell_keys adds, before its gain, at least fp32, and the sums after the new keys."""
+    n_bins, t = 2 * width, row_seen[..., None]
+    q, k, past = at_least_fp32(q) * softmax_scale, at_least_fp32(k), at_least_fp32(past)
+    middle = (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)  # key of each cell
+    row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
+    scores, key_sums = q.new_zeros(*q.shape[:3], width), past
+    # T new keys raise the level of a sequence to that of T keys alone, or by one.
+    for up in range(bin_level(k.shape[2], n_bins) + 2):
+        level = bin_level(count, n_bins) + up  # (B,)
+        sums = bin_sums(k, level, count, n_new, past)
+        means = repeat_heads(sums / 2.0 ** level[:, None, None, None], q.shape[1])
+        # A cell takes the bin its middle key is in or, at the end of the row, the last full bin.
+        e = level[:, None, None]
+        bins = torch.minimum(middle >> e, (t >> e) - 1).clamp(0, n_bins - 1)  # (B, R, width)
+        products = (q @ means.mT).gather(-1, bins[:, None].expand_as(scores))
+        scores = torch.where((row_level == level[:, None])[:, None, :, None], products, scores)
+        key_sums = torch.where((next_level == level)[:, None, None, None], sums, key_sums)
+    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), key_sums
 
-    Linear attention with the identity for phi and, for values, one-hot places: q sum_j k_j onehot(bin(j))^T, in O(S). 2 * width
-    bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most a cell wide; a cell takes the
-    bin its middle key is in, or, at the end of the row, the last bin that is full. Differs: the paper has no such term. Random
-    features do not tell single keys apart; without it the estimate is little more than a mean over all texts.
 
-    scores (B, H, R, width) of causal_cnn, gain (H,); q (B, H, R, D) of the estimated rows, which see row_seen (B, R) keys; k (B,
-    Hkv, N, D) the new keys, rank and there as in bin_sums; n_keys: at least as many as any row sees. past and the second result
-    (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count (B,), and after them. No gradient to q and k: a student
-    whose keys are still far from its teacher's would be dragged by this term alone. The limit keeps layers whose scores lie
-    thousands apart from drowning the loss of all others.
+def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
+                  softmax_scale: float, count: Tensor, n_new: Tensor,
+                  past: Tensor) -> tuple[Tensor, Tensor]:
+    """scores + gain * softmax_scale * q . (mean key of a cell), less the row's largest product, at
+    least -32: (B, H, R, width). Differs: the paper has no such term.
+
+    2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
+    a cell wide. scores (B, H, R, width), gain (H,); q (B, H, R, D) of the rows, which see row_seen
+    (B, R) keys; k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D):
+    bin_sums before the new keys, at the level of count, and after them.
+
+    No gradient reaches q and k: a student whose keys are still far from its teacher's would be
+    dragged by this term alone. The limit of -32 keeps layers whose products lie thousands apart from
+    drowning the loss of all others.
     """
     with torch.no_grad(), no_autocast(q):
-        of_keys, key_sums = cell_key_scores(q, k, row_seen, scores.shape[-1], softmax_scale, n_keys, rank, there, past, count)
-    return torch.addcmul(scores, gain[:, None, None].to(scores.dtype), of_keys).to(scores.dtype), key_sums
+        products, key_sums = cell_key_scores(q, k, row_seen, scores.shape[-1], softmax_scale, count,
+                                             n_new, past)
+    gain = gain[:, None, None].to(scores.dtype)
+    return torch.addcmul(scores, gain, products).to(scores.dtype), key_sums
 
 
-def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float, n_keys: int, rank: Tensor | None,
-                    there: Tensor | None, past: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What add_cell_keys adds, without its gain, fp32 at least, and the sums after the new keys."""
-    n_bins, H = 2 * width, q.shape[1]
-    q, k, t = at_least_fp32(q) * softmax_scale, at_least_fp32(k), row_seen[..., None]
-    past_level = None if count is None else bin_level(count, n_bins)
-    if count is not None and rank is None:
-        rank = count[:, None] + torch.arange(k.shape[2], device=k.device)
-    n_new = torch.full((len(k),), k.shape[2], device=k.device) if there is None else there.sum(1)
-    last = bin_level(n_new if count is None else count + n_new, n_bins)
-    level, middle = bin_level(row_seen, n_bins), (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)
-    scores, next_sums = q.new_zeros(*q.shape[:3], width), None
-    for e in range(bin_level(n_keys, n_bins) + 1):
-        sums = bin_sums(k, n_bins, e, rank, there, past, past_level)
-        products = q @ repeat_heads(sums / 2**e, H).mT  # (B, H, R, 2*width)
-        of_cells = torch.minimum(middle >> e, (t >> e) - 1).clamp(0, n_bins - 1)[:, None].expand_as(scores)
-        scores = torch.where((level == e)[:, None, :, None], products.gather(-1, of_cells), scores)
-        next_sums = sums if next_sums is None else torch.where((last == e)[:, None, None, None], sums, next_sums)
-    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), next_sums
-
-
-# -- 2. grouped top-k --------------------------------------------------------------------------------------------------
+# -- 6. grouped top-k: which cells to keep ---------------------------------------------------------
 
 
 def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
@@ -332,120 +593,129 @@ def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_b
 
 
 def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
-    """The cells to keep, bool (B, H, T, width). Section 3.2 of the paper; no gradient flows through the choice.
+    """The cells to keep, bool (B, H, T, width). Section 3.2 of the paper; no gradient flows through
+    the choice.
 
-    probs (B, H, T, width); seen (B, T) keys that each query may see. Cells are ranked inside a group and the first n
-    are kept, ties going to the lower (head, row, cell); a query that sees no key keeps no cell:
+    probs (B, H, T, width); seen (B, T) keys that each query may see. Cells are ranked inside a group
+    and the first n are kept, ties going to the lower (head, row, cell); a query that sees no key
+    keeps no cell:
 
         causal_batch   H x width cells of one query            n = round(H*topk*width / seen)
         query          width cells of one head and query       n = round(topk*width / seen)
-        head           T x width cells of one head             n = topk*width         (bidirectional only)
-        batch          H x T x width cells of one sequence     n = H*topk*width       (bidirectional only)
+        head           T x width cells of one head             n = topk*width    (bidirectional only)
+        batch          H x T x width cells of one sequence     n = H*topk*width  (bidirectional only)
 
-    n is rounded half up, at least 1, at most all, so early causal queries keep every cell and are exactly dense.
+    n is rounded half up, at least 1, at most all, so early causal queries keep every cell and are
+    exactly dense. Raises ValueError if shapes do not fit.
     """
     _expect(probs.ndim == 4, "probs", "shape (B, H, T, width)", tuple(probs.shape))
     B, H, T, width = probs.shape
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(isinstance(topk, int) and topk >= 1, "topk", "an integer >= 1", topk)
-    _expect(group in GROUPS, "group", f"one of {GROUPS}", repr(group))
-    layout = {"causal_batch": "b t (h p)", "query": "b h t p", "head": "b h (t p)", "batch": "b (h t p)"}[group]
+    _expect(group in GROUPS, "group", f"one of {tuple(GROUPS)}", repr(group))
+    layout, _, budget = GROUPS[group]
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
     ranked = rearrange(probs.detach().masked_fill(~visible, -1), f"b h t p -> {layout}")
 
-    topk, t = min(topk, 2**31), seen.long().clamp(min=1)  # more keeps everything, and would not fit into 64 bits below
-    if group == "causal_batch":
-        n = (2 * H * topk * width + t) // (2 * t)  # (B, T), round(a/b) = (2a+b)//(2b)
-    elif group == "query":
-        n = ((2 * topk * width + t) // (2 * t))[:, None]  # (B, 1, T)
-    else:
-        n = torch.full(ranked.shape[:-1], topk * width * (H if group == "batch" else 1), device=probs.device)
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower index
-    first_n = torch.arange(ranked.shape[-1], device=probs.device) < n.clamp(min=1)[..., None]
+    topk = min(topk, 2**31)  # more keeps everything, and would not fit into 64 bits below
+    n = torch.as_tensor(budget(H, topk * width, seen.long().clamp(min=1)), device=probs.device)
+    n = n.clamp(min=1).view(*n.shape, *[1] * (ranked.ndim - n.ndim))  # () or (B, T), as ranked
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower
+    first_n = torch.arange(ranked.shape[-1], device=probs.device) < n
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, first_n.expand_as(order))
     return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=width) & visible
 
 
-# -- 3. from cells to keys ---------------------------------------------------------------------------------------------
+# -- 7. from cells to keys -------------------------------------------------------------------------
 
 
 def cell_of_key(j, seen, width: int):
-    """The cell that key j (0-based rank) lies in for a query that sees `seen` >= 1 keys. Exact, for ints and int tensors.
+    """The cell that key j (0-based rank) lies in for a query that sees `seen` >= 1 keys. Exact, for
+    ints and int tensors.
 
-    Differs: the paper's floor((j + 0.5)/seen*width - tiny) in integers, so that no rounding decides.
+    Differs: the paper's floor((j + 0.5) / seen * width - tiny) in integers, so that no rounding
+    decides.
     """
     j, seen = (x.long() if isinstance(x, Tensor) else x for x in (j, seen))
     return ((2 * j + 1) * width - 1) // (2 * seen)
 
 
 def first_key_of_cell(p, seen, width: int):
-    """lo(p): cell p covers the keys lo(p) <= j < lo(p+1), none where seen < width leaves it empty. lo(width) = seen."""
+    """lo(p): cell p covers the keys lo(p) <= j < lo(p+1), none where seen < width leaves it empty.
+    lo(width) = seen."""
     p, seen = (x.long() if isinstance(x, Tensor) else x for x in (p, seen))
     return (2 * seen * p + width) // (2 * width)
 
 
 def keys_per_cell(seen: Tensor, width: int) -> Tensor:
     """(B, T) -> (B, T, width): how many keys each cell covers."""
-    return first_key_of_cell(torch.arange(width + 1, device=seen.device), seen[..., None], width).diff(dim=-1)
+    cells = torch.arange(width + 1, device=seen.device)
+    return first_key_of_cell(cells, seen[..., None], width).diff(dim=-1)
 
 
 def spread_to_keys(cells: Tensor, seen: Tensor, n_keys: int, fill) -> Tensor:
-    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that a query does not see."""
-    j = torch.arange(n_keys, device=cells.device)
-    cell = cell_of_key(j, seen[..., None].clamp(min=1), cells.shape[-1]).clamp(max=cells.shape[-1] - 1)  # (B, T, n_keys)
+    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that a
+    query does not see."""
+    width, j = cells.shape[-1], torch.arange(n_keys, device=cells.device)
+    cell = cell_of_key(j, seen[..., None].clamp(min=1), width).clamp(max=width - 1)  # (B, T, n_keys)
     values = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
     return values.masked_fill((j >= seen[..., None])[:, None], fill)
 
 
 def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
-    """Which keys the kept cells stand for: bool (B, H, T, width) -> (B, H, T, n_keys). For reading, tests and
-    the reference's sparse attention; the kernels never expand a mask."""
+    """Which keys the kept cells stand for: bool (B, H, T, width) -> (B, H, T, n_keys). For reading,
+    tests and the reference's sparse attention; the kernels never expand a mask."""
     return spread_to_keys(mask, seen, n_keys, False)
 
 
-# -- 4. sparse attention and output ------------------------------------------------------------------------------------
+# -- 8. sparse attention ---------------------------------------------------------------------------
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None, *,
-                     row: Tensor | None = None, order: Tensor | None = None, block: int = 1024) -> Tensor:
-    """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query with no key gives 0.
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
+                     softmax_scale: float | None = None, *, row: Tensor | None = None,
+                     order: Tensor | None = None, block: int = 1024) -> Tensor:
+    """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query with
+    no key gives 0.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen (B, T); row (B, T): the
-    row of `mask` that each query uses, its own (R = T) by default; order (B, S): where in k and v the key of each rank
-    stands, at its rank by default; softmax_scale D**-0.5 by default. Raises ValueError if shapes do not fit.
+    q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen (B, T);
+    row (B, T): the row of `mask` that each query uses, its own (R = T) by default; order (B, S): where
+    in k and v the key of each rank stands, at its rank by default; softmax_scale D**-0.5 by default.
+    Raises ValueError if shapes do not fit.
 
-    This reference computes all T x S scores, `block` queries at a time (and again in the backward pass, if there are
-    several blocks), so its memory is linear in T but its time is not; kernels.py visits the selected keys only. Differs: the
-    paper expands the cells to a CSR matrix with one index per key.
+    This reference computes all T x S scores, `block` queries at a time (and again in the backward
+    pass, if there are several blocks), so its memory is linear in T but its time is not; kernels.py
+    visits the selected keys only. Differs: the paper expands the cells to a CSR matrix with one index
+    per key.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     B, H, T, D = q.shape
-    _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask", f"shape (B, H, R, width) with B, H = {(B, H)}",
-            tuple(mask.shape))
+    _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask",
+            f"shape (B, H, R, width) with B, H = {(B, H)}", tuple(mask.shape))
     _expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
-    _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    _expect(row is not None or mask.shape[2] == T, "mask",
+            f"{T} rows, or `row` to say which is whose", mask.shape[2])
     if order is not None:
-        unseen = (torch.arange(k.shape[2], device=k.device) >= seen.amax(1, keepdim=True))[:, None, :, None]
-        k, v = take(k, order), take(v, order).masked_fill(unseen, 0)  # padding may be nan
-    k, v = repeat_heads(k, H), repeat_heads(v, H)
+        unseen = ~is_token(k, seen.amax(1))
+        k, v = (take(x, order).masked_fill(unseen, 0) for x in (k, v))  # padding may be nan
+    mask = mask if row is None else take(mask, row)
 
-    def part(q, k, v, cells, seen):
+    def part(q, k, v, mask, seen):
         with no_autocast(q):
-            return attention_weights(q, k, cells, seen, scale).to(v.dtype) @ v
+            weights = attention_weights(q, k, mask, seen, softmax_scale)
+            return weights.to(v.dtype) @ repeat_heads(v, H)
 
     outs = []
     for i in range(0, T, block):
-        at = slice(i, i + block)
-        x = q[:, :, at], k, v, mask[:, :, at] if row is None else take(mask, row[:, at]), seen[:, at]
+        x = q[:, :, i : i + block], k, v, mask[:, :, i : i + block], seen[:, i : i + block]
         outs.append(part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return torch.cat(outs, dim=2)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None) -> Tensor:
-    """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no key. Arguments as in
-    sparse_attention, mask (B, H, T, width)."""
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor,
+                      softmax_scale: float | None = None) -> Tensor:
+    """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no
+    key. Arguments as in sparse_attention, mask (B, H, T, width)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keep = expand_mask(mask, seen, k.shape[2])
     with no_autocast(q):
@@ -454,226 +724,166 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor, softmax_
         return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
 
 
-@torch.no_grad()
-def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: float | None = None, *, row: Tensor | None = None,
-                  block: int = 2**20) -> list[list[Tensor]]:
-    """attention_weights as sparse matrices: for each sequence and head a torch CSR tensor (T, S), fp32 at least.
-
-    Arguments as in sparse_attention; cells: SEAOutput.cells, a bool mask or kernels.CellBits. Column j is the key of rank j,
-    as in k. Times v it is the sparse context, before the gates. Memory is a few times that of the result,
-    12 bytes a number, and `block` products q k at a time: nothing is T x S.
-    """
-    _check_qkv(q, k, k)
-    (B, H, T, D), S = q.shape, k.shape[2]
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    found = []
-    for b, h in ((b, h) for b in range(B) for h in range(H)):
-        mask = cells[b, h] if isinstance(cells, Tensor) else type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
-        mask = (mask if row is None else mask[row[b]]) & (seen[b] > 0)[:, None]  # (T, width)
-        query, cell = mask.nonzero(as_tuple=True)  # by query, then by cell
-        first = first_key_of_cell(cell, seen[b][query], mask.shape[1])
-        n = first_key_of_cell(cell + 1, seen[b][query], mask.shape[1]) - first  # keys under each cell
-        before = n.cumsum(0) - n
-        key = torch.arange(int(n.sum()), device=q.device) + (first - before).repeat_interleave(n)
-        query = query.repeat_interleave(n)
-        q_head, k_head = at_least_fp32(q[b, h]) * scale, at_least_fp32(k[b, h // (H // k.shape[1])])
-        scores = [(q_head[i] * k_head[j]).sum(-1) for i, j in zip(query.split(block), key.split(block))]
-        scores = torch.cat(scores) if scores else q_head.new_zeros(0)
-        n_key = torch.zeros(T, dtype=torch.long, device=q.device).scatter_add_(0, query, torch.ones_like(query))
-        top = torch.segment_reduce(scores, "max", lengths=n_key, unsafe=True, initial=torch.finfo(scores.dtype).min)
-        weights = (scores - top[query]).exp()
-        weights = weights / torch.segment_reduce(weights, "sum", lengths=n_key, unsafe=True, initial=0)[query]
-        found.append(torch.sparse_csr_tensor(F.pad(n_key.cumsum(0), (1, 0)), key, weights, size=(T, S), check_invariants=False))
-    return [found[i : i + H] for i in range(0, B * H, H)]
+# -- 9. averages and mix ---------------------------------------------------------------------------
 
 
-def running_mean(v: Tensor, seen: Tensor, valid: Tensor | None = None, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean of v over the keys <= i, the causal `average`: (B, Hkv, T, D), and the running sum after the last (B, Hkv, D)."""
-    v = at_least_fp32(v)
-    if valid is not None:
-        v = v.masked_fill(~valid[:, None, :, None], 0)
-    sums = v.cumsum(2) if past is None else v.cumsum(2) + past[:, :, None]
+def running_mean(v: Tensor, seen: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of v over the keys up to each query, the causal average: (B, Hkv, T, D), and the sum after
+    the last (B, Hkv, D). v (B, Hkv, T, D); seen (B, T), 0 where v is padding; past (B, Hkv, D)."""
+    sums = (at_least_fp32(v) * (seen > 0)[:, None, :, None]).cumsum(2) + past[:, :, None]
     return sums / seen[:, None, :, None].clamp(min=1), sums[:, :, -1]
 
 
 def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
-    """sum_j w_j v_j, the bidirectional `average`: (B, H, 1, D). w: the mean estimated row, given to the keys of each cell.
+    """sum_j w_j v_j, the bidirectional average: (B, H, 1, D). w: the mean estimated row, given to the
+    keys of each cell.
 
-    probs (B, H, R, width) of rows that see row_seen (B, R) keys, all of them or, in a padded row, none. Differs: the
-    authors do not normalise w to sum 1.
+    probs (B, H, R, width) of rows that see row_seen (B, R) keys, all of them or, in a padded row,
+    none. Differs: the authors do not normalise w to sum 1.
     """
-    there, v = (row_seen > 0)[:, None, :, None], repeat_heads(v, probs.shape[1]).to(probs.dtype)
-    mean = (probs * there).sum(2, keepdim=True)  # the normalisation below makes the sum a mean
-    w = spread_to_keys(mean, row_seen.amax(1, keepdim=True), v.shape[2], 0.0)  # (B, H, 1, S)
+    v = repeat_heads(v, probs.shape[1]).to(probs.dtype)
+    # The normalisation below makes the sum over rows a mean.
+    rows = (probs * (row_seen > 0)[:, None, :, None]).sum(2, keepdim=True)
+    w = spread_to_keys(rows, row_seen.amax(1, keepdim=True), v.shape[2], 0.0)  # (B, H, 1, S)
     w = w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     with no_autocast(v):
         return w @ v
 
 
-def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor, valid: Tensor | None = None,
-                past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out = s_mix * s_prob * sparse + (1 - s_mix) * running mean of v, (B, H, T, D), 0 for a query that sees no key.
-
-    gates (B, H, R, 2), s_prob and s_mix before their sigmoid; row (B, T): the row that each query uses; valid, past and the
-    second result as in running_mean.
-    """
-    average, v_sum = running_mean(v, seen, valid, past)
-    return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
-
-
 def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tensor) -> Tensor:
+    """out = s_mix * s_prob * sparse + (1 - s_mix) * average, (B, H, T, D), 0 for a query that sees no
+    key. average broadcastable to sparse; gates (B, H, R, 2), before their sigmoid; row (B, T): the
+    row that each query uses."""
     s_prob, s_mix = take(at_least_fp32(gates).sigmoid(), row).split(1, dim=-1)  # (B, H, T, 1)
     out = s_mix * s_prob * sparse + (1 - s_mix) * average
     return (out * (seen > 0)[:, None, :, None]).to(sparse.dtype)
 
 
-# -- 5. streaming ------------------------------------------------------------------------------------------------------
+def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
+                past: Tensor) -> tuple[Tensor, Tensor]:
+    """mix with the running mean of v, and the sum of v after the last token: arguments as there."""
+    average, v_sum = running_mean(v, seen, past)
+    return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
+
+
+# -- state: one rule for training, chunked prefill and decoding ------------------------------------
 
 
 @dataclass
 class SEAState:
-    """What a causal layer needs of the past; constant in size but for the KV cache (None where the caller keeps it).
+    """What a causal layer needs of the past; constant in size but for the KV cache (None where the
+    caller keeps it).
 
-    Numbers a sequence: Hkv*m*(E+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of conv_rows, H*(width+2) with a
-    stride, and Hkv*2*width*D in fp32 with cell_keys. At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8.
+    Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
+    conv_rows, H*(width+2) with a stride, and Hkv*2*width*D in fp32 with cell_keys. At 12 heads of 64
+    and width 256, in bf16, 0.23 MB, with cell_keys 1.8.
 
-    Differs: the authors' cached path skips the feature map and keeps every cell for a single new token; with this state any
-    split of a sequence into calls gives what one call gives.
+    Differs: the authors' cached path skips the feature map and keeps every cell for a single new
+    token; with this state any split of a sequence into calls gives what one call gives.
     """
 
-    count: Tensor  # (B,) valid tokens so far
-    n_tokens: int  # padding included
-    sums: Tensor  # (B, Hkv, m, E+1), sum of phi(k)^T [v_cat; 1], E = 2D (D for the Performer)
-    v_sum: Tensor | None = None  # (B, Hkv, D)
-    conv_rows: tuple[Tensor, Tensor] | None = None  # the last input rows of each convolution, 2 x (B, 2H, 4, width/4)
-    last_scores: Tensor | None = None  # (B, H, 1, width), the last estimated row, for the queries that reuse it
-    last_gates: Tensor | None = None  # (B, H, 1, 2)
-    key_sums: Tensor | None = None  # (B, Hkv, 2*width, D), of add_cell_keys
-    k: Tensor | None = None  # (B, Hkv, S, D)
-    v: Tensor | None = None
-    valid: Tensor | None = None  # (B, S), None: all
+    count: Tensor  # (B,) tokens so far
+    n_tokens: int  # the most of any sequence, padding included
+    sums: Tensor  # (B, Hkv, m, 2D+1), sum of phi(k)^T [position ; v ; 1]
+    v_sum: Tensor  # (B, Hkv, D)
+    conv_rows: tuple[Tensor, Tensor]  # the last rows that entered each convolution, (B, 2H, 4, P)
+    last_scores: Tensor  # (B, H, 1, width), the last row, for the queries that reuse it; 0 at stride 1
+    last_gates: Tensor  # (B, H, 1, 2)
+    key_sums: Tensor  # (B, Hkv, 2*width, D), of add_cell_keys
+    k: Tensor | None  # (B, Hkv, S, D), by rank
+    v: Tensor | None
+
+    @classmethod
+    def empty(cls, config: SEAConfig, q: Tensor) -> "SEAState":
+        """Before the first token: sums are 0, and there are no rows and no keys. q (B, H, T, D)."""
+        B, H, Hkv, D = len(q), config.n_head, config.kv_heads, config.d_head
+        none = q.new_empty(B, Hkv, 0, D)
+        rows = q.new_empty(B, 2 * H, 0, CausalCNN.image_width(config.width))
+        sums = dict(dtype=at_least_fp32(q[:0]).dtype, device=q.device)
+        return cls(
+            count=torch.zeros(B, dtype=torch.long, device=q.device),
+            n_tokens=0,
+            sums=torch.zeros(B, Hkv, config.n_features, 2 * D + 1, **sums),
+            v_sum=torch.zeros(B, Hkv, D, **sums),
+            conv_rows=(rows, rows),
+            last_scores=q.new_empty(B, H, 0, config.width),
+            last_gates=q.new_empty(B, H, 0, 2),
+            key_sums=torch.zeros(B, Hkv, 2 * config.width * config.cell_keys, D, **sums),
+            k=none,
+            v=none,
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in vars(self).items():
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, Tensor):
+                    yield name, x
 
     def index_select(self, index: Tensor) -> "SEAState":
         """The state of batch entries `index`: beam search's reordering, batch expansion."""
-        def pick(x):
-            if isinstance(x, tuple):
-                return tuple(map(pick, x))
-            return x.index_select(0, index) if isinstance(x, Tensor) else x
-
-        return SEAState(**{name: pick(x) for name, x in vars(self).items()})
+        picked = {name: x.index_select(0, index) for name, x in self.tensors()}
+        return replace(self, **picked | dict(
+            conv_rows=tuple(x.index_select(0, index) for x in self.conv_rows)))
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
-        """Overwrite this state's tensors with `other`'s, in place: the last thing in a CUDA graph of one decoding step, whose
-        replay then goes on from there. States without a KV cache only, since that grows. The SEAOutput that this state came
-        with shares some of its tensors."""
-        ok = self.k is None and other.k is None
-        _expect(ok, "state", "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
-        pairs = {}
-        for name, mine in vars(self).items():
-            theirs = getattr(other, name)
-            for x, y in zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, theirs))):
-                if isinstance(x, Tensor):
-                    _expect(isinstance(y, Tensor) and x.shape == y.shape, "other", f"{name} of shape {tuple(x.shape)}",
-                            tuple(y.shape) if isinstance(y, Tensor) else y)
-                    pairs.setdefault(x.dtype, ([], []))[0].append(x)
-                    pairs[x.dtype][1].append(y)
-        for xs, ys in pairs.values():  # a launch for each dtype, not for each tensor
-            torch._foreach_copy_(xs, ys)
+        """Overwrite this state's tensors with `other`'s, in place: the last thing in a CUDA graph of
+        one decoding step, whose replay then goes on from there. States without a KV cache only, since
+        that grows. The SEAOutput that this state came with shares some of its tensors."""
+        _expect(self.k is None and other.k is None, "state",
+                "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
+        by_dtype = {}
+        for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+            _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
+                    tuple(theirs.shape))
+            mines, others = by_dtype.setdefault(mine.dtype, ([], []))
+            mines.append(mine)
+            others.append(theirs)
+        for mines, others in by_dtype.values():  # a launch for each dtype, not for each tensor
+            torch._foreach_copy_(mines, others)
         self.n_tokens = other.n_tokens
 
 
 @dataclass
 class SEAOutput:
-    """The result of SEAttention and what it was made of. `probs` and `mask` hold a row for each query."""
+    """The result of SEAttention and what it was made of. `probs` and `mask` hold a row for each
+    query."""
 
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells; None, as are the next two, if in chunks
+    # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py):
+    scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Tensor | None = None  # (B, H, R, width) the kept ones: bool, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
 
     @property
     def probs(self) -> Tensor | None:
-        """Estimated attention (B, H, T, width); None for the Performer."""
-        return None if self.scores is None else take(at_least_fp32(self.scores).softmax(-1), self.row)
+        """Estimated attention (B, H, T, width)."""
+        if self.scores is None:
+            return None
+        return take(at_least_fp32(self.scores).softmax(-1), self.row)
 
     @property
     def mask(self) -> Tensor | None:
-        """Kept cells, bool (B, H, T, width); None for the Performer."""
+        """Kept cells, bool (B, H, T, width)."""
         if self.cells is None:
             return None
         cells = self.cells if isinstance(self.cells, Tensor) else self.cells.unpack()
         return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
 
 
-@dataclass
-class Rows:
-    """Which tokens of a call are estimated, and where each query finds its row. Padding and stride end here: the
-    estimator sees dense rows and keys, the valid ones first. None: as they stand."""
-
-    seen: Tensor  # (B, T) keys that each query sees
-    row: Tensor  # (B, T) each query's place among the rows, after any row of the past
-    row_seen: Tensor  # (B, R), or (B, 1+R) with a row of the past before them
-    query: Tensor | None = None  # (B, R) the query that each row belongs to
-    n_rows: Tensor | None = None  # (B,) valid rows; bool in a decoding step, whose one token begins a row or does not
-    key: Tensor | None = None  # (B, N) the new token at each place, row i seeing the places before (i+1)*stride
-    there: Tensor | None = None  # (B, N) whether there is one
-    rank: Tensor | None = None  # (B, N) its number among all tokens so far; None: counted from 0
-
-
-def choose_rows(shape: tuple[int, int], valid: Tensor | None, count: Tensor | None, stride: int, causal: bool,
-                device: torch.device, aligned: bool = False) -> Rows:
-    """Rows are the tokens of rank 0, stride, 2*stride, ... counted from the start of the sequence, not of the call.
-
-    shape (B, T) of the new tokens, valid (B, T) which of them are no padding (None: all); count (B,) valid tokens before
-    them (None: 0). aligned: the caller knows that every count is a multiple of stride.
-    """
-    B, T = shape
-    if T == 1 and count is not None:
-        # A decoding step, where each operation costs a launch: no sort, and one row, the new one or the one before.
-        seen, begins = count[:, None] + 1, None
-        if stride > 1:
-            phase = count % stride
-            row_seen, begins = seen - phase[:, None], phase == 0
-        if valid is not None:
-            seen, begins = seen * valid, valid[:, 0] if begins is None else begins & valid[:, 0]
-        row_seen = seen if stride == 1 else row_seen
-        return Rows(seen, torch.zeros_like(seen), row_seen, n_rows=begins, there=valid, rank=count[:, None])
-    if valid is None and (count is None or stride == 1 or aligned):
-        i = torch.arange(T, device=device)
-        seen = torch.arange(1, T + 1, device=device) if causal else torch.full_like(i, T)
-        seen, row = seen if count is None else seen + count[:, None], i if stride == 1 else i // stride
-        seen, row_seen = seen.expand(B, T), seen[..., ::stride].contiguous().expand(B, -1)
-        return Rows(seen, row.expand(B, T), row_seen, rank=None if count is None else seen - 1)
-    valid = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
-    has_past, count = count is not None, torch.zeros(B, dtype=torch.long, device=device) if count is None else count
-    n_new = valid.sum(1)
-    rank = valid.cumsum(1) - 1  # (B, T) among the new tokens
-    seen = ((count[:, None] + rank + 1) if causal else n_new[:, None]) * valid
-    order = valid.int().argsort(dim=1, descending=True, stable=True)  # (B, T), the valid ones first
-    offset = -count % stride  # (B,) rank of the first row
-    at = offset[:, None] + stride * torch.arange((T - 1) // stride + 1, device=device)  # (B, R)
-    row_seen = ((count[:, None] + at + 1) if causal else n_new[:, None]) * (at < n_new[:, None])
-    row = (rank - offset[:, None]).div(stride, rounding_mode="floor")
-    if has_past and stride > 1:  # the first queries may still use the row before
-        row_seen = torch.cat([(count + offset - stride + 1).clamp(min=0)[:, None], row_seen], dim=1)
-        row = row + 1
-    key = torch.arange(T + stride - 1, device=device) - (stride - 1 - offset)[:, None]
-    there, key = (key >= 0) & (key < n_new[:, None]), key.clamp(0, T - 1)
-    return Rows(seen, row.clamp(min=0), row_seen, query=order.gather(1, at.clamp(max=T - 1)),
-                n_rows=(at < n_new[:, None]).sum(1), key=order.gather(1, key), there=there, rank=count[:, None] + key)
-
-
-# -- the module --------------------------------------------------------------------------------------------------------
+# -- the module ------------------------------------------------------------------------------------
 
 
 torch_operations = sys.modules[__name__]
 
 
 def load_kernels():
-    """kernels.py beside this file; by its place if Hugging Face's package of the same name was imported before it."""
+    """kernels.py beside this file, in the same package if there is one; by its place if Hugging Face's
+    package of the same name was imported before it."""
+    if __package__:
+        return importlib.import_module(".kernels", __package__)
     try:
         import kernels
 
@@ -682,7 +892,8 @@ def load_kernels():
     except ImportError:
         pass
     if "sea_kernels" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("sea_kernels", Path(__file__).with_name("kernels.py"))
+        place = Path(__file__).with_name("kernels.py")
+        spec = importlib.util.spec_from_file_location("sea_kernels", place)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules["sea_kernels"] = module
@@ -690,82 +901,41 @@ def load_kernels():
 
 
 def operations(config: SEAConfig, q: Tensor):
-    """The module whose operations run: kernels.py, or this one. An explicit "triton" that cannot run raises."""
-    backend, power = config.backend, lambda n: 2 ** (n - 1).bit_length()
-    fits = q.is_cuda and q.dtype != torch.float64 and config.query_stride <= 32
-    fits = fits and power(config.n_head) * max(32, power(config.width)) <= 32768  # cells that one program can rank
-    # sums of the linear attention and of its gradient have to fit into shared memory
-    size = max(64, power(config.n_features)) * max(64, power(config.d_head))
-    fits = fits and size <= (128 if q.dtype == torch.bfloat16 else 64) ** 2 and config.n_features <= 128
-    fits = fits and power(2 * config.d_head) * max(64, power(-(-config.width // 4))) <= 2**16  # the encoder's, too
-    fits = fits and (not config.cell_keys or config.width <= 2048)  # cells of a row, in registers
-    if backend == "torch" or (backend == "auto" and not fits):
+    """The module whose operations run: kernels.py, or this one. Raises ValueError if the backend is
+    "triton" and cannot run."""
+    if config.backend == "torch" or (config.backend == "auto" and not q.is_cuda):
         return torch_operations
     try:
-        return load_kernels()
+        kernels = load_kernels()
+        reason = kernels.supports(config, q.dtype)
     except (ImportError, FileNotFoundError) as error:
-        _expect(backend == "auto", "backend", "kernels.py beside sea.py, and Triton, for 'triton'", error)
-        return torch_operations
-
-
-class CausalCNN(nn.Module):
-    """The weights of causal_cnn, and of the norm before it."""
-
-    def __init__(self, n_head: int, width: int):
-        super().__init__()
-        quarter = max(4, -(-width // 4))
-        self.norm = nn.LayerNorm(quarter)
-        self.conv1 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
-        self.conv2 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
-        self.up = nn.Conv2d(2 * n_head, 4 * n_head, 1)
-        self.norm_out = nn.LayerNorm(width)
-
-
-class BidirectionalCNN(nn.Module):
-    """Rows (B, 4H, R, width/2) -> scores (B, H, R, width), at half the rows, doubled by nearest.
-
-    Differs: the last convolution gives 2 cells a place, as causal_cnn's does 4.
-    """
-
-    def __init__(self, n_head: int, width: int):
-        super().__init__()
-        self.width = width
-        self.conv1 = nn.Conv2d(4 * n_head, 4 * n_head, 3, padding=1, stride=(2, 1))
-        self.conv2 = nn.Conv2d(4 * n_head, 4 * n_head, 3, padding=1)
-        self.up = nn.Conv2d(4 * n_head, 2 * n_head, 3, padding=1)
-
-    def forward(self, x: Tensor, n_rows: Tensor) -> Tensor:
-        """Rows from n_rows (B,) on are padding: they enter each convolution as zeros, as the border does."""
-        n_total = x.shape[2]
-        crop = lambda x, n: x * (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
-        x = F.relu(self.conv1(crop(x, n_rows)))
-        x = F.relu(self.conv2(crop(x, (n_rows + 1) // 2)))
-        x = self.up(crop(x.repeat_interleave(2, dim=2)[:, :, :n_total], n_rows))
-        return rearrange(x, "b (h s) t p -> b h t (p s)", s=2)[..., : self.width]
+        reason = f"it needs kernels.py and estimator_kernels.py beside sea.py, and Triton ({error})"
+    if reason is None:
+        return kernels
+    _expect(config.backend == "auto", "backend", "one that can run this layer",
+            f"'triton', which cannot: {reason}")
+    return torch_operations
 
 
 class SEAttention(nn.Module):
     """One SEA attention layer: everything between the q, k, v projections and the output projection.
 
-    forward(q, k, v, state=...) is one function for training, chunked prefill and decoding: feeding a sequence in any
-    chunks, each with the state of the one before, gives what one call gives.
+    forward(q, k, v, state=...) is one function for training, chunked prefill and decoding: feeding a
+    sequence in any chunks, each with the state of the one before, gives what one call gives.
     """
 
     def __init__(self, config: SEAConfig):
         super().__init__()
         self.config = config
-        H, D, width = config.n_head, config.d_head, config.width
+        H, D = config.n_head, config.d_head
         self.register_buffer("projection", torch.empty(D, config.n_features))
         self.redraw_features(torch.Generator().manual_seed(config.seed))
-        if config.method == "performer":
-            return
         if config.causal:
             self.position = nn.Parameter(torch.randn(config.max_positions, D))
         self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU())
-        self.channels, part = (2, 4) if config.causal else (4, 2)
-        # Differs: at least 4 numbers a channel, since the CNN's first norm would leave nothing of a single one.
-        self.decoder = nn.Linear(2 * D, self.channels * max(4, -(-width // part)))
-        self.cnn = (CausalCNN if config.causal else BidirectionalCNN)(H, width)
+        cnn = CausalCNN if config.causal else BidirectionalCNN
+        self.decoder = nn.Linear(2 * D, cnn.channels * cnn.image_width(config.width))
+        self.cnn = cnn(H, config.width)
         self.gate = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gate.weight)  # gates start open: a student that begins as half an average
         nn.init.constant_(self.gate.bias, 4.0)  # needs hundreds of steps to recover
@@ -777,189 +947,149 @@ class SEAttention(nn.Module):
         """Draw new random features, in place. The authors do so every 1000 training steps."""
         self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, softmax_scale: float | None = None,
-                state: SEAState | None = None, topk: int | None = None, kv_cached: bool = False,
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
+                softmax_scale: float | None = None, state: SEAState | None = None,
+                topk: int | None = None, kv_cached: bool = False,
                 rows_at_once: int | None = None) -> SEAOutput:
-        """q (B, H, T, D); k, v (B, Hkv, T, D), or, with kv_cached, (B, Hkv, S, D) with the past keys first.
+        """q (B, H, T, D); k, v (B, Hkv, T, D), or, with kv_cached, (B, Hkv, S, D) with the past first.
 
-        valid: bool, as long as k, False where a token is padding (either side, or between); its output is 0.
-        softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state: SEAOutput.state of the call before.
-        topk: keys per query and head, the config's by default; it may differ from call to call (the paper's dynamic k).
-        kv_cached: the caller keeps the KV cache, so the state carries none. For one query it may be a static buffer, longer than
-        the tokens so far, where the new token of sequence b stands at place state.count[b] and any finite numbers follow.
-        rows_at_once: compute so many queries at a time, each chunk with the state of the one before (causal only). The same
-        output and state, less memory: no scores or cells are kept. Raises ValueError for what does not fit.
+        valid: bool, as long as k, False where a token is padding (either side, or between); its output
+        is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state: SEAOutput.state of
+        the call before. topk: keys per query and head, the config's by default; it may differ from call
+        to call (the paper's dynamic k). kv_cached: the caller keeps the KV cache, so the state carries
+        none. For one query it may be a static buffer, longer than the tokens so far, where the new
+        token of sequence b stands at place state.count[b] and any finite numbers follow. rows_at_once:
+        compute so many queries at a time, each chunk with the state of the one before (causal only):
+        the same output and state, less memory, no scores or cells. Raises ValueError for what does not
+        fit.
         """
-        config = self.config
-        self._check(q, k, v, valid, state, kv_cached, rows_at_once)
-        (B, H, T, D), past = q.shape, 0 if state is None else state.n_tokens
-        scale = D**-0.5 if softmax_scale is None else softmax_scale
-        decoding = kv_cached and T == 1 and state is not None  # leaves the keys where they are, and reads what it selects
-        clean = lambda x: x.masked_fill(~valid[:, None, -x.shape[2] :, None], 0)
-        if valid is not None and not decoding:  # whatever padding holds, nan included, goes no further
-            q, k, v = clean(q), clean(k), clean(v)
-        k_new, v_new = k[:, :, -T:], v[:, :, -T:]
-        if decoding and valid is not None:
-            q, k_new, v_new = clean(q), clean(k_new), clean(v_new)
-        elif decoding:  # a buffer may go on, and its sequences may differ in length
-            k_new, v_new = take(k, state.count[:, None]), take(v, state.count[:, None])
-        if state is not None and not kv_cached:
-            if valid is not None or state.valid is not None:
-                ones = lambda x: torch.ones(B, x.shape[2], dtype=torch.bool, device=x.device)
-                past_valid = ones(state.k) if state.valid is None else state.valid
-                valid = torch.cat([past_valid, ones(k) if valid is None else valid], dim=1)
-            k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
-        keys, values, new, order = k, v, None if valid is None else valid[:, -T:], None
-        if valid is not None and config.method == "sea":
-            order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid keys first
-            if not decoding:
-                keys, values, order = take(k, order), take(v, order), None
+        self.check(q, k, v, valid, state, kv_cached, rows_at_once)
+        config, ops = self.config, operations(self.config, q)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        topk = config.topk if topk is None else topk
+        if rows_at_once is not None and q.shape[2] > rows_at_once:
+            return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached,
+                             softmax_scale=scale, topk=topk)
 
-        call = dict(softmax_scale=scale, topk=config.topk if topk is None else topk, order=order)
-        if rows_at_once is None or T <= rows_at_once:
-            result = self._attend(q, k_new, v_new, keys, values, new, state, **call)
-        else:
-            # As models want it, (B, T, H, D) in memory. Chunks begin with a row where they can, so that none has to be sought.
-            out, seen, aligned = q.new_empty(B, T, H, D).transpose(1, 2), [], state is None and new is None
-            size = max(rows_at_once // config.query_stride, 1) * config.query_stride
-            for i in range(0, T, size):
-                at, end = slice(i, i + size), past + min(i + size, T)
-                result = self._attend(q[:, :, at], k_new[:, :, at], v_new[:, :, at], keys[:, :, :end], values[:, :, :end],
-                                      None if new is None else new[:, at], state, aligned=aligned, **call)
-                out[:, :, at], state = result.out, result.state
-                seen.append(result.seen)
-                del result  # its scores, before the next chunk makes its own
-            result = SEAOutput(out, torch.cat(seen, dim=1), state)
-        if result.state is not None:
-            result.state.n_tokens = past + T
-            if not kv_cached:
-                result.state.k, result.state.v, result.state.valid = k, v, valid
-        return result
-
-    def _attend(self, q: Tensor, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, new: Tensor | None,
-                state: SEAState | None, *, softmax_scale: float, topk: int, order: Tensor | None,
-                aligned: bool = False) -> SEAOutput:
-        """New tokens q, k_new, v_new (B, H or Hkv, T, D), new (B, T) which of them are no padding, over all keys k, v
-        (B, Hkv, S, D), the valid ones first, or where order says; aligned as in choose_rows."""
-        config, (B, _, T, _) = self.config, q.shape
-        ops, count = operations(config, q), None if state is None else state.count
-        rows = choose_rows((B, T), new, count, config.query_stride, config.causal, q.device, aligned)
-        context, scores, gates, next_state = self.estimate_attention(ops, q, k_new, v_new, rows, softmax_scale, state)
-        if next_state is not None and count is not None and new is None:
-            next_state.count = rows.seen[:, -1]
-        elif next_state is not None:
-            n_new = torch.full((B,), T, device=q.device) if new is None else new.sum(1)
-            next_state.count = n_new if count is None else count + n_new
-        if config.method == "performer":
-            out = take(context, rows.row) * (rows.seen > 0)[:, None, :, None]
-            return SEAOutput(out.to(q.dtype), rows.seen, next_state)
-
+        past = SEAState.empty(config, q) if state is None else state
+        new = to_front(q, k, v, valid, past, kv_cached)
+        rows = self.rows(ops, new, past)
+        scores, gates, state = self.estimate_attention(ops, new.q, new.k, new.v, rows, scale, past)
         cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-        sparse = ops.sparse_attention(q, k, v, cells, rows.seen, softmax_scale, row=rows.row, order=order)
-        if config.causal:
-            past_sum = None if state is None else state.v_sum
-            out, next_state.v_sum = ops.mix_average(sparse, v_new, gates, rows.seen, rows.row, new, past_sum)
-        else:
-            out = mix(sparse, estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen), gates, rows.seen, rows.row)
-        return SEAOutput(out.to(q.dtype), rows.seen, next_state, scores, cells, rows.row)
+        sparse = ops.sparse_attention(new.q, new.keys, new.values, cells, rows.seen, scale,
+                                      row=rows.row, order=new.key_order)
+        out, state.v_sum = self.mix(ops, sparse, new.v, scores, gates, rows, past)
+        state.k, state.v = (None, None) if kv_cached else (new.keys, new.values)
+        state = state if config.causal else None
+        return new.back(SEAOutput(out.to(q.dtype), rows.seen, state, scores, cells, rows.row))
 
-    def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,
-                           state: SEAState | None) -> tuple[Tensor, Tensor, Tensor, SEAState | None]:
-        """Linear attention -> encoder -> row decoder -> CNN, for the rows of new tokens q, k, v (B, H or Hkv, T, D).
+    def rows(self, ops, new: Tokens, past: SEAState) -> Rows:
+        """The queries to estimate."""
+        T, stride = new.q.shape[2], self.config.query_stride
+        if not self.config.causal:
+            return Rows(*all_rows(new.n_new, T), new.n_new, stride, aligned=True)
+        n_before = past.last_scores.shape[2]
+        chosen = ops.choose_rows(past.count, new.n_new, T, stride, n_before)
+        # A single token has one row, its own or none, and a sequence's first token begins one.
+        aligned = stride == 1 or T == 1 or past.n_tokens == 0
+        return Rows(*chosen, new.n_new, stride, aligned)
 
-        Returns context (B, H, R, E), scores (B, H, R, width), gates (B, H, R, 2) before their sigmoid, and the state.
-        With query_stride > 1 the gates come per estimated row as well, since they need its linear attention.
+    def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
+                           softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
+        """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
+
+        Returns, for the rows, scores (B, H, R, width) and gates (B, H, R, 2) before their sigmoid,
+        and the state after the new tokens but for v_sum, k and v. With query_stride > 1 the gates come
+        per row as well, since they need its linear attention.
         """
-        config, stride, sea = self.config, self.config.query_stride, self.config.method == "sea"
-        if rows.query is None:
-            q, v_row, lead = q[:, :, ::stride], v[:, :, ::stride], stride - 1
-        else:
-            q, v_row, lead = take(q, rows.query), take(v, rows.query), 0
-            k, v = take(k, rows.key), take(v, rows.key)
+        config, cnn, n_new = self.config, self.cnn, rows.n_new
+        q_row, v_row = rows.of(q), rows.of(v)
+        encode = (self.encoder, self.decoder, cnn, self.gate)
         if not config.causal:
-            return *self._estimate_bidirectional(q, k, v, rows, softmax_scale), None
+            context = bidirectional_context(q, k, v, self.projection, softmax_scale, n_new)
+            image, gates = encode_rows(context, v, *encode)
+            return cnn(image, rows.n_rows), gates, past
 
-        past = SEAState(None, 0, None) if state is None else state
-        position = None
-        if sea:
-            position = self.position[: v.shape[2]][None] if rows.rank is None else self.position[rows.rank]
-        context, sums = (ops if sea else torch_operations).causal_context(
-            q, k, v, position, self.projection, softmax_scale, stride=stride, lead=lead, there=rows.there, past=past.sums)
-        next_state = SEAState(count=None, n_tokens=0, sums=sums)
-        if not sea:
-            return context, None, None, next_state
-        cnn = self.cnn
-        image, gates = ops.encode_rows(context, v_row, self.encoder, self.decoder, cnn.norm, self.gate)
-        scores, next_state.conv_rows = ops.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, past.conv_rows,
-                                                      rows.n_rows)
+        context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
+                                           config.query_stride, past.count, n_new, past.sums)
+        image, gates = ops.encode_rows(context, v_row, *encode)
+        scores, conv_rows = ops.causal_cnn(image, cnn, past.conv_rows, rows.n_rows)
+        key_sums = past.key_sums
         if config.cell_keys:
-            n_keys = k.shape[2] if state is None else config.max_positions
-            scores, next_state.key_sums = ops.add_cell_keys(
-                scores, self.key_gain, q, k, rows.row_seen[:, -q.shape[2] :], softmax_scale, n_keys, rank=rows.rank, there=rows.there,
-                past=past.key_sums, count=past.count)
-        if stride > 1 and rows.n_rows is not None and rows.n_rows.dtype == torch.bool:
-            begins = rows.n_rows[:, None, None, None]
-            scores, gates = torch.where(begins, scores, state.last_scores), torch.where(begins, gates, state.last_gates)
-            next_state.last_scores, next_state.last_gates = scores, gates
-        elif stride > 1:
-            if state is not None and rows.n_rows is not None:
-                scores, gates = torch.cat([state.last_scores, scores], 2), torch.cat([state.last_gates, gates], 2)
-            if rows.n_rows is None:
-                next_state.last_scores, next_state.last_gates = scores[:, :, -1:].clone(), gates[:, :, -1:].clone()
-            else:
-                last = (rows.n_rows - int(state is None)).clamp(min=0)[:, None]  # after any row of the past
-                next_state.last_scores, next_state.last_gates = take(scores, last), take(gates, last)
-        return context, scores, gates, next_state
+            row_seen = rows.row_seen[:, -q_row.shape[2] :]
+            scores, key_sums = ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
+                                                 softmax_scale, past.count, n_new, key_sums)
+        scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
+        state = replace(past, count=rows.count, n_tokens=past.n_tokens + q.shape[2], sums=sums,
+                        conv_rows=conv_rows, key_sums=key_sums, last_scores=take(scores, rows.last),
+                        last_gates=take(gates, rows.last))
+        return scores, gates, state
 
-    def _estimate_bidirectional(self, q, k, v, rows: Rows, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Context, scores and gates, with every key in the sums."""
-        B, H, T, D = q.shape
-        n_rows = torch.full((B,), T, device=q.device) if rows.n_rows is None else rows.n_rows
-        there = torch.ones(B, T, dtype=torch.bool, device=q.device) if rows.there is None else rows.there
-        there = there[:, None, :, None]
-        with no_autocast(q):
-            q_feat = softmax_features(at_least_fp32(q) * (softmax_scale * D**0.25), self.projection)
-            k_feat = softmax_features(at_least_fp32(k) * D**-0.25, self.projection, there) * there
-        if self.config.method == "performer":
-            return linear_attention(q_feat, k_feat, at_least_fp32(v), causal=False)[0], None, None
-        position = interpolated_identity(n_rows, T, D)[:, None]
-        v_cat = torch.cat([position.to(k_feat.dtype).expand_as(v), v.to(k_feat.dtype)], dim=-1)
-        context, _ = linear_attention(q_feat, k_feat, v_cat, causal=False)
-        dtype = v.dtype if torch.is_autocast_enabled(v.device.type) else self.gate.weight.dtype
-        z = self.encoder(torch.cat([context, repeat_heads(v, H)], dim=-1).to(dtype))
-        image = rearrange(self.decoder(z), "b h t (c p) -> b (h c) t p", c=self.channels)
-        return context, self.cnn(image, n_rows), self.gate(z)
+    def mix(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
+            past: SEAState) -> tuple[Tensor, Tensor]:
+        """Step 9, and the sum of v after the new tokens."""
+        if self.config.causal:
+            return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
+        average = estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen)
+        return mix(sparse, average, gates, rows.seen, rows.row), past.v_sum
 
-    def _check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
-        config = self.config
-        _check_qkv(q, k, v)
-        (B, H, T, D), S = q.shape, k.shape[2]
-        _expect(H == config.n_head, "q", f"{config.n_head} heads", H)
-        _expect(D == config.d_head, "q", f"head size {config.d_head}", D)
-        _expect(k.shape[1] == config.kv_heads, "k", f"{config.kv_heads} key/value heads", k.shape[1])
-        _expect(state is None or config.causal, "state", "None when bidirectional", "a state")
-        _expect(state is None or state.count.shape == (B,), "state", f"a batch of {B}",
-                None if state is None else tuple(state.count.shape))
-        if kv_cached:
-            _expect(S >= T, "k", f"at least the {T} tokens of q", S)
-            _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
-            past = 0 if state is None else state.n_tokens
-            longer = T == 1 and state is not None and valid is None and S > past  # a static buffer
-            _expect(S == past + T or longer, "k", f"{past} tokens of the state and {T} of q", S)
-        else:
-            _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
-            _expect(state is None or state.k is not None, "state", "one that carries the KV cache (or kv_cached=True)",
-                    "one without")
-        _expect(valid is None or (valid.dtype == torch.bool and valid.shape == (B, S)), "valid", f"bool of shape {(B, S)}",
-                None if valid is None else f"{valid.dtype} {tuple(valid.shape)}")
-        _expect(rows_at_once is None or (isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal), "rows_at_once",
-                "an integer >= 1, and a causal layer, or None", rows_at_once)
-        total = S if kv_cached or state is None else S + state.k.shape[2]
-        _expect(not config.causal or config.method == "performer" or total <= config.max_positions, "k",
-                f"at most max_positions = {config.max_positions} tokens, padding included", total)
+    def check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
+        check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
+        longest = self.config.max_positions
+        total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
+        _expect(not self.config.causal or total <= longest, "k",
+                f"at most max_positions = {longest} tokens, padding included", total)
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None,
+              state: SEAState | None, kv_cached: bool, **options) -> SEAOutput:
+    """layer.forward, about `size` queries at a time, each chunk with the state of the one before."""
+    (B, H, T, D), stride = q.shape, layer.config.query_stride
+    size = max(size // stride, 1) * stride  # a chunk begins with a row where the first one does
+    before = k.shape[2] - T
+    out, seen = q.new_empty(B, T, H, D).transpose(1, 2), []  # in memory as models want it
+    for i in range(0, T, size):
+        end = min(i + size, T)
+        keys = slice(0, before + end) if kv_cached else slice(i, end)
+        result = layer(q[:, :, i:end], k[:, :, keys], v[:, :, keys], state=state, kv_cached=kv_cached,
+                       valid=None if valid is None else valid[:, keys], **options)
+        out[:, :, i:end], state = result.out, result.state
+        seen.append(result.seen)
+        del result  # its scores, before the next chunk makes its own
+    return SEAOutput(out, torch.cat(seen, dim=1), state)
+
+
+def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
+    """Raises ValueError for arguments of a layer's forward that do not fit the config or each other."""
+    check_qkv(q, k, v)
+    (B, H, T, D), S = q.shape, k.shape[2]
+    _expect(H == config.n_head, "q", f"{config.n_head} heads", H)
+    _expect(D == config.d_head, "q", f"head size {config.d_head}", D)
+    _expect(k.shape[1] == config.kv_heads, "k", f"{config.kv_heads} key/value heads", k.shape[1])
+    past = 0
+    if state is not None:
+        past = state.n_tokens
+        _expect(config.causal, "state", "None when bidirectional", "a state")
+        _expect(state.count.shape == (B,), "state", f"a batch of {B}", tuple(state.count.shape))
+        _expect(kv_cached or state.k is not None, "state",
+                "one that carries the KV cache (or kv_cached=True)", "one without")
+    if kv_cached:
+        _expect(S >= T, "k", f"at least the {T} tokens of q", S)
+        _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
+        static_buffer = T == 1 and state is not None and valid is None and S > past
+        _expect(S == past + T or static_buffer, "k", f"{past} tokens of the state and {T} of q", S)
+    else:
+        _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
+    if valid is not None:
+        _expect(valid.dtype == torch.bool and valid.shape == (B, S), "valid", f"bool of shape {(B, S)}",
+                f"{valid.dtype} {tuple(valid.shape)}")
+    if rows_at_once is not None:
+        ok = isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal
+        _expect(ok, "rows_at_once", "an integer >= 1, and a causal layer, or None", rows_at_once)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for q, k, v that are not of one attention."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _expect(x.ndim == 4, name, "shape (B, heads, tokens, D)", tuple(x.shape))
         _expect(x.is_floating_point(), name, "a floating-point dtype", x.dtype)
@@ -969,15 +1099,16 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
     _expect(k.shape[0] == q.shape[0], "k", f"a batch of {q.shape[0]} as q", k.shape[0])
     _expect(k.shape[3] == q.shape[3], "k", f"head size {q.shape[3]} as q", k.shape[3])
-    _expect(q.shape[1] % k.shape[1] == 0, "k", f"a number of heads that divides q's {q.shape[1]}", k.shape[1])
+    _expect(q.shape[1] % k.shape[1] == 0, "k", f"a number of heads that divides q's {q.shape[1]}",
+            k.shape[1])
 
 
-# -- 6. distillation ---------------------------------------------------------------------------------------------------
+# -- losses: what the estimate and the scores learn from the teacher's attention -------------------
 
 
 @dataclass
 class PooledAttention:
-    """All that the estimate loss needs of a teacher's attention A: O(T*width) numbers instead of O(T*S)."""
+    """All that the estimate loss needs of a teacher's attention A: O(T*width) numbers, not O(T*S)."""
 
     cells: Tensor  # (B, H, T, width), sum of A over the keys of each cell
     a_log_a: Tensor  # (B, H, T), sum of A log A
@@ -986,7 +1117,8 @@ class PooledAttention:
 
 
 def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S), and which are seen."""
+    """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S), and
+    which are seen."""
     visible = (torch.arange(k.shape[2], device=k.device) < seen[..., None])[:, None]  # (B, 1, T, S)
     with no_autocast(q):
         scores = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -995,22 +1127,23 @@ def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tu
 
 
 @torch.no_grad()
-def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int, softmax_scale: float | None = None, *,
-                   block: int = 256) -> PooledAttention:
-    """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a time.
+def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
+                   softmax_scale: float | None = None, *, block: int = 256) -> PooledAttention:
+    """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a
+    time.
 
     q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). Memory O(T*width + block*S).
     """
-    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen", f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
+    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
+            f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    parts = []
+    j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
         t = seen[:, i : i + block]
         log_a, visible = dense_scores(q[:, :, i : i + block], k, t, scale)
         a = log_a.exp() * visible
-        j = torch.arange(k.shape[2], device=k.device)
-        cell = cell_of_key(j, t[..., None].clamp(min=1), width).clamp(max=width - 1)[:, None].expand_as(a)
-        cells = a.new_zeros(*a.shape[:-1], width).scatter_add(-1, cell, a)
+        cell = cell_of_key(j, t[..., None].clamp(min=1), width).clamp(max=width - 1)
+        cells = a.new_zeros(*a.shape[:-1], width).scatter_add(-1, cell[:, None].expand_as(a), a)
         parts.append((cells, (a * log_a).sum(-1), a.square().sum(-1)))
     return PooledAttention(*(torch.cat(x, dim=2) for x in zip(*parts)), n_keys=k.shape[2])
 
@@ -1019,50 +1152,58 @@ def estimate_loss(scores: Tensor, pooled: PooledAttention, seen: Tensor, *, row:
                   kl_weight: float = 0.1) -> Tensor:
     """L_estimate = kl_weight * KL(A || a) + MSE(a, A), exactly, without a T x S tensor.
 
-    a: the cell scores given to each key, softmax over the keys seen. scores (B, H, R, width), row (B, T) which of its
-    rows each query uses (its own by default). With n_p keys and teacher mass A_p in cell p, and a_p the value of each of
-    its keys:
+    a: the cell scores given to each key, softmax over the keys seen. scores (B, H, R, width), row
+    (B, T) which of its rows each query uses (its own by default). With n_p keys and teacher mass A_p
+    in cell p, and a_p the value of each of its keys:
 
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
-        KL = sum A log A - sum_p A_p s_p + log Z,   sum_j (a_j - A_j)^2 = sum_p (n_p a_p^2 - 2 a_p A_p) + sum A^2
+        KL = sum A log A - sum_p A_p s_p + log Z
+        sum_j (a_j - A_j)^2 = sum_p (n_p a_p^2 - 2 a_p A_p) + sum A^2
 
-    KL is averaged over the queries of all heads, MSE over their n_keys entries each. Differs: padded queries are left out.
+    KL is averaged over the queries of all heads, MSE over their n_keys entries each. Differs: padded
+    queries are left out.
     """
-    _expect(pooled.cells.shape[-1] == scores.shape[-1], "pooled", f"width {scores.shape[-1]} as scores",
+    width = scores.shape[-1]
+    _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
             pooled.cells.shape[-1])
-    B, _, T, _ = pooled.cells.shape
+    B, H, T, _ = pooled.cells.shape
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     s = at_least_fp32(scores if row is None else take(scores, row))  # (B, H, T, width)
-    there = (seen > 0)[:, None]
-    n = keys_per_cell(seen.clamp(min=1), s.shape[-1])[:, None]  # (B, 1, T, width)
+    n = keys_per_cell(seen.clamp(min=1), width)[:, None]  # (B, 1, T, width)
     log_z = (s + n.to(s.dtype).log()).logsumexp(-1, keepdim=True)
-    # An empty cell takes no part; without the fill its a_p may overflow and 0 * inf is nan.
+    # An empty cell takes no part; without the fill its a_p may overflow, and 0 * inf is nan.
     a = (s - log_z).masked_fill(n == 0, -torch.inf).exp()
     kl = pooled.a_log_a - (pooled.cells * s).sum(-1) + log_z.squeeze(-1)
     square = (n * a.square() - 2 * a * pooled.cells).sum(-1) + pooled.a_square
-    return ((kl_weight * kl + square / pooled.n_keys) * there).sum() / (there.sum() * s.shape[1]).clamp(min=1)
+    visible = (seen > 0)[:, None]
+    loss = (kl_weight * kl + square / pooled.n_keys) * visible
+    return loss.sum() / (visible.sum() * H).clamp(min=1)
 
 
 def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen: Tensor,
-               softmax_scale: float | None = None, *, kl_weight: float = 0.1, block: int = 256) -> Tensor:
-    """L_score = kl_weight * KL(A || S) + MSE(S, A): the student's own dense attention S against the teacher's A.
+               softmax_scale: float | None = None, *, kl_weight: float = 0.1,
+               block: int = 256) -> Tensor:
+    """L_score = kl_weight * KL(A || S) + MSE(S, A): the student's own dense attention S against the
+    teacher's A.
 
-    Several blocks of queries are computed again in the backward pass, so that no T x S tensor is kept. Means as in estimate_loss.
+    Several blocks of queries are computed again in the backward pass, so that no T x S tensor is kept.
+    Means as in estimate_loss.
     """
-    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen", f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
+            f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
+    scale, T = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, q.shape[2]
 
     def part(q, k, teacher_q, teacher_k, seen):
         log_s, visible = dense_scores(q, k, seen, scale)
         with torch.no_grad():
             log_a, _ = dense_scores(teacher_q, teacher_k, seen, scale)
             a = log_a.exp() * visible
+        kl = (a * (log_a - log_s)).sum(-1)
         square = ((log_s.exp() - a) * visible).square().sum(-1)
-        return ((kl_weight * (a * (log_a - log_s)).sum(-1) + square / k.shape[2]) * (seen > 0)[:, None]).sum()
+        return ((kl_weight * kl + square / k.shape[2]) * (seen > 0)[:, None]).sum()
 
-    total, T = 0.0, q.shape[2]
+    total = 0.0
     for i in range(0, T, block):
-        at = slice(i, i + block)
-        x = q[:, :, at], k, teacher_q[:, :, at], teacher_k, seen[:, at]
+        x = q[:, :, i : i + block], k, teacher_q[:, :, i : i + block], teacher_k, seen[:, i : i + block]
         total = total + (part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sea
+from baselines import PerformerAttention
+from convert import attention_csr
 from sea import SEAConfig, SEAttention
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -40,9 +42,9 @@ class Case:
                       cell_keys=self.cell_keys)
         return SEAConfig(**{**fields, **changes})
 
-    def layer(self, **changes) -> SEAttention:
+    def layer(self, kind=SEAttention, **changes) -> torch.nn.Module:
         torch.manual_seed(self.seed)
-        layer = SEAttention(self.config(**changes)).double()
+        layer = kind(self.config(**changes)).double()
         for parameter in layer.parameters():  # gates and norms start as constants, which would hide their bugs
             parameter.data += 0.3 * torch.randn_like(parameter)
         return layer
@@ -67,7 +69,7 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2):
         d_head=draw(st.integers(2, 5)),
         width=draw(st.integers(1, 24)),
         topk=draw(st.integers(1, 8)),
-        group=draw(st.sampled_from(sea.GROUPS[:2] if causal else sea.GROUPS)),
+        group=draw(st.sampled_from([name for name, g in sea.GROUPS.items() if g.causal or not causal])),
         seed=draw(st.integers(0, 999)),
         cell_keys=causal and draw(st.booleans()),
     )
@@ -134,12 +136,12 @@ def split_and_run(layer, q, k, v, valid, cuts, kv_cached):
     return outs
 
 
-@given(causal_cases, st.booleans(), st.booleans(), st.sampled_from(["sea", "performer"]), st.data())
-def test_any_split_is_one_call(case, kv_cached, padded, method, data):
+@given(causal_cases, st.booleans(), st.booleans(), st.sampled_from([SEAttention, PerformerAttention]), st.data())
+def test_any_split_is_one_call(case, kv_cached, padded, kind, data):
     """Chunks of any sizes, one token included, with any padding, at any query stride, give what one call gives."""
-    if method == "performer":
+    if kind is PerformerAttention:
         case = replace(case, stride=1)
-    layer, (q, k, v) = case.layer(method=method), case.qkv()
+    layer, (q, k, v) = case.layer(kind), case.qkv()
     T = q.shape[2]
     cuts = data.draw(st.sets(st.integers(1, T - 1)) if T > 1 else st.just(set()), label="cuts")
     valid = None
@@ -150,7 +152,7 @@ def test_any_split_is_one_call(case, kv_cached, padded, method, data):
     whole = layer(q, k, v, valid=valid)
     parts = split_and_run(layer, q, k, v, valid, cuts, kv_cached)
     torch.testing.assert_close(torch.cat([p.out for p in parts], 2), whole.out, **CLOSE)
-    if method == "sea":
+    if kind is SEAttention:
         assert torch.equal(torch.cat([p.mask for p in parts], 2), whole.mask)
     torch.testing.assert_close(parts[-1].state.sums, whole.state.sums, **CLOSE)
     assert torch.equal(parts[-1].state.count, whole.state.count)
@@ -162,11 +164,11 @@ def tensors_of(state) -> dict[str, torch.Tensor]:
     return {f"{name}[{i}]": x for name, xs in values.items() for i, x in enumerate(xs) if isinstance(x, torch.Tensor)}
 
 
-@given(causal_cases, st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from(["sea", "performer"]), st.data())
-def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, method, data):
+@given(causal_cases, st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from([SEAttention, PerformerAttention]), st.data())
+def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, kind, data):
     """Whatever the padding, the query stride and the past: the same output, state and gradients."""
-    case = replace(case, stride=1) if method == "performer" else case
-    layer, (q, k, v), T = case.layer(method=method).requires_grad_(False), case.qkv(), max(case.tokens)
+    case = replace(case, stride=1) if kind is PerformerAttention else case
+    layer, (q, k, v), T = case.layer(kind).requires_grad_(False), case.qkv(), max(case.tokens)
     cut = data.draw(st.integers(0, T - 1), label="tokens before")
     valid = torch.rand(len(q), T, generator=torch.Generator().manual_seed(case.seed)) < 0.7 if padded else None
     of = lambda first, last: dict(valid=None if valid is None else valid[:, first:last], kv_cached=kv_cached)
@@ -177,7 +179,7 @@ def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, method, data):
         result = layer(q_new, k[:, :, first:], v[:, :, first:], state=state, rows_at_once=rows_at_once, **of(first, T))
         result.out.square().sum().backward()
         results.append({"out": result.out, "seen": result.seen, "dq": q_new.grad, **tensors_of(result.state)})
-        assert result.state.n_tokens == T and (result.scores is None) == (method == "performer" or T - cut > (rows_at_once or T))
+        assert result.state.n_tokens == T and (result.scores is None) == (kind is PerformerAttention or T - cut > (rows_at_once or T))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, **CLOSE, msg=lambda m: f"{name}: {m}")
 
@@ -355,11 +357,11 @@ def naive_layer(layer: SEAttention, q, k, v):
     Returns out (H, T, D) and, for each query, its row's scores (H, T, width).
     """
     c, w = layer.config, layer.state_dict()
-    (H, T, D), r, width, P = q.shape, c.query_stride, c.width, layer.decoder.out_features // layer.channels
+    (H, T, D), r, width, P = q.shape, c.query_stride, c.width, layer.decoder.out_features // layer.cnn.channels
     k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
     linear = lambda name, x: F.linear(x, w[name + ".weight"], w[name + ".bias"])
     norm = lambda name, x: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
-    channels = torch.zeros(H * layer.channels, T, P, dtype=q.dtype)
+    channels = torch.zeros(H * layer.cnn.channels, T, P, dtype=q.dtype)
     gates, rows = torch.zeros(H, T, 2, dtype=q.dtype), list(range(0, T, r))
     if c.causal:
         position = w["position"][:T]
@@ -382,7 +384,7 @@ def naive_layer(layer: SEAttention, q, k, v):
             z = F.gelu(norm("encoder.1", linear("encoder.0", torch.cat([context, v[h, i]]))))
             gates[h, i] = linear("gate", z).sigmoid()
             for n, part in enumerate(linear("decoder", z).split(P)):
-                channels[h * layer.channels + n, i] = norm("cnn.norm", part) if c.causal else part
+                channels[h * layer.cnn.channels + n, i] = norm("cnn.norm", part) if c.causal else part
 
     def conv(name, image, n_rows, taps, step=1):
         """Every output row i from rows step*i + taps and three columns, a product at a time; zeros outside."""
@@ -463,20 +465,22 @@ def test_chunked_linear_attention_is_quadratic(case, chunk):
     H, n_keys = case.n_kv_head * case.heads_per_kv, case.tokens[0]
     n_rows = -(-n_keys // case.stride)
     q, k, v = rand(H, n_rows, 3), rand(case.n_kv_head, n_keys, 3), rand(case.n_kv_head, n_keys, 4)
-    context, sums = sea.linear_attention(q, k, v, stride=case.stride, chunk=chunk)
-    weights = q @ sea.repeat_heads(k, H).mT
-    weights = weights * (torch.arange(n_keys) < (torch.arange(n_rows)[:, None] + 1) * case.stride)
-    expected = weights @ sea.repeat_heads(v, H) / weights.sum(-1, keepdim=True)
-    torch.testing.assert_close(context, expected, **CLOSE)
-    torch.testing.assert_close(sums, k.mT @ F.pad(v, (0, 1), value=1.0), **CLOSE)
+    past = rand(case.n_kv_head, 3, 5)
+    place = torch.stack([torch.randperm(n_keys, generator=generator)[:n_rows].sort().values for _ in range(2)])
+    context, sums = sea.causal_linear_attention(q, k, v, past, place, chunk)
+    weights = (q @ sea.repeat_heads(k, H).mT) * (torch.arange(n_keys) <= place[..., None])[:, None]
+    total = weights @ sea.repeat_heads(F.pad(v, (0, 1), value=1.0), H) + q @ sea.repeat_heads(past, H)
+    torch.testing.assert_close(context, total[..., :-1] / total[..., -1:], **CLOSE)
+    torch.testing.assert_close(sums, past + k.mT @ F.pad(v, (0, 1), value=1.0), **CLOSE)
 
 
 @given(cases())
 def test_all_keys_linear_attention_is_the_last_causal_row(case):
     layer, (q, k, v) = case.layer(), case.qkv()
     q_feat, k_feat = (sea.relu_features(x, layer.projection) for x in (q, k))
-    causal, _ = sea.linear_attention(q_feat, k_feat, v)
-    full, _ = sea.linear_attention(q_feat, k_feat, v, causal=False)
+    place = torch.arange(q.shape[2]).expand(len(q), -1)
+    causal, _ = sea.causal_linear_attention(q_feat, k_feat, v, v.new_zeros(*v.shape[:2], k_feat.shape[3], v.shape[3] + 1), place)
+    full = sea.linear_attention(q_feat, k_feat, v)
     torch.testing.assert_close(full[:, :, -1], causal[:, :, -1], **CLOSE)
 
 
@@ -488,7 +492,7 @@ def test_softmax_features_approximate_softmax_attention():
     errors = []
     for m in (16, 4096):
         w = sea.orthogonal_features(4, m, torch.Generator().manual_seed(0))
-        c, _ = sea.linear_attention(sea.softmax_features(q, w), sea.softmax_features(k, w, keep), v, causal=False)
+        c = sea.linear_attention(sea.softmax_features(q, w), sea.softmax_features(k, w, keep), v)
         errors.append((c - expected).abs().mean().item())
     assert errors[1] < 0.1 and errors[1] < errors[0] / 2
 
@@ -530,7 +534,8 @@ def test_cell_keys_are_products_with_mean_keys(T, width, seed):
     q, k = (torch.randn(1, h, T, 3, generator=generator, dtype=torch.float64) for h in (2, 1))
     q = q * torch.rand(T, 1, generator=generator) ** 2 * 40  # some rows reach the limit
     scores, gain = torch.randn(1, 2, T, width, generator=generator, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
-    got, _ = sea.add_cell_keys(scores, gain, q, k, torch.arange(1, T + 1)[None], 0.7, T)
+    none, all_new, past = torch.tensor([0]), torch.tensor([T]), torch.zeros(1, 1, 2 * width, 3, dtype=torch.float64)
+    got, _ = sea.add_cell_keys(scores, gain, q, k, torch.arange(1, T + 1)[None], 0.7, none, all_new, past)
     for t in range(1, T + 1):
         expected = gain[:, None] * key_products(0.7 * q[0, :, t - 1], k[0, 0], t, width)
         torch.testing.assert_close(got[0, :, t - 1] - scores[0, :, t - 1], expected)
@@ -577,7 +582,7 @@ def test_topk_is_brute_force_ties_included(case, levels):
     assert torch.equal(mask, brute_force_topk(probs, seen, case.topk, case.group))
 
 
-@pytest.mark.parametrize("group", sea.GROUPS)
+@pytest.mark.parametrize("group", list(sea.GROUPS))
 def test_budget_is_topk_keys_per_query_and_head(group):
     """Within 2 % once t is large. (One head and query alone rounds to whole cells: here topk is a whole number of them.)"""
     torch.manual_seed(0)
@@ -590,7 +595,7 @@ def test_budget_is_topk_keys_per_query_and_head(group):
         assert abs(keys / topk - 1) <= 0.02
 
 
-@pytest.mark.parametrize("group", sea.GROUPS)
+@pytest.mark.parametrize("group", list(sea.GROUPS))
 def test_a_huge_topk_keeps_everything(group):
     seen = torch.tensor([[0, 1, 7, 10**9]])
     mask = sea.topk_mask(torch.rand(1, 2, 4, 5), seen, 2**62, group)
@@ -687,7 +692,7 @@ def test_attention_csr_is_the_sparse_attention_exactly(case, density, block):
     mask = torch.rand(*q.shape[:2], R, case.width, generator=torch.Generator().manual_seed(case.seed)) < density
     row = (torch.arange(q.shape[2]) // case.stride).expand(len(q), -1)
     expanded = sea.take(mask, row)
-    sparse = sea.attention_csr(q, k, mask, seen, row=row, block=block)
+    sparse = attention_csr(q, k, mask, seen, row=row, block=block)
     dense = sea.attention_weights(q, k, expanded, seen)
     out = sea.sparse_attention(q, k, v, mask, seen, row=row)
     n_key = sea.expand_mask(expanded, seen, k.shape[2]).sum(-1)
@@ -817,7 +822,6 @@ GOOD = dict(n_head=4, n_kv_head=2, d_head=8, width=8, topk=2, max_positions=16)
     (dict(n_head=0), "n_head", ">= 1", "0"),
     (dict(group="rows"), "group", "causal_batch", "rows"),
     (dict(group="batch"), "group", "when causal", "batch"),
-    (dict(method="flash"), "method", "performer", "flash"),
     (dict(query_stride=2, causal=False), "query_stride", "1 unless causal", "2"),
     (dict(nbf=0), "nbf", "> 0", "0"),
 ])

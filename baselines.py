@@ -1,0 +1,75 @@
+"""The controls that SEA is measured against: attention that replaces a model's as SEAttention does.
+
+    performer   linear attention alone (Choromanski et al., ICLR 2021): SEA's context without positions is
+                the output. What SEA's estimate is worth beside the linear attention it is made of.
+
+Each is a module of a SEAConfig with SEAttention's forward, so that convert.attach and distill.py treat
+them alike.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sea import (SEAConfig, SEAOutput, SEAState, all_rows, at_least_fp32, causal_linear_attention,
+                 check_call, choose_rows, in_chunks, is_token, linear_attention, no_autocast,
+                 orthogonal_features, relu_features, scaled_qk, softmax_features, to_front)
+
+
+class PerformerAttention(nn.Module):
+    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)): nothing in it learns, the model around it does.
+
+    Of the config it uses n_head, n_kv_head, d_head, causal, nbf and seed.
+    """
+
+    def __init__(self, config: SEAConfig):
+        super().__init__()
+        self.config = replace(config, query_stride=1, cell_keys=False)
+        self.register_buffer("projection", torch.empty(config.d_head, config.n_features))
+        self.redraw_features(torch.Generator().manual_seed(config.seed))
+
+    @torch.no_grad()
+    def redraw_features(self, generator: torch.Generator | None = None) -> None:
+        """Draw new random features, in place."""
+        self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
+                softmax_scale: float | None = None, state: SEAState | None = None, topk: int | None = None,
+                kv_cached: bool = False, rows_at_once: int | None = None) -> SEAOutput:
+        """As SEAttention.forward; topk has no meaning here. The result has no scores and no cells."""
+        check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        if rows_at_once is not None and q.shape[2] > rows_at_once:
+            return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached, softmax_scale=scale)
+        past = self.empty_state(q) if state is None else state
+        new = to_front(q, k, v, valid, past, kv_cached)
+        if self.config.causal:
+            seen, _, _, place, _, _, count = choose_rows(past.count, new.n_new, q.shape[2], 1, 0)
+        else:
+            seen, _, _, place, _, _, count = all_rows(new.n_new, q.shape[2])
+        out, sums = self.context(new.q, new.k, new.v, scale, new.n_new, past.sums, place)
+        state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2], sums=sums)
+        state.k, state.v = (None, None) if kv_cached else (new.keys, new.values)
+        out = (out * is_token(out, new.n_new)).to(q.dtype)
+        return new.back(SEAOutput(out, seen, state if self.config.causal else None))
+
+    def empty_state(self, q: Tensor) -> SEAState:
+        """Of a Performer's state, count and sums (B, Hkv, m, D+1) change; it has no use for the rest."""
+        state = SEAState.empty(self.config, q)
+        return replace(state, sums=state.sums[..., : q.shape[-1] + 1].contiguous())
+
+    def context(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, n_new: Tensor,
+                past: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear attention over v, (B, H, T, D), and the sums after the new tokens if causal."""
+        tokens = is_token(k, n_new)
+        q, k = scaled_qk(q, k, softmax_scale)
+        with no_autocast(q):
+            if not self.config.causal:
+                k_feat = softmax_features(k, self.projection, tokens) * tokens
+                return linear_attention(softmax_features(q, self.projection), k_feat, at_least_fp32(v)), past
+            q_feat, k_feat = relu_features(q, self.projection), relu_features(k, self.projection) * tokens
+        return causal_linear_attention(q_feat, k_feat, at_least_fp32(v), past, place)
+
+
+BASELINES = {"performer": PerformerAttention}
