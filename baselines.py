@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sea import (SEAConfig, SEAOutput, SEAState, all_rows, at_least_fp32, causal_linear_attention,
                  check_call, choose_rows, in_chunks, is_token, linear_attention, no_autocast,
-                 orthogonal_features, relu_features, scaled_qk, softmax_features, to_front)
+                 orthogonal_features, relu_features, scale_or_default, scaled_qk, softmax_features,
+                 to_front)
 
 
 class PerformerAttention(nn.Module):
@@ -39,7 +40,7 @@ class PerformerAttention(nn.Module):
                 kv_cached: bool = False, rows_at_once: int | None = None) -> SEAOutput:
         """As SEAttention.forward; topk has no meaning here. The result has no scores and no cells."""
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        scale = scale_or_default(softmax_scale, self.config.d_head)
         if rows_at_once is not None and q.shape[2] > rows_at_once:
             return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached, softmax_scale=scale)
         past = self.empty_state(q) if state is None else state

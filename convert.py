@@ -34,7 +34,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from baselines import BASELINES
 from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
-                 first_key_of_cell, take, valid_first)
+                 first_key_of_cell, scale_or_default, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -183,7 +183,7 @@ def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: floa
     """
     check_qkv(q, k, k)
     B, H, T, D = q.shape
-    scale, group = D**-0.5 if softmax_scale is None else softmax_scale, H // k.shape[1]
+    scale, group = scale_or_default(softmax_scale, D), H // k.shape[1]
 
     def matrix(b: int, h: int) -> Tensor:
         if isinstance(cells, Tensor):
@@ -271,9 +271,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
     """Give each attention layer of `model` a SEAttention, in place, and switch the model to it.
 
-    method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest sequence come from the model. Load the
-    model first: new weights keep the initialisation of SEAttention. Raises ValueError if the model has no attention of
-    the kind that the attention interface serves.
+    method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
+    sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. Raises
+    ValueError if the model has no attention of the kind that the attention interface serves.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")

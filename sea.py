@@ -163,123 +163,13 @@ def is_token(x: Tensor, n: Tensor) -> Tensor:
     return (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
 
 
+def scale_or_default(softmax_scale: float | None, d_head: int) -> float:
+    return d_head**-0.5 if softmax_scale is None else softmax_scale
+
+
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     """(B, Hkv, S, D) -> (B, H, S, D): each key/value head serves H/Hkv neighbouring query heads."""
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
-
-
-# -- the border: valid tokens first, and the rows to estimate --------------------------------------
-
-
-def valid_first(valid: Tensor) -> Tensor:
-    """(B, S) bool -> (B, S): the places of the valid tokens, in order, then those of the others."""
-    return valid.int().argsort(dim=1, descending=True, stable=True)
-
-
-@dataclass
-class Tokens:
-    """A call's tokens behind the border: no padding between them, each sequence from place 0 on."""
-
-    q: Tensor  # (B, H, T, D), as k and v zero behind the last token
-    k: Tensor  # (B, Hkv, T, D)
-    v: Tensor
-    n_new: Tensor  # (B,)
-    keys: Tensor  # (B, Hkv, S, D), those of the past and the new ones by rank, or as key_order says
-    values: Tensor
-    key_order: Tensor | None  # (B, S), where in keys and values the key of each rank stands
-    places: Tensor | None  # (B, T), where each token came from; None: nothing has moved
-
-    def back(self, result: "SEAOutput") -> "SEAOutput":
-        """The result with each query where it came from."""
-        if self.places is not None:
-            back = self.places.argsort(dim=1)
-            result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
-            result.row = None if result.row is None else result.row.gather(1, back)
-        return result
-
-
-def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: "SEAState",
-             kv_cached: bool) -> Tokens:
-    """The border on the way in; arguments as in SEAttention.forward. Without padding nothing moves.
-
-    Whatever padding holds, nan included, goes no further.
-    """
-    T, S, places, key_order = q.shape[2], k.shape[2], None, None
-    if valid is None:
-        n_new = torch.full((len(q),), T, device=q.device)
-        if T == 1 and kv_cached:  # a static buffer may go on behind the new token
-            k_new, v_new = take(k, past.count[:, None]), take(v, past.count[:, None])
-        else:
-            k_new, v_new = k[:, :, -T:], v[:, :, -T:]
-    else:
-        n_new, k_new, v_new = valid[:, -T:].sum(1), k[:, :, -T:], v[:, :, -T:]
-        if T > 1:  # a single token stands at the front already
-            places = valid_first(valid[:, -T:])
-            q, k_new, v_new = take(q, places), take(k_new, places), take(v_new, places)
-        padding = ~is_token(q, n_new)
-        q, k_new, v_new = (x.masked_fill(padding, 0) for x in (q, k_new, v_new))
-    if kv_cached and S > T:
-        keys, values = k, v
-        key_order = None if valid is None else valid_first(valid)
-    else:
-        keys, values = append(past.k, k_new, past.count), append(past.v, v_new, past.count)
-    return Tokens(q, k_new, v_new, n_new, keys, values, key_order, places)
-
-
-def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
-    """The rows of x (B, C, T, D) behind the first count (B,) of cache (B, C, S, D)."""
-    if cache.shape[2] == 0:
-        return x
-    offs = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
-    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, offs.expand_as(x), x)
-
-
-@dataclass
-class Rows:
-    """Which queries are estimated, and where every query finds its row: rank // stride, counted
-    from the start of the sequence. Row 0 may be one of the past, for the queries that still use it."""
-
-    seen: Tensor  # (B, T) keys that each query sees, 0 behind the last token
-    row: Tensor  # (B, T) the row of each query
-    row_seen: Tensor  # (B, n_before + R) keys that each row sees, 0 behind the last
-    place: Tensor  # (B, R) the query that each row of this call belongs to
-    n_rows: Tensor  # (B,) rows of this call
-    last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
-    count: Tensor  # (B,) tokens of each sequence after this call
-    n_new: Tensor  # (B,)
-    stride: int
-    aligned: bool  # the first new token of every sequence begins a row
-
-    def of(self, x: Tensor) -> Tensor:
-        """x (B, C, T, E) at the rows of this call: a view where it can be, (B, C, R, E)."""
-        return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
-
-
-def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
-    """The first seven fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
-    2 * stride, ...
-
-    count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1.
-    Query skipping is the paper's; a row is reused by later queries only, so it stays causal.
-    """
-    i, first = torch.arange(T, device=count.device), (-count % stride)[:, None]  # first: row's place
-    place = first + stride * torch.arange((T - 1) // stride + 1, device=count.device)  # (B, R)
-    seen = (count[:, None] + i + 1) * (i < n_new[:, None])
-    row_seen = (count[:, None] + place + 1) * (place < n_new[:, None])
-    before = (count[:, None] + first + 1 - stride).clamp(min=0)[:, :n_before]
-    row_seen = torch.cat([before, row_seen], dim=1)
-    row = n_before + (i - first).div(stride, rounding_mode="floor")
-    row = row.clamp(0, row_seen.shape[1] - 1)
-    n_rows = (place < n_new[:, None]).sum(1)
-    last = (n_before + n_rows - 1).clamp(min=0)[:, None][:, : stride - 1]
-    return seen, row, row_seen, place.clamp(max=T - 1), n_rows, last, count + n_new
-
-
-def all_rows(n_new: Tensor, T: int) -> tuple[Tensor, ...]:
-    """The same for a bidirectional call: every query is a row and sees all n_new keys."""
-    i = torch.arange(T, device=n_new.device).expand(len(n_new), T)
-    seen = n_new[:, None] * (i < n_new[:, None])
-    return seen, i, seen, i, n_new, i[:, :0], n_new
 
 
 # -- 1. features and linear attention --------------------------------------------------------------
@@ -716,7 +606,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor,
                       softmax_scale: float | None = None) -> Tensor:
     """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no
     key. Arguments as in sparse_attention, mask (B, H, T, width)."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, q.shape[-1])
     keep = expand_mask(mask, seen, k.shape[2])
     with no_autocast(q):
         scores = (at_least_fp32(q) * scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -873,6 +763,120 @@ class SEAOutput:
         return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
 
 
+# -- the border: valid tokens first, and the rows to estimate --------------------------------------
+
+
+def valid_first(valid: Tensor) -> Tensor:
+    """(B, S) bool -> (B, S): the places of the valid tokens, in order, then those of the others."""
+    return valid.int().argsort(dim=1, descending=True, stable=True)
+
+
+@dataclass
+class Tokens:
+    """A call's tokens behind the border: no padding between them, each sequence from place 0 on."""
+
+    q: Tensor  # (B, H, T, D), as k and v zero behind the last token
+    k: Tensor  # (B, Hkv, T, D)
+    v: Tensor
+    n_new: Tensor  # (B,)
+    keys: Tensor  # (B, Hkv, S, D), those of the past and the new ones by rank, or as key_order says
+    values: Tensor
+    key_order: Tensor | None  # (B, S), where in keys and values the key of each rank stands
+    places: Tensor | None  # (B, T), where each token came from; None: nothing has moved
+
+    def back(self, result: SEAOutput) -> SEAOutput:
+        """The result with each query where it came from."""
+        if self.places is not None:
+            back = self.places.argsort(dim=1)
+            result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
+            result.row = None if result.row is None else result.row.gather(1, back)
+        return result
+
+
+def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEAState,
+             kv_cached: bool) -> Tokens:
+    """The border on the way in, Tokens.back on the way out; arguments as in SEAttention.forward.
+
+    Whatever padding holds, nan included, goes no further. Without padding nothing moves.
+    """
+    T, S, places, key_order = q.shape[2], k.shape[2], None, None
+    if valid is None:
+        n_new = torch.full((len(q),), T, device=q.device)
+        if T == 1 and kv_cached:  # a static buffer may go on behind the new token
+            k_new, v_new = take(k, past.count[:, None]), take(v, past.count[:, None])
+        else:
+            k_new, v_new = k[:, :, -T:], v[:, :, -T:]
+    else:
+        n_new, k_new, v_new = valid[:, -T:].sum(1), k[:, :, -T:], v[:, :, -T:]
+        if T > 1:  # a single token stands at the front already
+            places = valid_first(valid[:, -T:])
+            q, k_new, v_new = take(q, places), take(k_new, places), take(v_new, places)
+        padding = ~is_token(q, n_new)
+        q, k_new, v_new = (x.masked_fill(padding, 0) for x in (q, k_new, v_new))
+    if kv_cached and S > T:
+        keys, values = k, v
+        key_order = None if valid is None else valid_first(valid)
+    else:
+        keys, values = append(past.k, k_new, past.count), append(past.v, v_new, past.count)
+    return Tokens(q, k_new, v_new, n_new, keys, values, key_order, places)
+
+
+def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
+    """The rows of x (B, C, T, D) behind the first count (B,) of cache (B, C, S, D)."""
+    if cache.shape[2] == 0:
+        return x
+    offs = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
+    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, offs.expand_as(x), x)
+
+
+@dataclass
+class Rows:
+    """Which queries are estimated, and where every query finds its row: rank // stride, counted
+    from the start of the sequence. Row 0 may be one of the past, for the queries that still use it."""
+
+    seen: Tensor  # (B, T) keys that each query sees, 0 behind the last token
+    row: Tensor  # (B, T) the row of each query
+    row_seen: Tensor  # (B, n_before + R) keys that each row sees, 0 behind the last
+    place: Tensor  # (B, R) the query that each row of this call belongs to
+    n_rows: Tensor  # (B,) rows of this call
+    last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
+    count: Tensor  # (B,) tokens of each sequence after this call
+    n_new: Tensor  # (B,)
+    stride: int
+    aligned: bool  # the first new token of every sequence begins a row
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, C, T, E) at the rows of this call: a view where it can be, (B, C, R, E)."""
+        return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
+
+
+def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
+    """The first seven fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
+    2 * stride, ...
+
+    count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1.
+    Query skipping is the paper's; a row is reused by later queries only, so it stays causal.
+    """
+    i, first = torch.arange(T, device=count.device), (-count % stride)[:, None]  # first: row's place
+    place = first + stride * torch.arange((T - 1) // stride + 1, device=count.device)  # (B, R)
+    seen = (count[:, None] + i + 1) * (i < n_new[:, None])
+    row_seen = (count[:, None] + place + 1) * (place < n_new[:, None])
+    before = (count[:, None] + first + 1 - stride).clamp(min=0)[:, :n_before]
+    row_seen = torch.cat([before, row_seen], dim=1)
+    row = n_before + (i - first).div(stride, rounding_mode="floor")
+    row = row.clamp(0, row_seen.shape[1] - 1)
+    n_rows = (place < n_new[:, None]).sum(1)
+    last = (n_before + n_rows - 1).clamp(min=0)[:, None][:, : stride - 1]
+    return seen, row, row_seen, place.clamp(max=T - 1), n_rows, last, count + n_new
+
+
+def all_rows(n_new: Tensor, T: int) -> tuple[Tensor, ...]:
+    """The same for a bidirectional call: every query is a row and sees all n_new keys."""
+    i = torch.arange(T, device=n_new.device).expand(len(n_new), T)
+    seen = n_new[:, None] * (i < n_new[:, None])
+    return seen, i, seen, i, n_new, i[:, :0], n_new
+
+
 # -- the module ------------------------------------------------------------------------------------
 
 
@@ -965,7 +969,7 @@ class SEAttention(nn.Module):
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        scale = scale_or_default(softmax_scale, config.d_head)
         topk = config.topk if topk is None else topk
         if rows_at_once is not None and q.shape[2] > rows_at_once:
             return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached,
@@ -1136,7 +1140,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, q.shape[-1])
     j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
         t = seen[:, i : i + block]
@@ -1191,7 +1195,7 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale, T = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, q.shape[2]
+    scale, T = scale_or_default(softmax_scale, q.shape[-1]), q.shape[2]
 
     def part(q, k, teacher_q, teacher_k, seen):
         log_s, visible = dense_scores(q, k, seen, scale)
