@@ -712,8 +712,8 @@ class SEAState:
     def index_select(self, index: Tensor) -> "SEAState":
         """The state of batch entries `index`: beam search's reordering, batch expansion."""
         picked = {name: x.index_select(0, index) for name, x in self.tensors()}
-        return replace(self, **picked | dict(
-            conv_rows=tuple(x.index_select(0, index) for x in self.conv_rows)))
+        picked["conv_rows"] = tuple(x.index_select(0, index) for x in self.conv_rows)
+        return replace(self, **picked)
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
@@ -775,7 +775,7 @@ def valid_first(valid: Tensor) -> Tensor:
 class Tokens:
     """A call's tokens behind the border: no padding between them, each sequence from place 0 on."""
 
-    q: Tensor  # (B, H, T, D), as k and v zero behind the last token
+    q: Tensor  # (B, H, T, D); like k and v, zero behind the last token
     k: Tensor  # (B, Hkv, T, D)
     v: Tensor
     n_new: Tensor  # (B,)
@@ -982,7 +982,7 @@ class SEAttention(nn.Module):
         cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
         sparse = ops.sparse_attention(new.q, new.keys, new.values, cells, rows.seen, scale,
                                       row=rows.row, order=new.key_order)
-        out, state.v_sum = self.mix(ops, sparse, new.v, scores, gates, rows, past)
+        out, state.v_sum = self.mix_average(ops, sparse, new.v, scores, gates, rows, past)
         state.k, state.v = (None, None) if kv_cached else (new.keys, new.values)
         state = state if config.causal else None
         return new.back(SEAOutput(out.to(q.dtype), rows.seen, state, scores, cells, rows.row))
@@ -1029,8 +1029,8 @@ class SEAttention(nn.Module):
                         last_gates=take(gates, rows.last))
         return scores, gates, state
 
-    def mix(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
-            past: SEAState) -> tuple[Tensor, Tensor]:
+    def mix_average(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
+                    past: SEAState) -> tuple[Tensor, Tensor]:
         """Step 9, and the sum of v after the new tokens."""
         if self.config.causal:
             return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
