@@ -111,7 +111,7 @@ MAX_RANKED = 32768  # cells that compete, heads and width padded to powers of tw
 
 
 def _select_tiles(n_head: int, width: int) -> dict:
-    """For n_head heads whose cells compete: 32 cells a thread, which is 1024 a warp, in at most 16 warps."""
+    """For n_head heads whose cells compete: 32 cells per thread, 1,024 per warp, and at most 16 warps."""
     block_h, block_p = _next_power_of_2(n_head), max(32, _next_power_of_2(width))
     num_warps = min(max(block_h * block_p // 1024, 1), 16)
     return dict(BLOCK_H=block_h, BLOCK_P=block_p, num_warps=num_warps)
@@ -276,11 +276,11 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 #     real_cell = x(j) - c - 1/2 - 1/(4t) = (2 rest + 1 - 2t) / (4t),
 #
 # and since x grows by width / t per key, key j + i lies in cell round(real_cell + i width / t) of the
-# window. Only tiles with queries that see less than width keys (the first few) or more than
-# MAX_WINDOW_KEYS do without windows, key by key.
+# window. Tiles with queries that see fewer than width keys (the first few tiles) or more than
+# MAX_WINDOW_KEYS work key by key instead.
 
 UNIT = tl.constexpr(8)  # keys
-GAP = tl.constexpr(2)  # so few units between runs are walked through: half of a run's last block is waste on average
+GAP = tl.constexpr(2)  # units; gaps up to this are walked through, as a run's last block is half empty on average
 MAX_WINDOW_KEYS = tl.constexpr(2**20)  # up to here the fp32 error of real_cell + i width / t is less than 1/(4t)
 MAX_D_HEAD = 256  # tiles of queries, keys and accumulators have to fit into registers
 MAX_WIDTH = 16384  # its square has to fit into 32 bits
@@ -308,7 +308,7 @@ def _dkdv_tiles(dtype: torch.dtype, d_head: int) -> dict:
 
 
 def _plan_tiles(n_word: int) -> dict:
-    """Of the plan kernel: all cells of a row, 256 of them a warp."""
+    """Of the plan kernel: all cells of a row, 256 of them per warp."""
     block_w = _next_power_of_2(n_word)
     return dict(BLOCK_W=block_w, num_warps=min(max(block_w // 8, 1), 8))
 
@@ -392,7 +392,7 @@ def _in_window(window, real_cell, cells_per_key, i, mask):
 
 @triton.jit
 def _seen_and_words(seen_ptr, row_ptr, bits_ptr, b, pid_bh, offs_m, mask_m, T, R, WIDTH: tl.constexpr):
-    """t of queries offs_m of one head, and the pointers to their words: two (BLOCK_M,)."""
+    """t of queries offs_m of one head, and pointers to their rows of the mask, (BLOCK_M,) each."""
     WORDS: tl.constexpr = (WIDTH + 31) // 32
     t = tl.load(seen_ptr + b * T + offs_m, mask=mask_m, other=0).to(tl.int32)
     row = offs_m if row_ptr is None else tl.load(row_ptr + b * T + offs_m, mask=mask_m, other=0).to(tl.int32)
@@ -520,15 +520,19 @@ def _kept(words_ptr, t, window, real_cell, cells_per_key, i, j, n_key, WINDOWS: 
           WIDTH: tl.constexpr):
     """Which keys j, number i of a block, each query of a tile keeps, (BLOCK_M, BLOCK_N)."""
     if WINDOWS:
-        return _in_window(window[:, None], real_cell[:, None], cells_per_key[:, None], i[None, :], (j < n_key)[None, :])
+        return _in_window(window[:, None], real_cell[:, None], cells_per_key[:, None], i[None, :],
+                          mask=(j < n_key)[None, :])
     else:
         return _is_kept(words_ptr[:, None], t[:, None], j[None, :], n_key, WIDTH)
 
 
 @triton.jit
 def _next_block(runs_ptr, unit, end, words_ptr, t, cells_per_key, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One step of the walk over a tile's runs, without a branch: the pointer to the run, the first unit of the next
-    block, the run's end, and the block's window, whose loads overlap with the work of other programs."""
+    """A step of the walk over a tile's runs, without a branch.
+
+    Returns the pointer to the run, the next block's first unit, the run's end, and the block's window,
+    whose loads end while other programs work.
+    """
     jump = unit + BLOCK_N // UNIT >= end
     runs_ptr += tl.where(jump, 2, 0)
     following = tl.load(runs_ptr, mask=jump, other=0)
@@ -541,7 +545,7 @@ def _next_block(runs_ptr, unit, end, words_ptr, t, cells_per_key, WIDTH: tl.cons
 @triton.jit
 def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale, K_ROW: tl.constexpr,
             V_ROW: tl.constexpr, WINDOWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Maximum and sum of the softmax, (BLOCK_M,), and its product with v, (BLOCK_M, BLOCK_D), over a tile's blocks."""
+    """Over a tile's blocks: maximum and sum of the softmax, (BLOCK_M,), and the product with v, (BLOCK_M, BLOCK_D)."""
     offs_n = tl.arange(0, BLOCK_N)
     m_i = tl.full((q.shape[0],), LOWEST, tl.float32)
     l_i = tl.zeros((q.shape[0],), tl.float32)
@@ -784,7 +788,7 @@ def _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr,
             cells_per_key = _cells_per_key(t, WIDTH)
             window, real_cell = _window(words_ptr, t, pid_n * k.shape[0], cells_per_key, WIDTH)
             mask_nm = _in_window(window[None, :], real_cell[None, :], cells_per_key[None, :], offs_n[:, None],
-                                 (j < n_key)[:, None])
+                                 mask=(j < n_key)[:, None])
         else:
             mask_nm = _is_kept(words_ptr[None, :], t[None, :], j[:, None], n_key, WIDTH)
         p = tl.where(mask_nm, tl.exp2(s - lse[None, :]), 0.0)
