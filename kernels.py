@@ -30,11 +30,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .estimator_kernels import (_cdiv, _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
-                                    add_cell_keys, causal_cnn, causal_context, encode_rows, mix_average)
+    from .estimator_kernels import (MAX_CELL_KEYS_WIDTH, MAX_ENCODER_BLOCK, MAX_FEATURES, MAX_STRIDE, _cdiv,
+                                    _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
+                                    add_cell_keys, causal_cnn, causal_context, choose_rows, encode_rows,
+                                    max_context_block, mix_average)
 else:
-    from estimator_kernels import (_cdiv, _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
-                                   add_cell_keys, causal_cnn, causal_context, encode_rows, mix_average)
+    from estimator_kernels import (MAX_CELL_KEYS_WIDTH, MAX_ENCODER_BLOCK, MAX_FEATURES, MAX_STRIDE, _cdiv,
+                                   _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
+                                   add_cell_keys, causal_cnn, causal_context, choose_rows, encode_rows,
+                                   max_context_block, mix_average)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
@@ -748,15 +752,15 @@ def _visits(union_ptr, offs_tile, mask_tile, pid_n, n_key, WIDTH: tl.constexpr, 
 @triton.jit
 def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP: tl.constexpr,
                          WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    pid_n, pid_bh, n_group_tile = tl.program_id(0), tl.program_id(1), GROUP * n_tile
+    pid_n, pid_bhkv, n_group_tile = tl.program_id(0), tl.program_id(1), GROUP * n_tile
     count, first = 0, n_group_tile
     for start in range(0, n_group_tile, BLOCK_T):
         offs_tile = start + tl.arange(0, BLOCK_T)
-        mask_visit = _visits(union_ptr, pid_bh * n_group_tile + offs_tile, offs_tile < n_group_tile, pid_n, n_key,
-                             WIDTH=WIDTH, BLOCK_N=BLOCK_N)
+        mask_visit = _visits(union_ptr, pid_bhkv * n_group_tile + offs_tile, offs_tile < n_group_tile, pid_n,
+                             n_key, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
         count += tl.sum(mask_visit.to(tl.int32), axis=0)
         first = tl.minimum(first, tl.min(tl.where(mask_visit, offs_tile, n_group_tile), axis=0))
-    i_list = pid_bh * tl.num_programs(0) + pid_n
+    i_list = pid_bhkv * tl.num_programs(0) + pid_n
     tl.store(counts_ptr + i_list, count)
     tl.store(firsts_ptr + i_list, first)
 
@@ -857,13 +861,13 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
         if windows:
             dk, dv = _add_visitors(
                 dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile, pid_n=pid_n,
-                mask_d=mask_d, qk_scale=qk_scale, WINDOWS=True, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
+                q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile,
+                pid_n=pid_n, mask_d=mask_d, qk_scale=qk_scale, WINDOWS=True, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
         else:
             dk, dv = _add_visitors(
                 dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile, pid_n=pid_n,
-                mask_d=mask_d, qk_scale=qk_scale, WINDOWS=False, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
+                q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile,
+                pid_n=pid_n, mask_d=mask_d, qk_scale=qk_scale, WINDOWS=False, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
@@ -1034,8 +1038,9 @@ def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor, softmax_scale: float | None = None, *,
-                     row: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
+                     softmax_scale: float | None = None, *, row: Tensor | None = None,
+                     order: Tensor | None = None) -> Tensor:
     """sea.sparse_attention. mask may also be CellBits, which saves packing it.
 
     Gradients reach q, k and v and are summed in a fixed order: bit-equal from run to run.
@@ -1092,6 +1097,16 @@ def _pool_tiles(dtype: torch.dtype, d_head: int) -> dict:
 
 
 @triton.jit
+def _dense_scores(q, k_ptr, k_stride, j, t, n_key, mask_d, qk_scale):
+    """Scores of keys j, (BLOCK_M, BLOCK_N), and which of them count."""
+    mask_n = j < n_key
+    # (BLOCK_N, BLOCK_D)
+    k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_stride, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    return s, mask_n[None, :] & (j[None, :] < t[:, None])
+
+
+@triton.jit
 def _add_in_cell(a, is_first_a, b, is_first_b):
     """Running sums that begin again at each first key of a cell."""
     return tl.where(is_first_b != 0, b, a + b), is_first_a | is_first_b
@@ -1122,12 +1137,8 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
 
     m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, end, BLOCK_N):
-        j = start + offs_n
-        mask_n = j < n_key
-        # (BLOCK_N, BLOCK_D)
-        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # (BLOCK_M, BLOCK_N)
-        s = tl.where(mask_n[None, :] & (j[None, :] < t[:, None]), s, -float("inf"))
+        s, mask_mn = _dense_scores(q, k_ptr, k_strides[2], start + offs_n, t, n_key, mask_d=mask_d, qk_scale=qk_scale)
+        s = tl.where(mask_mn, s, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         l_i, m_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), axis=1), m_new
     lse = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i))
@@ -1137,10 +1148,7 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
     carry = tl.zeros((BLOCK_M,), tl.float32)  # sum of the cell that the previous block left unfinished
     for start in range(0, end, BLOCK_N):
         j = start + offs_n
-        mask_n = j < n_key
-        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        mask_mn = mask_n[None, :] & (j[None, :] < t[:, None])
+        s, mask_mn = _dense_scores(q, k_ptr, k_strides[2], j, t, n_key, mask_d=mask_d, qk_scale=qk_scale)
         log_a = tl.where(mask_mn, s - lse[:, None], 0.0)
         a = tl.where(mask_mn, tl.exp2(log_a), 0.0)
         a_log_a += tl.sum(a * log_a, axis=1)
@@ -1180,39 +1188,34 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
 
 # -- what the kernels can run ------------------------------------------------------------------------
 
-# Of the estimator:
-MAX_STRIDE = 32  # a row and its keys have to fit into one chunk of causal_context
-MAX_FEATURES = 128
-MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64 * 64}  # of causal_context
-MAX_DECODER = 2**16  # weights of encode_rows' decoder for one of its channels
-MAX_WIDTH_CELL_KEYS = 2048
-
 
 @functools.cache
 def supports(config, dtype: torch.dtype) -> str | None:
     """None if the kernels can run a layer of this sea.SEAConfig on inputs of this dtype, else the reason."""
-    if dtype not in MAX_SUMS:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype {dtype}: float32, float16 or bfloat16 only"
-    H, D, width, m = config.n_head, config.d_head, config.width, config.n_features
-    heads = H if config.group == "causal_batch" else 1
+    D, m, width = config.d_head, config.n_features, config.width
+    heads = config.n_head if config.group == "causal_batch" else 1
     tiles = _select_tiles(heads, width)
+    n_ranked = tiles["BLOCK_H"] * tiles["BLOCK_P"]
     limits = [
         ("d_head", D, MAX_D_HEAD, "tiles of queries and keys have to fit into registers"),
         ("width", width, MAX_WIDTH, "its square has to fit into 32 bits"),
-        (f"n_head x width = {heads} x {width}, padded to powers of two,", tiles["BLOCK_H"] * tiles["BLOCK_P"],
-         MAX_RANKED, "one program ranks all cells that compete"),
+        (f"n_head x width = {heads} x {width}, padded to powers of two,", n_ranked, MAX_RANKED,
+         "one program ranks all cells that compete"),
     ]
     if config.causal:  # the bidirectional estimator has no kernels
+        quarter = _cdiv(width, 4)
         n_sums = max(64, _next_power_of_2(m)) * max(64, _next_power_of_2(D))
-        n_decoder = _next_power_of_2(2 * D) * max(64, _next_power_of_2(_cdiv(width, 4)))
+        n_weights = _next_power_of_2(2 * D) * max(64, _next_power_of_2(quarter))
         limits += [
             ("query_stride", config.query_stride, MAX_STRIDE, "a row and its keys have to fit into one chunk"),
-            ("n_features", m, MAX_FEATURES, "they have to fit into registers (a larger nbf gives fewer)"),
-            (f"n_features x d_head = {m} x {D}, padded to powers of two,", n_sums, MAX_SUMS[dtype],
-             f"the sums of linear attention have to fit into shared memory in {dtype}"),
-            (f"2 d_head x width / 4 = {2 * D} x {_cdiv(width, 4)}, padded to powers of two,", n_decoder, MAX_DECODER,
+            ("n_features", m, MAX_FEATURES, "a program holds them all (a larger nbf gives fewer)"),
+            (f"n_features x d_head = {m} x {D}, padded to powers of two,", n_sums, max_context_block(dtype),
+             f"in {dtype} the sums of linear attention have to fit into shared memory"),
+            (f"2 d_head x width / 4 = {2 * D} x {quarter}, padded to powers of two,", n_weights, MAX_ENCODER_BLOCK,
              "the decoder's weights have to fit into shared memory"),
-            ("width with cell_keys", width * config.cell_keys, MAX_WIDTH_CELL_KEYS,
+            ("width with cell_keys", width * config.cell_keys, MAX_CELL_KEYS_WIDTH,
              "the cells of a row have to fit into registers"),
         ]
     for name, value, most, reason in limits:
