@@ -17,16 +17,12 @@ from torch.autograd.function import once_differentiable
 
 HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 
-# What fits into a program's shared memory and registers; kernels.supports asks.
-MAX_STRIDE = 32  # a row and its keys fit into a chunk of the context
-MAX_FEATURES = 128  # of the linear attention
-MAX_CELL_KEYS_WIDTH = 2048  # the cells of a row stay in registers
-MAX_ENCODER_BLOCK = 2**16  # numbers of a padded weight (2D, P) of the row decoder
-
-
-def max_context_block(dtype: torch.dtype) -> int:
-    """Numbers of a padded sum (m, D) of the context, of which products need several in shared memory."""
-    return (128 if dtype == torch.bfloat16 else 64) ** 2
+# What fits into shared memory and registers; kernels.supports asks. Sizes are padded to powers of two.
+MAX_STRIDE = 32  # a row and its keys, in a chunk of causal_context
+MAX_FEATURES = 128
+MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64 * 64}  # m x D, of causal_context
+MAX_DECODER = 2**16  # 2D x P, weights of encode_rows' decoder for one of its channels
+MAX_WIDTH_CELL_KEYS = 2048  # the cells of a row
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
@@ -39,8 +35,7 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
 
 def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
-    ok = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    _expect(ok, name, "float32, float16 or bfloat16", x.dtype)
+    _expect(x.dtype in MAX_SUMS, name, "float32, float16 or bfloat16", x.dtype)
     _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
 
 
@@ -246,28 +241,28 @@ def _features(x, w, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_stride, v_stride, n_position, b, kv,
+def _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                   D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
     """What _keys_of_chunk has to know of one key/value head, and W by itself."""
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
     lead = (count + STRIDE - 1) % STRIDE
     w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
-    k_ptr += b * k_stride[0] + kv * k_stride[1]
-    v_ptr += b * v_stride[0] + kv * v_stride[1]
-    return (k_ptr, v_ptr, pos_ptr + count * D, k_stride, v_stride, n_position - 1 - count, n_new, lead, w), w
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    return (k_ptr, v_ptr, pos_ptr + count * D, k_strides, v_strides, n_position - 1 - count, n_new, lead, w), w
 
 
 @triton.jit
 def _keys_of_chunk(head, chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
     """The keys of a chunk: j (int64), phi(k) fp32, v and pos, which are 0 where there is no key."""
-    k_ptr, v_ptr, pos_ptr, k_stride, v_stride, last_pos, n_new, lead, w = head
+    k_ptr, v_ptr, pos_ptr, k_strides, v_strides, last_pos, n_new, lead, w = head
     offs_c, offs_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     j = chunk * CHUNK + offs_c - lead
     mask_j = (offs_c < CHUNK) & (j >= 0) & (j < n_new)
     mask_k = mask_j[:, None] & (offs_d < D)[None, :]
-    k = _tile(k_ptr, j, offs_d, k_stride[2], k_stride[3], mask_k)  # (BLOCK_C, BLOCK_D)
-    v = _tile(v_ptr, j, offs_d, v_stride[2], v_stride[3], mask_k).to(DOT)
+    k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_k)  # (BLOCK_C, BLOCK_D)
+    v = _tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], mask_k).to(DOT)
     pos = _tile(pos_ptr, tl.minimum(j, last_pos), offs_d, D, 1, mask_k).to(DOT)
     f = tl.where(mask_j[:, None], _features(k, w, k_scale, M, BLOCK_F), 0.0)  # (BLOCK_C, BLOCK_F)
     return j, f, v, pos
@@ -311,12 +306,12 @@ def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexp
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
 # fp32: features and sums, which stay in registers. Reads each key once. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_stride, v_stride, n_position,
+def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_strides, v_strides, n_position,
                          HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                          CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
                          DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_stride, v_stride, n_position,
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position,
                             pid_bh // HKV, pid_bh % HKV, D, M, STRIDE, BLOCK_D, BLOCK_F)
     sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     norm = tl.zeros((BLOCK_F,), tl.float32)
@@ -336,16 +331,16 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sum
 #   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
 # fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers a row. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr, q_stride,
-                    k_stride, v_stride, n_position, H, GROUP, R, n_chunk, q_scale, k_scale, D: tl.constexpr,
+def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr, q_strides,
+                    k_strides, v_strides, n_position, H, GROUP, R, n_chunk, q_scale, k_scale, D: tl.constexpr,
                     M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
                     PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    q_ptr += b * q_stride[0] + h * q_stride[1]
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_stride, v_stride, n_position, b, kv,
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                             D, M, STRIDE, BLOCK_D, BLOCK_F)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + pid_s) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
@@ -354,7 +349,7 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
         chunk = pid_s * n_chunk + i
         _, f_k, v, pos = _keys_of_chunk(head, chunk, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
-        q = _tile(q_ptr, row, offs_d, q_stride[2], q_stride[3], mask_q)  # (BLOCK_R, BLOCK_D)
+        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
         f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         q_dot, k_dot = f_q.to(DOT), f_k.to(DOT)
         same = tl.dot(q_dot, tl.trans(k_dot), input_precision=PRECISION)  # (BLOCK_R, BLOCK_C)
@@ -385,15 +380,15 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
 # fp32: features, sums, g. Reference: autograd through sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, dcontext_ptr,
-                       den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_stride, k_stride, v_stride, n_position, H, GROUP, R,
+                       den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP, R,
                        n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                        CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                        BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    q_ptr += b * q_stride[0] + h * q_stride[1]
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_stride, v_stride, n_position, b, kv,
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                             D, M, STRIDE, BLOCK_D, BLOCK_F)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + pid_s) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
@@ -404,7 +399,7 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
         chunk = pid_s * n_chunk + i
         _, f_k, v, pos = _keys_of_chunk(head, chunk, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
-        q = _tile(q_ptr, row, offs_d, q_stride[2], q_stride[3], mask_q)  # (BLOCK_R, BLOCK_D)
+        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
         f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         row += pid_bh * R
         # -- g and g_den
@@ -444,14 +439,14 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
 # fp32: features, sums, g. In a fixed order. Reference: autograd through sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, dsums_ptr, dcontext_ptr, den_ptr,
-                         g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_stride, k_stride, v_stride, n_position, H, GROUP, T, R,
+                         g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP, T, R,
                          n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                          CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh, HKV = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), H // GROUP
     b, kv = pid_bh // HKV, pid_bh % HKV
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_stride, v_stride, n_position, b, kv,
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                             D, M, STRIDE, BLOCK_D, BLOCK_F)
     dsums_ptr += (pid_bh * (n_segment + 1) + pid_s + 1) * M * (2 * D + 1)
     dsum_pos, dsum_v, dnorm = _load_sums(dsums_ptr, D, M, BLOCK_D, BLOCK_F)
@@ -471,7 +466,7 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
         for g in range(0, GROUP):
             h = kv * GROUP + g
-            q = _tile(q_ptr + b * q_stride[0] + h * q_stride[1], row, offs_d, q_stride[2], q_stride[3], mask_q)
+            q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2], q_strides[3], mask_q)
             f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
             of_row = (b * H + h) * R + row
             den = tl.load(den_ptr + of_row, mask=mask_r, other=1.0)[:, None]
@@ -528,7 +523,7 @@ def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head,
 # fp32: everything, no dots. Reads and writes the sums once. Reference: sea.causal_context.
 @triton.jit
 def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, past_ptr, sums_ptr, context_ptr,
-                         q_stride, k_stride, v_stride, n_position, HKV, q_scale, k_scale, GROUP: tl.constexpr,
+                         q_strides, k_strides, v_strides, n_position, HKV, q_scale, k_scale, GROUP: tl.constexpr,
                          D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
     half, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv = pid_bh // HKV, pid_bh % HKV
@@ -536,13 +531,13 @@ def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
     mask_d, mask_f = offs_d < D, offs_f < M
     mask = mask_f[:, None] & mask_d[None, :]
     w = _tile(w_ptr, offs_f, offs_d, 1, M, mask).to(tl.float32)  # (BLOCK_F, BLOCK_D)
-    k = _vector(k_ptr + b * k_stride[0] + kv * k_stride[1], offs_d * k_stride[3], mask_d)
+    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
     f_k = tl.where(mask_f, tl.maximum(tl.sum(w * k[None, :], axis=1) * k_scale, 0.0) + 1e-3, 0.0)
     f_k = tl.where(tl.load(n_new_ptr + b) > 0, f_k, 0.0)
     if half == 0:
         x = _vector(pos_ptr + tl.minimum(tl.load(count_ptr + b), n_position - 1) * D, offs_d, mask_d)
     else:
-        x = _vector(v_ptr + b * v_stride[0] + kv * v_stride[1], offs_d * v_stride[3], mask_d)
+        x = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
     # -- the state before and after
     offs_ones = pid_bh * M * (2 * D + 1) + offs_f * (2 * D + 1) + 2 * D
     offs_half = offs_ones[:, None] - 2 * D + half * D + offs_d[None, :]
@@ -554,7 +549,7 @@ def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
     # -- its rows
     for g in range(0, GROUP):
         h = kv * GROUP + g
-        q = _vector(q_ptr + b * q_stride[0] + h * q_stride[1], offs_d * q_stride[3], mask_d)
+        q = _vector(q_ptr + b * q_strides[0] + h * q_strides[1], offs_d * q_strides[3], mask_d)
         f_q = tl.where(mask_f, tl.maximum(tl.sum(w * q[None, :], axis=1) * q_scale, 0.0) + 1e-3, 0.0)
         den = tl.sum(f_q * norm, axis=0)
         c = tl.sum(f_q[:, None] * sums, axis=0) / tl.where(den == 0.0, 1.0, den)
@@ -566,8 +561,8 @@ def _causal_context_step(q, k, v, position, past, projection, count, n_new, soft
     (B, H, _, D), Hkv, m = q.shape, k.shape[1], projection.shape[1]
     sums, context = _new(q, B, Hkv, m, 2 * D + 1, dtype=torch.float32), _new(q, B, H, 1, 2 * D)
     _context_step_kernel[(2, B * Hkv)](
-        q, k, v, position, projection, count, n_new, past.float().contiguous(), sums, context, q_stride=q.stride(),
-        k_stride=k.stride(), v_stride=v.stride(), n_position=len(position), HKV=Hkv, q_scale=softmax_scale * D**0.25,
+        q, k, v, position, projection, count, n_new, past.float().contiguous(), sums, context, q_strides=q.stride(),
+        k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), HKV=Hkv, q_scale=softmax_scale * D**0.25,
         k_scale=D**-0.25, GROUP=H // Hkv, D=D, M=m, **_context_step_tiles(D, m))
     return context, sums
 
@@ -577,8 +572,8 @@ def _context_launch(q, k, v, position, projection, softmax_scale, stride, backwa
     (B, H, R, D), m = q.shape, projection.shape[1]
     n_segment, tiles = _context_tiles(q, k, m, stride, backward)
     block_r = tiles.pop("BLOCK_R")
-    of_keys = dict(tiles, k_stride=k.stride(), v_stride=v.stride(), n_position=len(position), k_scale=D**-0.25, D=D, M=m)
-    of_rows = dict(of_keys, q_stride=q.stride(), H=H, GROUP=H // k.shape[1], R=R, q_scale=softmax_scale * D**0.25,
+    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), k_scale=D**-0.25, D=D, M=m)
+    of_rows = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // k.shape[1], R=R, q_scale=softmax_scale * D**0.25,
                    BLOCK_R=block_r)
     return n_segment, of_keys, of_rows
 
@@ -632,7 +627,7 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
     R, D, n_features = (k.shape[2] - 1) // stride + 1, q.shape[3], projection.shape[1]
     _expect(stride <= MAX_STRIDE, "stride", f"at most {MAX_STRIDE}", stride)
     _expect(q.shape[2] == R, "q", f"{R} rows, for {k.shape[2]} tokens and stride {stride}", q.shape[2])
-    fits = max(64, _next_power_of_2(n_features)) * max(64, _next_power_of_2(D)) <= max_context_block(q.dtype)
+    fits = max(64, _next_power_of_2(n_features)) * max(64, _next_power_of_2(D)) <= MAX_SUMS[q.dtype]
     _expect(fits and n_features <= MAX_FEATURES, "projection", f"features and head size that fit in {q.dtype}",
             tuple(projection.shape))
     run = _causal_context_step if _is_step(q) and k.shape[2] == 1 else _CausalContext.apply
@@ -679,7 +674,7 @@ def _through_norm(dy, x, rstd, gain, mask, N: tl.constexpr):
 
 
 @triton.jit
-def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_stride, D: tl.constexpr, BLOCK_R: tl.constexpr,
+def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr):
     """[c ; v] W1 + b1: W1^T (3D, 2D) in three parts of D rows, for the two halves of c and for v. (BLOCK_R, BLOCK_Z) fp32."""
     offs_d, offs_z = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z)
@@ -690,7 +685,7 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_stride, D: tl.cons
         if i < 2:
             x = _tile(c_ptr + i * D, row, offs_d, 2 * D, 1, mask_x)  # (BLOCK_R, BLOCK_D)
         else:
-            x = _tile(v_ptr, row, offs_d, v_stride[2], v_stride[3], mask_x)
+            x = _tile(v_ptr, row, offs_d, v_strides[2], v_strides[3], mask_x)
         w1 = _tile(w1_ptr + i * D, offs_d, offs_z, 1, 3 * D, mask_d[:, None] & mask_z[None, :])  # (BLOCK_D, BLOCK_Z)
         z += tl.dot(x, w1.to(dtype), input_precision=PRECISION)
     return z + _vector(b1_ptr, offs_z, mask_z)[None, :]
@@ -704,7 +699,7 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_stride, D: tl.cons
 # fp32: norms and GELU. Reads 3D numbers a row and writes 2P; z never leaves the registers. Reference: sea.encode_rows.
 @triton.jit
 def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, e2_ptr, wg_ptr, bg_ptr,
-                   image_ptr, gates_ptr, v_stride, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
+                   image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
     pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
@@ -712,8 +707,8 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
     offs_z, offs_p = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
     mask_r, mask_z, mask_p = row < R, offs_z < 2 * D, offs_p < P
     dtype = context_ptr.dtype.element_ty
-    v_ptr += b * v_stride[0] + (h // GROUP) * v_stride[1]
-    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_stride, D, BLOCK_R, BLOCK_D,
+    v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
+    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R, BLOCK_D,
                      BLOCK_Z, PRECISION)
     z = _normed(z, _vector(g1_ptr, offs_z, mask_z), _vector(e1_ptr, offs_z, mask_z), mask_z, 2 * D)
     z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # GELU
@@ -740,7 +735,7 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
 # fp32: norms, GELU and sums. Reference: autograd through sea.encode_rows.
 @triton.jit
 def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, wg_ptr, dimage_ptr,
-                       dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr, v_stride, H, GROUP, R,
+                       dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr, v_strides, H, GROUP, R,
                        D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
                        BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
     pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -752,8 +747,8 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
                                  mask_r[:, None] & mask_d[None, :])
     dtype, of_row = context_ptr.dtype.element_ty, pid_bh * R + row
     sums_ptr += (pid_bh * tl.num_programs(0) + pid_r) * (6 * D + 4 * P)
-    v_ptr += b * v_stride[0] + (h // GROUP) * v_stride[1]
-    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_stride, D, BLOCK_R, BLOCK_D,
+    v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
+    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R, BLOCK_D,
                       BLOCK_Z, PRECISION)
     z1, rstd = _standardized(z1, mask_z, 2 * D)
     gain = _vector(g1_ptr, offs_z, mask_z)
@@ -811,7 +806,7 @@ class _EncodeRows(torch.autograd.Function):
         weights, tiles = [w.contiguous() for w in weights], _encode_tiles(context, P, backward=False)
         image, gates = _new(context, B, 2 * H, R, P), _new(context, B, H, R, 2, dtype=torch.float32)
         _encode_kernel[(_cdiv(R, tiles["BLOCK_R"]), B * H)](
-            context, v, *weights, image, gates, v_stride=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P, **tiles)
+            context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P, **tiles)
         ctx.save_for_backward(context, v, *weights)
         ctx.set_materialize_grads(False)
         return image, gates
@@ -829,7 +824,7 @@ class _EncodeRows(torch.autograd.Function):
         sums = _new(context, grid[0] * grid[1], 6 * D + 4 * P, dtype=torch.float32)
         _encode_bwd_kernel[grid](
             context, v, w1, b1, g1, e1, w2, b2, g2, wg, dimage, dgates, dcontext, dv, z, dz1, dx, sums,
-            v_stride=v.stride(), H=H, GROUP=H // Hkv, R=R, D=D, P=P, **tiles)
+            v_strides=v.stride(), H=H, GROUP=H // Hkv, R=R, D=D, P=P, **tiles)
         # -- weights: products over all rows
         dz1_rows, v_rows = _all_rows(dz1), _all_rows(v if H == Hkv else v.repeat_interleave(H // Hkv, 1))
         total = sums[:, : 6 * D if dimage is None else None].sum(0)
@@ -1039,15 +1034,15 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
 #   x1, x2 (B, C, lead + R, P), any strides; n_rows (B,) int -> out1, out2 (B, C, HISTORY, P), contiguous
 # A launch for both, where eager copies or gathers each. Reference: sea.causal_cnn.
 @triton.jit
-def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_stride, x2_stride, lead, C, P,
+def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_strides, x2_strides, lead, C, P,
                       HISTORY: tl.constexpr, BLOCK_P: tl.constexpr):
     c, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n, offs_p = tl.arange(0, HISTORY), tl.arange(0, BLOCK_P)
     row = tl.load(n_rows_ptr + b) + lead - HISTORY + offs_n
     mask_p = (offs_p < P)[None, :]
     mask_x, offs_out = (row >= 0)[:, None] & mask_p, ((b * C + c) * HISTORY + offs_n[:, None]) * P + offs_p[None, :]
-    x1 = _tile(x1_ptr + b * x1_stride[0] + c * x1_stride[1], row, offs_p, x1_stride[2], x1_stride[3], mask_x)
-    x2 = _tile(x2_ptr + b * x2_stride[0] + c * x2_stride[1], row, offs_p, x2_stride[2], x2_stride[3], mask_x)
+    x1 = _tile(x1_ptr + b * x1_strides[0] + c * x1_strides[1], row, offs_p, x1_strides[2], x1_strides[3], mask_x)
+    x2 = _tile(x2_ptr + b * x2_strides[0] + c * x2_strides[1], row, offs_p, x2_strides[2], x2_strides[3], mask_x)
     tl.store(out1_ptr + offs_out, x1, mask=mask_p)
     tl.store(out2_ptr + offs_out, x2, mask=mask_p)
 
@@ -1233,7 +1228,7 @@ def _image(like, rows):
 def _last_rows(x1, x2, n_rows, lead):
     B, C, _, P = x1.shape
     out1, out2 = _new(x1, B, C, HISTORY, P), _new(x2, B, C, HISTORY, P)
-    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_stride=x1.stride(), x2_stride=x2.stride(), lead=lead, C=C, P=P,
+    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(), lead=lead, C=C, P=P,
                               HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
     return out1, out2
 
@@ -1368,7 +1363,7 @@ def _bin_of_cell(p, t, e, WIDTH: tl.constexpr):
 # fp32: the sums, in a fixed order. A level has room for half as many keys as the next: all together read each key twice.
 # Reference: sea.bin_sums.
 @triton.jit
-def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_stride, HKV, D: tl.constexpr,
+def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, D: tl.constexpr,
                      N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_b, pid_e, n_level = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     pid_bh = tl.program_id(2).to(tl.int64)
@@ -1385,11 +1380,11 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
     origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bin
     start = tl.minimum(tl.maximum(origin, 0), n_new).to(tl.int32)
     end = tl.minimum(tl.maximum(origin + (tl.full((), BLOCK_B, tl.int64) << e), 0), n_new).to(tl.int32)
-    k_ptr += b * k_stride[0] + kv * k_stride[1]
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for first in range(start, end, BLOCK_N):
         j = (first + offs_n).to(tl.int64)
-        k = _tile(k_ptr, j, offs_d, k_stride[2], k_stride[3], (j < end)[:, None] & mask_d)  # (BLOCK_N, BLOCK_D)
+        k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], (j < end)[:, None] & mask_d)  # (BLOCK_N, BLOCK_D)
         is_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
         acc += tl.dot(is_in.to(k.dtype), k, input_precision="ieee")
     # -- the bins of the past that these hold, of those that are not empty
@@ -1412,10 +1407,10 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
 #   products (n, BLOCK_T, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products for each row and level.
-# Limits: WIDTH <= MAX_CELL_KEYS_WIDTH. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
+# Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
 # times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_stride, seen_stride,
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides, seen_strides,
                       H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                       BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
                       BLOCK_D: tl.constexpr):
@@ -1429,9 +1424,9 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
         b, h = pid_bh // H, pid_bh % H
         row = (tile % tl.cdiv(R, BLOCK_T) * BLOCK_T + offs_t).to(tl.int64)
         mask_r = row < R
-        q_ptrs = q_ptr + b * q_stride[0] + h * q_stride[1]
-        q = _tile(q_ptrs, row, offs_d, q_stride[2], q_stride[3], mask_r[:, None] & mask_d)  # (BLOCK_T, BLOCK_D)
-        t = tl.load(seen_ptr + b * seen_stride[0] + row * seen_stride[1], mask=mask_r, other=0).to(tl.int32)
+        q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1]
+        q = _tile(q_ptrs, row, offs_d, q_strides[2], q_strides[3], mask_r[:, None] & mask_d)  # (BLOCK_T, BLOCK_D)
+        t = tl.load(seen_ptr + b * seen_strides[0] + row * seen_strides[1], mask=mask_r, other=0).to(tl.int32)
         level, lowest = _bin_level(t, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
         first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
         end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
@@ -1471,7 +1466,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
 # fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr, products_ptr, sums_ptr,
-                           q_stride, k_stride, seen_stride, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
+                           q_strides, k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
                            WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
     pid_bh = tl.program_id(0).to(tl.int64)
@@ -1480,7 +1475,7 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
     mask_d, mask_p = offs_d < D, offs_p < WIDTH
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     level, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
-    k = _vector(k_ptr + b * k_stride[0] + kv * k_stride[1], offs_d * k_stride[3], mask_d)
+    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
     of_head = pid_bh * N_BINS * D
     for start in range(0, N_BINS, BLOCK_B):
         bin = start + offs_b
@@ -1494,11 +1489,11 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
         tl.store(sums_ptr + of_head + bin[:, None] * D + offs_d[None, :], x, mask=mask)
         mean = (x * tl.exp2(-last.to(tl.float32))).to(k_ptr.dtype.element_ty).to(tl.float32)
         for g in range(0, GROUP):
-            q = _vector(q_ptr + b * q_stride[0] + (kv * GROUP + g) * q_stride[1], offs_d * q_stride[3], mask_d)
+            q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3], mask_d)
             products = tl.sum(mean * q[None, :], axis=1) * softmax_scale
             tl.store(products_ptr + (pid_bh * GROUP + g) * N_BINS + bin, products, mask=mask_b)
     tl.debug_barrier()
-    t = tl.load(seen_ptr + b * seen_stride[0]).to(tl.int32)
+    t = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
     bin = _bin_of_cell(offs_p, t, last, WIDTH)
     for g in range(0, GROUP):
         h = pid_bh * GROUP + g  # of all sequences
@@ -1516,7 +1511,7 @@ def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     n_program = min(n_tile, CELL_KEYS["programs"])
     products = _new(q, n_program, tiles["BLOCK_T"], 2 * width, dtype=torch.float32)
     _cell_keys_kernel[(n_program,)](
-        x, gain, q, means, row_seen, count, products, parts, q_stride=q.stride(), seen_stride=row_seen.stride(), H=H, R=R,
+        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(), seen_strides=row_seen.stride(), H=H, R=R,
         n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale, GROUP=B * H // n_kv, D=D, WIDTH=width,
         BACKWARD=parts is not None, **tiles)
 
@@ -1550,7 +1545,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     (B, H, R, D), (Hkv, T), width = q.shape, k.shape[1:3], scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}", tuple(scores.shape))
-    _expect(width <= MAX_CELL_KEYS_WIDTH, "scores", f"a width of at most {MAX_CELL_KEYS_WIDTH}", width)
+    _expect(width <= MAX_WIDTH_CELL_KEYS, "scores", f"a width of at most {MAX_WIDTH_CELL_KEYS}", width)
     _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
     n_bins, q, k, past, softmax_scale = 2 * width, q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
@@ -1560,15 +1555,15 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         if _is_step(q) and T == 1:
             products = _new(q, B * H, n_bins, dtype=torch.float32)
             _cell_keys_step_kernel[(B * Hkv,)](
-                scores, gain, q, k, row_seen, count, n_new, past, products, sums, q_stride=q.stride(), k_stride=k.stride(),
-                seen_stride=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D, WIDTH=width,
+                scores, gain, q, k, row_seen, count, n_new, past, products, sums, q_strides=q.stride(), k_strides=k.stride(),
+                seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D, WIDTH=width,
                 **_cell_keys_step_tiles(D, width))
             return scores, sums
         # T tokens are of bin_level(T); after others of any level they end at most one level above the higher of the two.
         n_level = ((T - 1) // n_bins).bit_length() + 2
         means = _new(k, B * Hkv, n_level, n_bins, D)
         _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]), n_level, B * Hkv)](
-            k, count, n_new, past, means, sums, k_stride=k.stride(), HKV=Hkv, D=D, N_BINS=n_bins,
+            k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, D=D, N_BINS=n_bins,
             BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)
         return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
 
@@ -1581,25 +1576,25 @@ SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 # The sum of each block of BLOCK_T values; grid (n_block, B * Hkv). v and seen as below -> sums (B * Hkv, n_block, D) fp32.
 @triton.jit
-def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_stride, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
+def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_D: tl.constexpr):
     pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, kv = pid_bh // HKV, pid_bh % HKV
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
-    v_ptr += b * v_stride[0] + kv * v_stride[1]
-    v = _tile(v_ptr, offs_t, offs_d, v_stride[2], v_stride[3], mask_t[:, None] & mask_d[None, :])
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    v = _tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask_t[:, None] & mask_d[None, :])
     seen = tl.load(seen_ptr + b * T + offs_t, mask=mask_t, other=0)
     v = tl.where((seen > 0)[:, None], v.to(tl.float32), 0.0)
     tl.store(sums_ptr + (pid_bh * n_block + pid_t) * D + offs_d, tl.sum(v, axis=0), mask=mask_d)
 
 
 @triton.jit
-def _running_mean(v_ptr, before_ptr, v_stride, offs_t, mask, seen, D: tl.constexpr, BLOCK_T: tl.constexpr,
+def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.constexpr, BLOCK_T: tl.constexpr,
                   BLOCK_D: tl.constexpr):
     """Mean of v over the keys that each query of a block sees, of one head: (BLOCK_T, BLOCK_D) fp32."""
     offs_d, offs_i = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
-    v = _tile(v_ptr, offs_t, offs_d, v_stride[2], v_stride[3], mask)
+    v = _tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask)
     v = tl.where((seen > 0)[:, None], v, 0.0)
     triangle = (offs_i[:, None] >= offs_i[None, :]).to(v.dtype)
     sums = tl.dot(triangle, v, input_precision="ieee") + _vector(before_ptr, offs_d, offs_d < D)[None, :]
@@ -1613,7 +1608,7 @@ def _running_mean(v_ptr, before_ptr, v_stride, offs_t, mask, seen, D: tl.constex
 #   before the sigmoid; seen and row (B, T) int -> out (B, H, T, D): contiguous
 # fp32: all but the product, of exact ones. Reads and writes once. Reference: sea.mix_average.
 @triton.jit
-def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_stride, H, GROUP, T, R,
+def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T, R,
                 D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
@@ -1623,7 +1618,7 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
     seen = tl.load(seen_ptr + b * T + offs_t, mask=mask_t, other=0)
     row = tl.load(row_ptr + b * T + offs_t, mask=mask_t, other=0)
     before_ptr += ((b * (H // GROUP) + kv) * (n_block + 1) + pid_t) * D
-    mean = _running_mean(v_ptr + b * v_stride[0] + kv * v_stride[1], before_ptr, v_stride, offs_t, mask, seen, D, BLOCK_T,
+    mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T,
                          BLOCK_D)
     gate_ptrs = gates_ptr + (pid_bh * R + row) * 2
     s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))[:, None]
@@ -1641,7 +1636,7 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
 # fp32: all but the product. Reference: autograd through sea.mix_average.
 @triton.jit
 def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr, dgates_ptr, w_sums_ptr,
-                    after_ptr, dv_ptr, v_stride, do_stride, H, GROUP, T, R, D: tl.constexpr, BLOCK_T: tl.constexpr,
+                    after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R, D: tl.constexpr, BLOCK_T: tl.constexpr,
                     BLOCK_D: tl.constexpr):
     pid_t, n_block, pid_bh, HKV = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), H // GROUP
     b, kv = pid_bh // HKV, pid_bh % HKV
@@ -1652,12 +1647,12 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
     row = tl.load(row_ptr + b * T + offs_t, mask=mask_t, other=0)
     if after_ptr is None:
         before_ptr += (pid_bh * (n_block + 1) + pid_t) * D
-        mean = _running_mean(v_ptr + b * v_stride[0] + kv * v_stride[1], before_ptr, v_stride, offs_t, mask, seen, D, BLOCK_T,
+        mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T,
                              BLOCK_D)
     w = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for g in range(0, GROUP):
         h, of_head = kv * GROUP + g, b * H + kv * GROUP + g
-        do = _tile(do_ptr + b * do_stride[0] + h * do_stride[1], offs_t, offs_d, do_stride[2], do_stride[3], mask)
+        do = _tile(do_ptr + b * do_strides[0] + h * do_strides[1], offs_t, offs_d, do_strides[2], do_strides[3], mask)
         do = tl.where((seen > 0)[:, None], do.to(tl.float32), 0.0)
         gate_ptrs = gates_ptr + (of_head * R + row) * 2
         s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))
@@ -1704,12 +1699,12 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest as above, with
 # T = 1. fp32: everything. Reference: sea.mix_average.
 @triton.jit
-def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_stride, HKV, R,
+def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides, HKV, R,
                      GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_bh, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     b, kv, mask_d = pid_bh // HKV, pid_bh % HKV, offs_d < D
     seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b).to(tl.int64)
-    v = _vector(v_ptr + b * v_stride[0] + kv * v_stride[1], offs_d * v_stride[3], mask_d)
+    v = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
     total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bh * D, offs_d, mask_d)
     tl.store(sums_ptr + pid_bh * D + offs_d, total, mask=mask_d)
     mean = total / tl.maximum(seen, 1).to(tl.float32)
@@ -1727,10 +1722,10 @@ class _MixAverage(torch.autograd.Function):
     def forward(ctx, sparse, v, gates, past, seen, row):
         (B, H, T, D), (Hkv, R), n_block = sparse.shape, (v.shape[1], gates.shape[2]), _cdiv(sparse.shape[2], MIX["BLOCK_T"])
         block_d, sums = _dot_block(D, v.dtype), _new(v, B * Hkv, n_block, D, dtype=torch.float32)
-        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_stride=v.stride(), HKV=Hkv, T=T, D=D, BLOCK_D=block_d, **MIX)
+        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D, BLOCK_D=block_d, **MIX)
         before = _running_sums(sums, past.flatten(0, 1))  # what precedes each block, and all
         out = _new(sparse, B, H, T, D)
-        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_stride=v.stride(), H=H, GROUP=H // Hkv,
+        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H, GROUP=H // Hkv,
                                       T=T, R=R, D=D, BLOCK_D=block_d, **MIX)
         ctx.save_for_backward(sparse, v, gates, before, seen, row)
         return out, before[:, -1].view(B, Hkv, D).clone()
@@ -1745,8 +1740,8 @@ class _MixAverage(torch.autograd.Function):
         after, grid = None, (n_block, B * Hkv)
         for _ in range(2):
             _mix_bwd_kernel[grid](
-                sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv, v_stride=v.stride(),
-                do_stride=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D, BLOCK_D=_dot_block(D, v.dtype), **MIX)
+                sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv, v_strides=v.stride(),
+                do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D, BLOCK_D=_dot_block(D, v.dtype), **MIX)
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         rows = torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous()
         ends = torch.searchsorted(row, rows, right=True)
@@ -1759,7 +1754,7 @@ def _mix_average_step(sparse, v, gates, past, seen, row):
     (B, H, _, D), Hkv = sparse.shape, v.shape[1]
     out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
     _mix_step_kernel[(B * Hkv,)](
-        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_stride=v.stride(), HKV=Hkv, R=gates.shape[2],
+        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), HKV=Hkv, R=gates.shape[2],
         GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), num_warps=1)
     return out, sums
 

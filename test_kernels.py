@@ -20,6 +20,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import estimator_kernels
 import kernels
 import sea
 
@@ -428,6 +429,9 @@ def test_pooled_attention_is_what_the_estimate_loss_takes():
 # -- the estimator, the mix, and the whole layer -----------------------------------------------------------------------
 
 
+MOST_BEFORE = 40  # tokens
+
+
 @dataclass
 class Layer:
     """A layer and its input, as numbers."""
@@ -466,6 +470,13 @@ class Layer:
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.rand(self.heads[0], self.T, generator=generator) < 0.8).to(DEVICE) if self.padded else None
 
+    def tokens(self):
+        """count and n_new (B,): tokens of each sequence before a call, none in every other case, and in it."""
+        generator, (B, _, _) = torch.Generator().manual_seed(self.seed), self.heads
+        count = torch.randint(MOST_BEFORE + 1, (B,), generator=generator) * (self.seed % 2)
+        n_new = torch.randint(0 if self.padded else self.T, self.T + 1, (B,), generator=generator)
+        return count.to(DEVICE), n_new.to(DEVICE)
+
 
 LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=sizes(1, 5, 1, 3),
                    heads=HEADS, D=sizes(2, BLOCK + 3, 19),
@@ -475,101 +486,103 @@ FEWER = settings(max_examples=8)
 
 
 def check_causal_context(case):
-    with mock.patch.dict(kernels.CONTEXT, programs=kernels.CONTEXT["programs"] if case.seed % 3 else 1):  # 1: a program walks all chunks
+    """With one program in all, it walks all chunks."""
+    programs = estimator_kernels.CONTEXT["programs"] if case.seed % 3 else 1
+    with mock.patch.dict(estimator_kernels.CONTEXT, programs=programs):
         _check_causal_context(case)
 
 
 def check_estimator(case):
-    with mock.patch.dict(kernels.CONV, programs=kernels.CONV["programs"] if case.seed % 3 else 1):
+    programs = estimator_kernels.CONV["programs"] if case.seed % 3 else 1
+    with mock.patch.dict(estimator_kernels.CONV, programs=programs):
         _check_estimator(case)
 
 
+def in_fp32(x):
+    """Sums of the past are fp32, or fp64 in the exact reference."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _check_causal_context(case):
-    q, k, v = case.qkv()
-    rows, there, (_, Hkv, _) = q[:, :, :: case.stride], case.valid(), case.heads
+    (q, k, v), (count, n_new), (B, Hkv, _), D, m = case.qkv(), case.tokens(), case.heads, case.D, case.D // 2 + 1
     generator = torch.Generator().manual_seed(case.seed)
-    position = torch.randn(1, case.T, case.D, generator=generator).to(DEVICE, case.dtype)
-    m = case.D // 2 + 1
-    projection = sea.orthogonal_features(case.D, m, generator).to(DEVICE)
-    past = [torch.rand(len(q), Hkv, m, 2 * case.D + 1, generator=generator).to(DEVICE, case.dtype)] if case.seed % 2 else []
+    position = torch.randn(case.T + MOST_BEFORE + 3, D, generator=generator).to(DEVICE, case.dtype)
+    projection = sea.orthogonal_features(D, m, generator).to(DEVICE)
+    past = torch.rand(B, Hkv, m, 2 * D + 1, generator=generator).to(DEVICE, case.dtype) * (case.seed % 2)
 
     def call(f):
-        def run(q, k, v, position, past=None):
-            context, sums = f(q, k, v, position, projection, case.D**-0.5, stride=case.stride, lead=case.stride - 1,
-                              there=there, past=past if past is None or past.dtype == torch.float64 else past.float())
+        def run(q, k, v, position, past):
+            context, sums = f(q, k, v, position, projection, D**-0.5, case.stride, count, n_new, in_fp32(past))
             return context.to(q.dtype), sums
         return run
-    as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context), [rows, k, v, position, *past], relu=True)
+    as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context),
+                         [q[:, :, :: case.stride], k, v, position, past], relu=True)
 
 
 def _check_estimator(case):
     """encode_rows, causal_cnn and mix_average, on what the reference gives each of them."""
-    q, k, v = case.qkv()
+    (q, k, v), (count, n_new) = case.qkv(), case.tokens()
     layer, generator = case.layer().to(case.dtype), torch.Generator().manual_seed(case.seed)
-    B, H, T, D = q.shape
-    context = torch.randn(B, H, T, 2 * D, generator=generator).to(DEVICE, case.dtype)
-    image = torch.randn(B, 2 * H, T, layer.cnn.norm.weight.shape[0], generator=generator).to(DEVICE, case.dtype)
-    gates = torch.randn(B, H, -(-T // case.stride), 2, generator=generator).to(DEVICE, case.dtype)
-    past = torch.randn(2, B, 2 * H, 4, image.shape[3], generator=generator).to(DEVICE, case.dtype)
-    seen, row = (torch.arange(T, device=DEVICE).expand(B, T) for _ in range(2))
-    seen, row, valid = seen + 1, row // case.stride, case.valid()
-    if valid is not None:
-        seen = valid.cumsum(1) * valid
+    (B, H, T, D), (P,), has_past = q.shape, layer.cnn.norm.weight.shape, case.seed % 2
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
+    context, image, past = make(B, H, T, 2 * D), make(B, 2 * H, T, P), make(2, B, 2 * H, 4 * has_past, P)
+    own = lambda x: layer.double() if x.dtype == torch.float64 else layer.to(case.dtype)
 
     def encode(f):
         def run(context, v):
-            own = layer.double() if v.dtype == torch.float64 else layer.to(case.dtype)
-            image, gates = f(context, v, own.encoder, own.decoder, own.cnn.norm, own.gate)
+            layer = own(v)
+            image, gates = f(context, v, layer.encoder, layer.decoder, layer.cnn, layer.gate)
             return image, gates.to(v.dtype)
         return run
 
     def cnn(f):
         def run(image, *past):
-            own = (layer.double() if image.dtype == torch.float64 else layer.to(case.dtype)).cnn
-            scores, last = f(image, own.conv1, own.conv2, own.up, own.norm_out, past or None,
-                             None if valid is None else valid.sum(1))
+            scores, last = f(image, own(image).cnn, past, n_new)
             return scores, *last
         return run
 
-    v_sum = [torch.randn(B, v.shape[1], D, generator=generator).to(DEVICE, case.dtype)] if case.seed % 2 else []
-    mix = lambda f: lambda sparse, v, gates, past=None: f(sparse, v, gates, seen, row, valid, past)
+    valid, n_before = case.valid(), has_past * (case.stride > 1)
+    seen, row, row_seen, *_ = sea.choose_rows(count, n_new, T, case.stride, n_before)
+    if valid is not None:  # padding may also lie between
+        seen = (count[:, None] + valid.cumsum(1)) * valid
+    gates, v_sum = make(B, H, row_seen.shape[1], 2), make(B, v.shape[1], D) * has_past
+    mix = lambda f: lambda sparse, v, gates, past: f(sparse, v, gates, seen, row, past)
     as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
-    as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *(past if case.seed % 2 else ())], relu=True)
-    as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates, *v_sum])
+    as_accurate_as_eager(case, cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *past], relu=True)
+    as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, gates, v_sum])
 
 
 def check_cell_keys(case, before=0, softmax_scale=0.3):
-    """Of the last tokens, after `before` others whose bins are given; rows and keys as the layer hands them over."""
-    (q, k, _), valid, (B, Hkv, _), stride, T = case.qkv(), case.valid(), case.heads, case.stride, case.T
+    """Of the last tokens, after up to `before` others whose bins are given; rows as the layer hands them over."""
+    (q, k, _), (B, Hkv, _), stride, T = case.qkv(), case.heads, case.stride, case.T
     generator = torch.Generator().manual_seed(case.seed)
-    of = lambda at: None if valid is None else valid[:, at]
-    choose = lambda at, n, count: sea.choose_rows((B, n), of(at), count, stride, True, q.device)
-
-    def call(f, at, rows, count, scores, gain, q, k, past=None):
-        q, k = q[:, :, at], k[:, :, at]
-        if rows.query is None:
-            q = q[:, :, ::stride]
-        else:
-            q, k = sea.take(q, rows.query), sea.take(k, rows.key)
-        rank = None if rows.key is None and case.seed % 2 else rows.rank
-        past = past if past is None or past.dtype == torch.float64 else past.float()
-        scores, sums = f(scores + 0, gain, q, k, rows.row_seen[:, -q.shape[2] :], softmax_scale, T, rank=rank, there=rows.there,
-                         past=past, count=count)  # + 0: it works in place
-        if rows.n_rows is not None and rows.n_rows.dtype == torch.bool:  # the scores of a row that does not begin are anything
-            scores = scores * rows.n_rows[:, None, None, None]
-        return scores.to(q.dtype), sums
-
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
-    scores_of = lambda rows, n: make(B, q.shape[1], -(-n // stride) if rows.query is None else rows.query.shape[1], case.width)
-    count, past, head, tail, gain = None, [], slice(0, before), slice(before, T), make(q.shape[1])
+
+    def tokens(n):
+        return torch.randint(0 if case.padded else n, n + 1, (B,), generator=generator).to(DEVICE)
+
+    def row_seen(count, n_new, n_tokens):
+        n_before = (stride > 1) * bool(before)
+        return sea.choose_rows(count, n_new, n_tokens, stride, n_before)[2][:, n_before:]
+
+    count, past = torch.zeros(B, dtype=torch.long, device=DEVICE), torch.zeros(B, Hkv, 2 * case.width, case.D, device=DEVICE)
+    gain = make(q.shape[1])
     if before:
-        rows = choose(head, before, None)
-        past = [call(sea.add_cell_keys, head, rows, None, scores_of(rows, before), gain, q, k)[1].to(case.dtype)]
-        count = torch.full((B,), before, device=DEVICE) if valid is None else valid[:, head].sum(1)
-    rows = choose(tail, T - before, count)
-    check = step_as_accurate_as_eager if T - before == 1 and before else as_accurate_as_eager
-    check(case, *(lambda *xs, f=f: call(f, tail, rows, count, *xs) for f in (kernels.add_cell_keys, sea.add_cell_keys)),
-          [scores_of(rows, T - before), gain, q, k, *past])
+        n_new, rows = tokens(before), q[:, :, :before:stride]
+        past = sea.add_cell_keys(make(*rows.shape[:3], case.width), gain, rows, k[:, :, :before],
+                                 row_seen(count, n_new, before), softmax_scale, count, n_new, past)[1]
+        count = n_new
+    n_new, rows, k = tokens(T - before), q[:, :, before::stride], k[:, :, before:]
+    t = row_seen(count, n_new, T - before)
+
+    def call(f):
+        def run(scores, gain, q, k, past):
+            scores, sums = f(scores + 0, gain, q, k, t, softmax_scale, count, n_new, in_fp32(past))  # + 0: it works in place
+            return scores.to(q.dtype), sums
+        return run
+    check = step_as_accurate_as_eager if T - before == 1 else as_accurate_as_eager
+    check(case, call(kernels.add_cell_keys), call(sea.add_cell_keys),
+          [make(*rows.shape[:3], case.width), gain, rows, k, past.to(case.dtype)])
 
 
 def check_layer(case, *, rtol=2e-4):
@@ -601,8 +614,24 @@ def check_layer(case, *, rtol=2e-4):
         torch.testing.assert_close(torch.cat([head.out, tail.out], 2), results[0]["out"], rtol=1e-3, atol=1e-4)
 
 
+@given(st.integers(1, 3), st.integers(1, 40) | st.sampled_from([255, 256, 257, 600]), st.integers(1, 40), st.booleans(),
+       st.integers(0, 99))
+@example(2, 1, 3, True, 1)  # a decoding step
+@settings(max_examples=40)
+def test_rows_are_those_of_sea(B, T, stride, has_past, seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(3 * stride, (B,), generator=generator).to(DEVICE) * has_past
+    n_new = torch.randint(T + 1, (B,), generator=generator).to(DEVICE)
+    n_before = int(has_past and stride > 1)
+    with guarded():
+        ours = kernels.choose_rows(count, n_new, T, stride, n_before)
+    for x, y in zip(ours, sea.choose_rows(count, n_new, T, stride, n_before), strict=True):
+        assert x.dtype == torch.int64 and x.is_contiguous() and torch.equal(x, y)
+
+
 @given(LAYERS)
 @example(Layer(torch.float32, 70, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
+@example(Layer(torch.float32, 70, 3, (2, 1, 1), 4, 20, 4, True, "gaps", 3))  # sequences of which different positions are used
 @settings(FEWER)
 def test_causal_context_matches_reference(case):
     check_causal_context(case)
@@ -635,7 +664,8 @@ def test_cell_keys_are_exact_at_any_length(n):
     q, k, past = (torch.randn(1, 1, n, 4, generator=generator).to(DEVICE) for n in (n, n, 400))
     seen, gain = count + torch.arange(1, n + 1, device=DEVICE)[None], torch.ones(1, device=DEVICE)
     with torch.no_grad():
-        ours, theirs = (f(torch.zeros(1, 1, n, width, device=DEVICE), gain, q, k, seen, 2.0**14, 2**24, past=past, count=count)
+        n_new = torch.tensor([n], device=DEVICE)
+        ours, theirs = (f(torch.zeros(1, 1, n, width, device=DEVICE), gain, q, k, seen, 2.0**14, count, n_new, past)
                         for f in (kernels.add_cell_keys, sea.add_cell_keys))
     for x, y in zip(ours, theirs):
         torch.testing.assert_close(x, y)
@@ -654,7 +684,8 @@ def test_layer_is_the_same_on_both_backends(case):
 @contextlib.contextmanager
 def no_tiles():
     """Only the kernels of a decoding step may run."""
-    functions = (kernels._SparseAttention, kernels._CausalContext, kernels._CausalCNN, kernels._AddCellKeys, kernels._MixAverage)
+    estimator = (getattr(estimator_kernels, name) for name in ("_CausalContext", "_CausalCNN", "_AddCellKeys", "_MixAverage"))
+    functions = (kernels._SparseAttention, *estimator)
     with contextlib.ExitStack() as stack, torch.no_grad():
         for function in functions:
             stack.enter_context(mock.patch.object(function, "apply", side_effect=AssertionError(f"{function.__name__} ran")))
@@ -671,36 +702,33 @@ def step_as_accurate_as_eager(case, kernel, reference, inputs) -> None:
 def check_step(case):
     """causal_context, causal_cnn and mix_average of one token a sequence. `padded`: of some sequences it is no token."""
     case = replace(case, T=1)
-    (q, k, v), valid, (B, Hkv, group), H = case.qkv(), case.valid(), case.heads, case.heads[1] * case.heads[2]
-    layer, generator = case.layer(), torch.Generator().manual_seed(case.seed)
+    (q, k, v), (count, n_new), (B, Hkv, group), H = case.qkv(), case.tokens(), case.heads, case.heads[1] * case.heads[2]
+    layer, generator, has_past = case.layer(), torch.Generator().manual_seed(case.seed), case.seed % 2
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
-    cnn, m, begins = layer.cnn, layer.projection.shape[1], None if valid is None else valid[:, 0]
-    own = lambda x: x if x is None or x.dtype == torch.float64 else x.float()  # sums of the past are fp32
+    cnn, m, (P,) = layer.cnn, layer.projection.shape[1], layer.cnn.norm.weight.shape
+    seen, row, row_seen, _, n_rows, *_ = sea.choose_rows(count, n_new, 1, case.stride, int(case.stride > 1))
 
     def context(f):
-        def run(q, k, v, position, past=None):
-            context, sums = f(q, k, v, position, layer.projection, 0.3, stride=case.stride, lead=case.stride - 1, there=valid,
-                              past=own(past))
+        def run(q, k, v, position, past):
+            context, sums = f(q, k, v, position, layer.projection, 0.3, case.stride, count, n_new, in_fp32(past))
             return context.to(q.dtype), sums
         return run
 
     def rows(f):
         def run(image, *past):
-            mine = (layer.double() if image.dtype == torch.float64 else layer.to(case.dtype)).cnn
-            scores, last = f(image, mine.conv1, mine.conv2, mine.up, mine.norm_out, past, begins)
-            keep = 1 if begins is None else begins[:, None, None, None]  # the scores of a row that does not begin are anything
-            return scores * keep, *last
+            scores, last = f(image, (cnn.double() if image.dtype == torch.float64 else cnn.to(case.dtype)), past, n_rows)
+            return scores, *last
         return run
 
-    seen = torch.full((B, 1), 7, device=DEVICE) * (1 if valid is None else valid)
-    mix = lambda f: lambda sparse, v, gates, past=None: f(sparse, v, gates, seen, torch.ones_like(seen), valid, own(past))
-    position, sums, v_sum = make(B if case.seed % 3 else 1, 1, case.D), make(B, Hkv, m, 2 * case.D + 1).abs(), make(B, Hkv, case.D)
-    of_past = lambda x: [x] if case.seed % 2 else []
-    xs = [q, k, v, position, *of_past(sums)]
+    mix = lambda f: lambda sparse, v, gates, past: f(sparse, v, gates, seen, row, in_fp32(past))
+    xs = [q, k, v, make(MOST_BEFORE + 1, case.D), make(B, Hkv, m, 2 * case.D + 1).abs() * has_past]
     step_as_accurate_as_eager(case, context(kernels.causal_context), context(sea.causal_context), xs)
-    step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), [q, v, make(B, H, 2, 2), *of_past(v_sum)])
-    image, past = make(B, 2 * H, 1, cnn.norm.weight.shape[0]), make(2, B, 2 * H, 4, cnn.norm.weight.shape[0])
+    xs = [q, v, make(B, H, row_seen.shape[1], 2), make(B, Hkv, case.D) * has_past]
+    step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), xs)
+    image, past = make(B, 2 * H, 1, P), make(2, B, 2 * H, 4, P)
     step_as_accurate_as_eager(case, rows(kernels.causal_cnn), rows(sea.causal_cnn), [image, *past])
+    first = (torch.no_grad()(rows(module.causal_cnn)) for module in (kernels, sea))  # of a sequence, which has no past
+    as_accurate_as_eager(case, *first, [image, *past[:, :, :, :0]])
 
 
 @given(LAYERS)
@@ -1164,9 +1192,10 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     for heads, width in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
         cnn = sea.CausalCNN(heads, width).to(dtype)
         image = torch.ones(1, 2 * heads, 8, width // 4, dtype=dtype, requires_grad=True)
-        yield kernels.causal_cnn(image, cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)[0]
+        none, four, n_rows = image[:, :, :0], image[:, :, :4], torch.ones(1, dtype=torch.long)
+        yield kernels.causal_cnn(image, cnn, (none, none), n_rows)[0]
         with torch.no_grad():
-            kernels.causal_cnn(image[:, :, :1], cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out, (image[:, :, :4], image[:, :, :4]))
+            kernels.causal_cnn(image[:, :, :1], cnn, (four, four), n_rows)
     if dtype == torch.bfloat16:
         kernels.sparse_attention(q[:, :, :1], k, v, cells[:, :, :1], seen[:, :1])  # decoding: sizes of 1 are special
 
@@ -1194,7 +1223,7 @@ def compile_launches(capability: int, shape: int) -> int:
         cubins.add(compiled.asm["cubin"])
 
     triton.runtime.jit.JITFunction.run = compile_only
-    kernels._check_tensor = lambda *args: None  # CPU tensors will do
+    kernels._check_tensor = estimator_kernels._check_tensor = lambda *args: None  # CPU tensors will do
     torch.empty, kernels.PAIRS_PER_PROGRAM = torch.ones, 1  # nothing is computed, so sizes that depend on data come from here
     torch.empty_like = lambda x, **kwargs: torch.ones_like(x)
     for out in launches(*SHAPES[shape]):
