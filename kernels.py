@@ -30,15 +30,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .estimator_kernels import (MAX_CELL_KEYS_WIDTH, MAX_ENCODER_BLOCK, MAX_FEATURES, MAX_STRIDE, _cdiv,
-                                    _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
-                                    add_cell_keys, causal_cnn, causal_context, choose_rows, encode_rows,
-                                    max_context_block, mix_average)
+    from .estimator_kernels import (MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv,
+                                    _check_tensor, _expect, _is_step, _next_power_of_2, _vector, add_cell_keys,
+                                    causal_cnn, causal_context, choose_rows, encode_rows, mix_average)
 else:
-    from estimator_kernels import (MAX_CELL_KEYS_WIDTH, MAX_ENCODER_BLOCK, MAX_FEATURES, MAX_STRIDE, _cdiv,
-                                   _check_tensor, _expect, _is_step, _next_power_of_2, _vector,
-                                   add_cell_keys, causal_cnn, causal_context, choose_rows, encode_rows,
-                                   max_context_block, mix_average)
+    from estimator_kernels import (MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv,
+                                   _check_tensor, _expect, _is_step, _next_power_of_2, _vector, add_cell_keys,
+                                   causal_cnn, causal_context, choose_rows, encode_rows, mix_average)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
@@ -1192,7 +1190,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
 @functools.cache
 def supports(config, dtype: torch.dtype) -> str | None:
     """None if the kernels can run a layer of this sea.SEAConfig on inputs of this dtype, else the reason."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in MAX_SUMS:
         return f"dtype {dtype}: float32, float16 or bfloat16 only"
     D, m, width = config.d_head, config.n_features, config.width
     heads = config.n_head if config.group == "causal_batch" else 1
@@ -1211,11 +1209,11 @@ def supports(config, dtype: torch.dtype) -> str | None:
         limits += [
             ("query_stride", config.query_stride, MAX_STRIDE, "a row and its keys have to fit into one chunk"),
             ("n_features", m, MAX_FEATURES, "a program holds them all (a larger nbf gives fewer)"),
-            (f"n_features x d_head = {m} x {D}, padded to powers of two,", n_sums, max_context_block(dtype),
+            (f"n_features x d_head = {m} x {D}, padded to powers of two,", n_sums, MAX_SUMS[dtype],
              f"in {dtype} the sums of linear attention have to fit into shared memory"),
-            (f"2 d_head x width / 4 = {2 * D} x {quarter}, padded to powers of two,", n_weights, MAX_ENCODER_BLOCK,
+            (f"2 d_head x width / 4 = {2 * D} x {quarter}, padded to powers of two,", n_weights, MAX_DECODER,
              "the decoder's weights have to fit into shared memory"),
-            ("width with cell_keys", width * config.cell_keys, MAX_CELL_KEYS_WIDTH,
+            ("width with cell_keys", width * config.cell_keys, MAX_WIDTH_CELL_KEYS,
              "the cells of a row have to fit into registers"),
         ]
     for name, value, most, reason in limits:
