@@ -20,13 +20,9 @@ HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 # What fits into shared memory and registers; kernels.supports asks. Sizes are padded to powers of two.
 MAX_STRIDE = 32  # a row and its keys, in a chunk of causal_context
 MAX_FEATURES = 128
-MAX_ENCODER_BLOCK = 2**16  # 2D x P, weights of encode_rows' decoder for one of its channels
-MAX_CELL_KEYS_WIDTH = 2048  # the cells of a row
-
-
-def max_context_block(dtype: torch.dtype) -> int:
-    """m x D, of the sums of causal_context."""
-    return 128 * 128 if dtype == torch.bfloat16 else 64 * 64
+MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64 * 64}  # m x D, of causal_context
+MAX_DECODER = 2**16  # 2D x P, weights of encode_rows' decoder for one of its channels
+MAX_WIDTH_CELL_KEYS = 2048  # the cells of a row
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
@@ -39,8 +35,7 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
 
 def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
-    ok = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    _expect(ok, name, "float32, float16 or bfloat16", x.dtype)
+    _expect(x.dtype in MAX_SUMS, name, "float32, float16 or bfloat16", x.dtype)
     _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
 
 
@@ -632,7 +627,7 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
     R, D, n_features = (k.shape[2] - 1) // stride + 1, q.shape[3], projection.shape[1]
     _expect(stride <= MAX_STRIDE, "stride", f"at most {MAX_STRIDE}", stride)
     _expect(q.shape[2] == R, "q", f"{R} rows, for {k.shape[2]} tokens and stride {stride}", q.shape[2])
-    fits = max(64, _next_power_of_2(n_features)) * max(64, _next_power_of_2(D)) <= max_context_block(q.dtype)
+    fits = max(64, _next_power_of_2(n_features)) * max(64, _next_power_of_2(D)) <= MAX_SUMS[q.dtype]
     _expect(fits and n_features <= MAX_FEATURES, "projection", f"features and head size that fit in {q.dtype}",
             tuple(projection.shape))
     run = _causal_context_step if _is_step(q) and k.shape[2] == 1 else _CausalContext.apply
@@ -1412,7 +1407,7 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
 #   products (n, BLOCK_T, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products for each row and level.
-# Limits: WIDTH <= MAX_CELL_KEYS_WIDTH. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
+# Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
 # times slower). Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides, seen_strides,
@@ -1550,7 +1545,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     (B, H, R, D), (Hkv, T), width = q.shape, k.shape[1:3], scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}", tuple(scores.shape))
-    _expect(width <= MAX_CELL_KEYS_WIDTH, "scores", f"a width of at most {MAX_CELL_KEYS_WIDTH}", width)
+    _expect(width <= MAX_WIDTH_CELL_KEYS, "scores", f"a width of at most {MAX_WIDTH_CELL_KEYS}", width)
     _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
     n_bins, q, k, past, softmax_scale = 2 * width, q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
