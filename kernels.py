@@ -192,14 +192,14 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl
     t = tl.maximum(seen, 1)
     n = tl.minimum(tl.maximum((budget + t) // (2 * t), 1), HEADS * WIDTH).to(tl.int32)
     threshold, count = _bisect(x, n, n * 0 + HEADS * WIDTH, low, high)
-    kept = x >= threshold
+    mask_kept = x >= threshold
     if count != n:  # more cells than wanted equal the n-th largest
-        tie = x == threshold
+        mask_tie = x == threshold
         n_tie = n - tl.sum((x > threshold).to(tl.int32), axis=0)
-        kept = (x > threshold) | (tie & (tl.cumsum(tie.to(tl.int32), axis=0) <= n_tie))
+        mask_kept = (x > threshold) | (mask_tie & (tl.cumsum(mask_tie.to(tl.int32), axis=0) <= n_tie))
 
     # -- pack, (BLOCK_H * BLOCK_P / 32, 32) cells
-    kept = tl.reshape((kept & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32))
+    kept = tl.reshape((mask_kept & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32))
     bits = tl.sum(kept << tl.arange(0, 32)[None, :], axis=1)
     offs_word = tl.arange(0, BLOCK_H * BLOCK_P // 32)
     h_word, offs_word = offs_word // (BLOCK_P // 32), offs_word % (BLOCK_P // 32)
@@ -449,13 +449,13 @@ def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H,
     # -- units of each cell p that is kept and covers a key, and where those of cell p - 1 end
     p = tl.arange(0, BLOCK_W * 32)
     offs_bit = tl.arange(0, 32)[None, :]
-    is_kept = tl.reshape((word[:, None] >> offs_bit) & 1, (BLOCK_W * 32,)) != 0
-    is_kept_before = tl.reshape((moved_up[:, None] >> offs_bit) & 1, (BLOCK_W * 32,)) != 0
+    mask_kept = tl.reshape((word[:, None] >> offs_bit) & 1, (BLOCK_W * 32,)) != 0
+    mask_kept_before = tl.reshape((moved_up[:, None] >> offs_bit) & 1, (BLOCK_W * 32,)) != 0
     begin, end = _first_key(p, t_min, WIDTH), tl.minimum(_first_key(p + 1, t_max, WIDTH), n_key)
-    mask_p = is_kept & (p < WIDTH) & (begin < end)
+    mask_p = mask_kept & (p < WIDTH) & (begin < end)
     begin_before = _first_key(p - 1, t_min, WIDTH)
     end_before = tl.minimum(_first_key(p, t_max, WIDTH), n_key)
-    mask_before = is_kept_before & (p <= WIDTH) & (begin_before < end_before)
+    mask_before = mask_kept_before & (p <= WIDTH) & (begin_before < end_before)
     begin = begin // UNIT
     end = tl.where(mask_p, (end + UNIT - 1) // UNIT, 0)
     end_before = tl.where(mask_before, (end_before + UNIT - 1) // UNIT, 0)
@@ -611,10 +611,10 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
             q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d, qk_scale=qk_scale,
             K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=False, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
     # -- write back
-    is_empty = l_i == 0
-    l_i = tl.where(is_empty, 1.0, l_i)
+    mask_empty = l_i == 0
+    l_i = tl.where(mask_empty, 1.0, l_i)
     acc = acc / l_i[:, None]
-    lse = tl.where(is_empty, float("inf"), m_i + tl.log2(l_i))
+    lse = tl.where(mask_empty, float("inf"), m_i + tl.log2(l_i))
     offs_bhm = pid_bh.to(tl.int64) * T + offs_m
     tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], acc.to(o_ptr.dtype.element_ty), mask=mask_md)
     tl.store(lse_ptr + offs_bhm, lse, mask=mask_m)
@@ -969,9 +969,9 @@ def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_p
     # -- how many keys each cell selects or skips
     p = tl.arange(0, BLOCK_W * 32)
     word = tl.load(bits_ptr + (pid_bh * R + row) * WORDS + p // 32, mask=p < WORDS * 32, other=0)
-    is_kept = ((word >> p % 32) & 1) != 0
+    mask_kept = ((word >> p % 32) & 1) != 0
     n = tl.minimum(_first_key(p + 1, t, WIDTH), n_key) - tl.minimum(_first_key(p, t, WIDTH), n_key)
-    n_selected, n_skipped = tl.where(is_kept, n, 0), tl.where(is_kept, 0, n)
+    n_selected, n_skipped = tl.where(mask_kept, n, 0), tl.where(mask_kept, 0, n)
     selected_to = tl.cumsum(n_selected, axis=0)  # up to a cell, it included
     total = tl.sum(n_selected, axis=0)
 
@@ -1154,10 +1154,10 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
         # -- from key to key the remainder of the division by 2 t grows by 2 width, so it tells a cell's first and last
         cell, rest = _cell_of_key(t[:, None], j[None, :], WIDTH)
         is_first = (rest < 2 * WIDTH).to(tl.int32)
-        is_last = (rest + 2 * WIDTH >= 2 * t[:, None]) | (j + 1 >= n_key)[None, :]
+        mask_last = (rest + 2 * WIDTH >= 2 * t[:, None]) | (j + 1 >= n_key)[None, :]
         in_cell, has_begun = tl.associative_scan((a, is_first), 1, _add_in_cell)
         in_cell += tl.where(has_begun != 0, 0.0, carry[:, None])
-        tl.store(cells_ptr + offs_bhm[:, None] * WIDTH + cell, in_cell, mask=mask_mn & is_last)
+        tl.store(cells_ptr + offs_bhm[:, None] * WIDTH + cell, in_cell, mask=mask_mn & mask_last)
         carry = tl.sum(tl.where((offs_n == BLOCK_N - 1)[None, :], in_cell, 0.0), axis=1)
     # -- write back
     tl.store(a_log_a_ptr + offs_bhm, a_log_a * LN_2, mask=mask_m)  # from log2
