@@ -678,7 +678,8 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.con
                  BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr):
     """[c ; v] W1 + b1: W1^T (3D, 2D) in three parts of D rows, for the two halves of c and for v. (BLOCK_R, BLOCK_Z) fp32."""
     offs_d, offs_z = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z)
-    mask_d, mask_z, dtype = offs_d < D, offs_z < 2 * D, c_ptr.dtype.element_ty
+    mask_d, mask_z = offs_d < D, offs_z < 2 * D
+    dtype = c_ptr.dtype.element_ty
     mask_x = mask_r[:, None] & mask_d[None, :]
     z = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
     for i in tl.static_range(3):
@@ -745,7 +746,8 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
     mask_r, mask_d, mask_z, mask_p = row < R, offs_d < D, offs_z < 2 * D, offs_p < P
     mask_rz, mask_rp, mask_rd = (mask_r[:, None] & mask_z[None, :], mask_r[:, None] & mask_p[None, :],
                                  mask_r[:, None] & mask_d[None, :])
-    dtype, of_row = context_ptr.dtype.element_ty, pid_bh * R + row
+    dtype = context_ptr.dtype.element_ty
+    of_row = pid_bh * R + row
     sums_ptr += (pid_bh * tl.num_programs(0) + pid_r) * (6 * D + 4 * P)
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
     z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R, BLOCK_D,
@@ -1670,7 +1672,8 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
     if after_ptr is None:
         tl.store(w_sums_ptr + (pid_bh * n_block + pid_t) * D + offs_d, tl.sum(w, axis=0), mask=mask_d)
     else:
-        offs_i, dtype = tl.arange(0, BLOCK_T), dv_ptr.dtype.element_ty
+        offs_i = tl.arange(0, BLOCK_T)
+        dtype = dv_ptr.dtype.element_ty
         triangle = (offs_i[:, None] <= offs_i[None, :]).to(dtype)
         dv = tl.dot(triangle, w.to(dtype), input_precision="ieee")
         dv += _vector(after_ptr + (pid_bh * (n_block + 1) + pid_t + 1) * D, offs_d, mask_d)[None, :]
