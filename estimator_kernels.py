@@ -5,7 +5,7 @@ those of sea.py, whose docstrings say what each operation computes, and whose gl
 Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Norms, sums and accumulators are fp32 whatever the
 input is.
 
-A decoding step, one token a sequence and no gradient, lasts as long as its launches and their latencies. Most
+A decoding step, one token per sequence and no gradient, lasts as long as its launches and their latencies. Most
 operations therefore have a kernel of their own for it: one launch, without tiles, chunks or segments.
 """
 
@@ -25,7 +25,7 @@ MAX_DECODER = 2**16  # 2D x P, weights of encode_rows' decoder for one of its ch
 MAX_WIDTH_CELL_KEYS = 2048  # the cells of a row
 
 
-# -- tools -------------------------------------------------------------------------------------------------------------
+# -- tools -------------------------------------------------------------------------------------------
 
 
 def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
@@ -58,7 +58,8 @@ def _next_power_of_2(n: int) -> int:
 
 def _dot_block(n: int, dtype: torch.dtype = torch.float32) -> int:
     """Block size for n numbers in a tl.dot. In half precision, for a tile whose rows are n long, at least 128 bytes:
-    from narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper (github.com/triton-lang/triton/issues/11366)."""
+    from narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper
+    (github.com/triton-lang/triton/issues/11366)."""
     return max(16 if dtype == torch.float32 else 64, _next_power_of_2(n))
 
 
@@ -78,7 +79,7 @@ def _vector(ptr, offs, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------
 
 ROWS = dict(BLOCK=256, num_warps=4)
 
@@ -128,7 +129,7 @@ def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int
     return seen, row, row_seen, place, n_rows, last, next_count
 
 
-# -- running sums ------------------------------------------------------------------------------------------------------
+# -- running sums ------------------------------------------------------------------------------------
 
 
 def _running_sums_tiles(E: int) -> dict:
@@ -174,14 +175,14 @@ def _running_sums(x: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
     return out
 
 
-# -- causal linear attention -------------------------------------------------------------------------------------------
+# -- causal linear attention -------------------------------------------------------------------------
 #
-# c_i = sum_j (phi(q_i) . phi(k_j)) vcat_j / den_i over the keys j that row i sees, vcat = [pos ; v]. On a grid of places,
-# row i is the last of the STRIDE places from i * STRIDE on, and key j stands at place j + lead: a call whose first row
-# is not its first token leaves the first `lead` places free, or else STRIDE - 1 of them. Places are cut into chunks,
-# chunks into segments. A program walks the chunks of one segment and holds the sum of all earlier phi(k) [vcat ; 1]^T,
-# m x (2D+1) numbers; keys of the same chunk enter through a product of row and key features. Backward, with g = dc / den
-# and g_den = -(g . c):
+# c_i = sum_j (phi(q_i) . phi(k_j)) vcat_j / den_i over the keys j that row i sees, vcat = [pos ; v]. Keys stand at
+# places, key j at place j + lead, so that row i sees the places before (i + 1) * STRIDE: lead is STRIDE - 1 where the
+# first token is a row, and less where the first row comes later. Places are cut into chunks, chunks into segments. A
+# program walks the chunks of one segment and holds the sum of phi(k) [vcat ; 1]^T over all earlier keys, m x (2D+1)
+# numbers; keys of the same chunk enter through a product of row and key features. Backward, with g = dc / den and
+# g_den = -(g . c):
 #
 #     dphi(q_i)  = sum_j (g_i . vcat_j + g_den_i) phi(k_j)     the same walk, with the same sums
 #     dphi(k_j)  = sum_i (g_i . vcat_j + g_den_i) phi(q_i)     the walk from the end, with sums of phi(q) [g ; g_den]^T
@@ -189,26 +190,26 @@ def _running_sums(x: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
 #
 # so nothing is kept for it but the sums before each segment, den and c.
 
-# Keys of a chunk in half precision with heads of up to 64, half as many otherwise; programs to fill the GPU with; warps.
-CONTEXT = dict(keys=64, programs=528, warps=4, warps_backward=8)
+# Places of a chunk, half as many in fp32 and for heads larger than 64; programs that fill the GPU; warps.
+CONTEXT = dict(places=64, programs=528, warps=4, warps_backward=8)
 SUM_POSITIONS = dict(BLOCK_H=16, BLOCK_R=4, num_warps=4)
 
 
 def _context_tiles(q: Tensor, k: Tensor, n_features: int, stride: int, backward: bool) -> tuple[int, dict]:
-    """Segments of a head, and the sizes of a kernel that walks them. Backward, chunks are twice as long, where bf16 tiles
-    are small enough, and the segments the same."""
+    """Segments of a head, and the sizes of a kernel that walks them. Backward, chunks are twice as long, where bf16
+    tiles are small enough, and the segments the same."""
     (B, Hkv, T, D), dtype, small = k.shape, q.dtype, q.shape[3] <= 64
-    keys = CONTEXT["keys"] // (1 if dtype != torch.float32 and small else 2)
-    rows, longer = max(1, keys // stride), 2 if dtype == torch.bfloat16 and small else 1
-    n_long = _cdiv(T + stride - 1, rows * stride * longer)  # chunks of the backward pass, with the most places left free
+    places = CONTEXT["places"] // (1 if dtype != torch.float32 and small else 2)
+    rows, longer = max(1, places // stride), 2 if dtype == torch.bfloat16 and small else 1
+    n_long = _cdiv(T + stride - 1, rows * stride * longer)  # chunks of the backward pass, for the largest lead
     n_chunk = max(1, n_long * B * Hkv // CONTEXT["programs"])
     n_segment = _cdiv(n_long, n_chunk)
     rows, n_chunk = (rows * longer, n_chunk) if backward else (rows, n_chunk * longer)
     dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32  # sums of features may leave the range of fp16
     return n_segment, dict(
-        n_chunk=n_chunk, STRIDE=stride, CHUNK=rows * stride, BLOCK_R=_dot_block(rows), BLOCK_C=_dot_block(rows * stride),
-        BLOCK_D=_dot_block(D, dtype), BLOCK_F=_dot_block(n_features, dtype), DOT=dot,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_stages=1,
+        n_chunk=n_chunk, STRIDE=stride, CHUNK=rows * stride, BLOCK_R=_dot_block(rows),
+        BLOCK_C=_dot_block(rows * stride), BLOCK_D=_dot_block(D, dtype), BLOCK_F=_dot_block(n_features, dtype),
+        DOT=dot, PRECISION="ieee" if dtype == torch.float32 else "tf32", num_stages=1,
         num_warps=CONTEXT["warps_backward" if backward else "warps"])
 
 
@@ -220,8 +221,8 @@ def _context_step_tiles(D: int, n_features: int) -> dict:
 @triton.jit
 def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
                 dtype: tl.constexpr):
-    """W as a sum of one or two (BLOCK_D, BLOCK_F) in the dtype of x: two half-precision products are as good as one in
-    fp32."""
+    """W as a sum of one or two (BLOCK_D, BLOCK_F) in the dtype of x: two half-precision products are as good as one
+    in fp32."""
     offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     w_all = _tile(w_ptr, offs_d, offs_f, M, 1, (offs_d < D)[:, None] & (offs_f < M)[None, :])
     w = w_all.to(dtype)
@@ -242,7 +243,8 @@ def _features(x, w, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
-                  D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
+                  D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_F: tl.constexpr):
     """What _keys_of_chunk has to know of one key/value head, and W by itself."""
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
     lead = (count + STRIDE - 1) % STRIDE
@@ -302,12 +304,12 @@ def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexp
 
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
 # One program: one segment (n_chunk chunks of CHUNK places) of one key/value head; grid (n_segment, B * Hkv).
-#   k, v (B, Hkv, T, D), any strides; pos (n_position, D) contiguous, w (D, m) contiguous, any dtype; count, n_new (B,) int
+#   k, v (B, Hkv, T, D), any strides; pos (n_position, D), w (D, m), any dtype, and count, n_new (B,) int: contiguous
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
 # fp32: features and sums, which stay in registers. Reads each key once. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_strides, v_strides, n_position,
-                         HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_strides, v_strides,
+                         n_position, HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                          CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
                          DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
@@ -329,13 +331,13 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sum
 # One program: one segment of one query head, chunk by chunk, each with CHUNK // STRIDE rows; grid (n_segment, B * H).
 #   q (B, H, R, D), any strides; k ... n_new as above; sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each
 #   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
-# fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers a row. Reference: sea.causal_context.
+# fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers per row. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr, q_strides,
-                    k_strides, v_strides, n_position, H, GROUP, R, n_chunk, q_scale, k_scale, D: tl.constexpr,
-                    M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
-                    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr,
+                    q_strides, k_strides, v_strides, n_position, H, GROUP, R, n_chunk, q_scale, k_scale,
+                    D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+                    DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
@@ -380,8 +382,8 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
 # fp32: features, sums, g. Reference: autograd through sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, dcontext_ptr,
-                       den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP, R,
-                       n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+                       den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP,
+                       R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                        CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                        BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
@@ -439,12 +441,12 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
 # fp32: features, sums, g. In a fixed order. Reference: autograd through sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, dsums_ptr, dcontext_ptr, den_ptr,
-                         g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP, T, R,
-                         n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
+                         g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP,
+                         T, R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
                          CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bh, HKV = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), H // GROUP
-    b, kv = pid_bh // HKV, pid_bh % HKV
+    pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                             D, M, STRIDE, BLOCK_D, BLOCK_F)
@@ -516,8 +518,8 @@ def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head,
     tl.store(dposition_ptr + out, tl.sum(acc, axis=0), mask=(rank < n_position)[:, None] & mask_d)
 
 
-# One token a sequence: sums = past + phi(k)^T [pos ; v ; 1], c = phi(q) sums / den.
-# One program: the half of pos or that of v, of one key/value head and the query heads that share it; grid (2, B * Hkv).
+# One token per sequence: sums = past + phi(k)^T [pos ; v ; 1], c = phi(q) sums / den.
+# One program: the half of pos or that of v, of one key/value head and its query heads; grid (2, B * Hkv).
 #   q (B, H, 1, D), k, v (B, Hkv, 1, D), any strides; pos ... n_new as above
 #   past, sums (B, Hkv, m, 2D+1) fp32; context (B, H, 1, 2D): contiguous
 # fp32: everything, no dots. Reads and writes the sums once. Reference: sea.causal_context.
@@ -572,7 +574,8 @@ def _context_launch(q, k, v, position, projection, softmax_scale, stride, backwa
     (B, H, R, D), m = q.shape, projection.shape[1]
     n_segment, tiles = _context_tiles(q, k, m, stride, backward)
     block_r = tiles.pop("BLOCK_R")
-    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), k_scale=D**-0.25, D=D, M=m)
+    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), k_scale=D**-0.25,
+                   D=D, M=m)
     of_rows = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // k.shape[1], R=R, q_scale=softmax_scale * D**0.25,
                    BLOCK_R=block_r)
     return n_segment, of_keys, of_rows
@@ -607,7 +610,8 @@ class _CausalContext(torch.autograd.Function):
             dsums = dsums.view(B * Hkv, H // Hkv, n_segment, m, 2 * D + 1).sum(1)
         dsums = _running_sums(dsums, dsums_out.flatten(0, 1), reverse=True)
         dk, dv, dpos = _new(k, *k.shape), _new(v, *v.shape), _new(den, *k.shape)
-        _context_dkdv_kernel[(n_segment, B * Hkv)](q, *inputs, dsums, dcontext, den, g_den, dk, dv, dpos, T=T, **of_rows)
+        _context_dkdv_kernel[(n_segment, B * Hkv)](q, *inputs, dsums, dcontext, den, g_den, dk, dv, dpos, T=T,
+                                                   **of_rows)
         dposition = dpast = None
         if ctx.needs_input_grad[3]:
             dposition = _new(position, *position.shape)
@@ -636,7 +640,7 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
         return run(q, k, v, position, past, projection, count, n_new, float(softmax_scale), stride)
 
 
-# -- from the context to an image --------------------------------------------------------------------------------------
+# -- from the context to an image --------------------------------------------------------------------
 
 ENCODE = dict(BLOCK_R=64, num_warps=4)
 ENCODE_BACKWARD = dict(BLOCK_R=32, num_warps=4)
@@ -676,7 +680,7 @@ def _through_norm(dy, x, rstd, gain, mask, N: tl.constexpr):
 @triton.jit
 def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr):
-    """[c ; v] W1 + b1: W1^T (3D, 2D) in three parts of D rows, for the two halves of c and for v. (BLOCK_R, BLOCK_Z) fp32."""
+    """[c ; v] W1 + b1, (BLOCK_R, BLOCK_Z) fp32; W1^T (3D, 2D) in three parts, for the two halves of c and for v."""
     offs_d, offs_z = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z)
     mask_d, mask_z = offs_d < D, offs_z < 2 * D
     dtype = c_ptr.dtype.element_ty
@@ -694,14 +698,16 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.con
 
 # z = GELU(LayerNorm([c ; v] W1 + b1)); gates = z Wg + bg; image = LayerNorm(z W2 + b2) per channel.
 # One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R), B * H).
-#   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and vectors: b
-#   bias of a linear layer, g and e gain and bias of a norm, any dtype
+#   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and vectors:
+#   b bias of a linear layer, g and e gain and bias of a norm, any dtype
 #   image (B, 2H, R, P), gates (B, H, R, 2) fp32, contiguous
-# fp32: norms and GELU. Reads 3D numbers a row and writes 2P; z never leaves the registers. Reference: sea.encode_rows.
+# fp32: norms and GELU. Reads 3D numbers per row and writes 2P; z never leaves the registers.
+# Reference: sea.encode_rows.
 @triton.jit
 def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, e2_ptr, wg_ptr, bg_ptr,
-                   image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
+                   image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr,
+                   PRECISION: tl.constexpr):
     pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     row = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -709,8 +715,8 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
     mask_r, mask_z, mask_p = row < R, offs_z < 2 * D, offs_p < P
     dtype = context_ptr.dtype.element_ty
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
-    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R, BLOCK_D,
-                     BLOCK_Z, PRECISION)
+    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R,
+                     BLOCK_D, BLOCK_Z, PRECISION)
     z = _normed(z, _vector(g1_ptr, offs_z, mask_z), _vector(e1_ptr, offs_z, mask_z), mask_z, 2 * D)
     z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # GELU
     # -- gates
@@ -720,8 +726,9 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
         tl.store(gates_ptr + (pid_bh * R + row) * 2 + i, gate, mask=mask_r)
     # -- row decoder and the norm before the CNN, a channel at a time
     for i in tl.static_range(2):
-        w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_z[:, None] & mask_p[None, :])  # (BLOCK_Z, BLOCK_P)
-        x = tl.dot(z.to(dtype), w2.to(dtype), input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, mask_p)[None, :]
+        # (BLOCK_Z, BLOCK_P)
+        w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_z[:, None] & mask_p[None, :]).to(dtype)
+        x = tl.dot(z.to(dtype), w2, input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, mask_p)[None, :]
         x = _normed(x, _vector(g2_ptr, offs_p, mask_p), _vector(e2_ptr, offs_p, mask_p), mask_p, P)
         out_ptr = image_ptr + (b * 2 * H + 2 * h + i) * R * P
         tl.store(out_ptr + row[:, None] * P + offs_p[None, :], x, mask=mask_r[:, None] & mask_p[None, :])
@@ -730,9 +737,9 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
 # The gradients of all that: of the inputs, and what those of the weights are products and sums of.
 # One program: the rows of _encode_kernel, whose z is computed again.
 #   dimage, dgates: as image and gates, or None for 0
-#   dcontext (B, H, R, 2D), dv (B, H, R, D) per query head; z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the
-#   gradients before the two norms; sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, g1, e1 (2D),
-#   b2 (2P), g2, e2 (P)
+#   dcontext (B, H, R, 2D), dv (B, H, R, D) per query head
+#   z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the gradients before the two norms
+#   sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, g1, e1 (2D), b2 (2P), g2, e2 (P)
 # fp32: norms, GELU and sums. Reference: autograd through sea.encode_rows.
 @triton.jit
 def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, wg_ptr, dimage_ptr,
@@ -750,8 +757,8 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
     of_row = pid_bh * R + row
     sums_ptr += (pid_bh * tl.num_programs(0) + pid_r) * (6 * D + 4 * P)
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
-    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R, BLOCK_D,
-                      BLOCK_Z, PRECISION)
+    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R,
+                      BLOCK_D, BLOCK_Z, PRECISION)
     z1, rstd = _standardized(z1, mask_z, 2 * D)
     gain = _vector(g1_ptr, offs_z, mask_z)
     y = z1 * gain[None, :] + _vector(e1_ptr, offs_z, mask_z)[None, :]
@@ -808,7 +815,8 @@ class _EncodeRows(torch.autograd.Function):
         weights, tiles = [w.contiguous() for w in weights], _encode_tiles(context, P, backward=False)
         image, gates = _new(context, B, 2 * H, R, P), _new(context, B, H, R, 2, dtype=torch.float32)
         _encode_kernel[(_cdiv(R, tiles["BLOCK_R"]), B * H)](
-            context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P, **tiles)
+            context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P,
+            **tiles)
         ctx.save_for_backward(context, v, *weights)
         ctx.set_materialize_grads(False)
         return image, gates
@@ -849,25 +857,26 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
         return _EncodeRows.apply(context, v, *weights)
 
 
-# -- the CNN -----------------------------------------------------------------------------------------------------------
+# -- the CNN -----------------------------------------------------------------------------------------
 #
-# Programs walk down the rows, so that one load of a row serves all the rows that it is a tap of. A convolution is a sum of
-# nine products, of a tap's weights (C, C) with a row's places shifted by -2, 0 or 2, taken of rows t-4, t-2 and t.
+# Programs walk down the rows, so that one load of a row serves all the rows that it is a tap of. A convolution is a
+# sum of nine products, of a tap's weights (C, C) with a row's places shifted by -2, 0 or 2, taken of rows t-4, t-2
+# and t.
 
-# Programs of a kernel where rows suffice, about two a multiprocessor: each reads rows that its neighbour reads as well, or
-# leaves sums that have to be added up. A convolution's walk over more than `walk` pairs of rows is cut, so that no program
-# ends long after the others.
+# Programs of a kernel where rows suffice, about two per multiprocessor: each reads rows that its neighbour reads as
+# well, or leaves sums that have to be added up. A convolution's walk over more than `walk` pairs of rows is cut, so
+# that no program ends long after the others.
 CONV = dict(programs=256, walk=32)
 
 
 def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
-    """Programs a batch entry, and blocks of rows that each of them walks."""
+    """Programs per sequence, and blocks of rows that each of them walks."""
     n_block = _cdiv(_cdiv(n_row, block) * B, CONV["programs"])
     return _cdiv(_cdiv(n_row, block), n_block), n_block
 
 
 def _conv_tiles(dtype: torch.dtype, B: int, R: int, C: int, P: int, channels_last: bool) -> tuple[int, dict]:
-    """Programs a batch entry, and sizes. A program walks where registers hold the sums of three pairs of rows."""
+    """Programs per sequence, and sizes. A program walks where registers hold the sums of three pairs of rows."""
     half, block_c = dtype != torch.float32, _dot_block(C)
     block_p = max(_dot_block(P), 32 if half else 16)
     walk = half and block_p * block_c <= 4096
@@ -876,8 +885,8 @@ def _conv_tiles(dtype: torch.dtype, B: int, R: int, C: int, P: int, channels_las
     if n_block > CONV["walk"]:
         n_program, n_block = _cdiv(R, 2 * CONV["walk"]), CONV["walk"]
     stages = 1 if not walk or block_c > 32 else 3 if channels_last else 2  # as fit into shared memory, or registers
-    return n_program, dict(n_block=n_block, WALK=walk, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_stages=stages,
-                           num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8)
+    return n_program, dict(n_block=n_block, WALK=walk, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee",
+                           num_stages=stages, num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8)
 
 
 def _up_bwd_tiles(dtype: torch.dtype, C: int, P: int) -> dict:
@@ -889,8 +898,8 @@ def _conv_dw_tiles(dtype: torch.dtype, C: int, P: int) -> dict:
     block_c = _dot_block(C)
     block = min(32, block_c)
     num_warps, num_stages = (4, 1) if dtype == torch.float32 else (2, 3)  # more warps would share 32 x 32 products
-    return dict(BLOCK_P=min(64, _dot_block(P)), CHUNKS=_cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block, PRECISION="ieee",
-                num_warps=num_warps, num_stages=num_stages)
+    return dict(BLOCK_P=min(64, _dot_block(P)), CHUNKS=_cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block,
+                PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
 
 
 def _cnn_step_tiles(C: int, P: int) -> dict:
@@ -913,10 +922,16 @@ def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_T
 
 @triton.jit
 def _tap(w_ptr, tap, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tap (BLOCK_C, BLOCK_C) of w (C, C, 3, 3) [out, in, tap]; BACK: for x's gradient, transposed and from the last tap."""
+    """A tap (BLOCK_C, BLOCK_C) of w (C, C, 3, 3) [out, in, tap]. BACK, for x's gradient: transposed, from the last."""
     m, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_C)[None, :]
     offs_w = (n * C + m) * 9 + 8 - tap if BACK else (m * C + n) * 9 + tap
     return tl.load(w_ptr + offs_w, mask=(m < C) & (n < C), other=0.0)
+
+
+@triton.jit
+def _taps_of_row(w_ptr, i, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
+    return (_tap(w_ptr, 3 * i, C, BACK, BLOCK_C), _tap(w_ptr, 3 * i + 1, C, BACK, BLOCK_C),
+            _tap(w_ptr, 3 * i + 2, C, BACK, BLOCK_C))
 
 
 @triton.jit
@@ -929,7 +944,7 @@ def _add_taps(x, w_0, w_1, w_2, acc_0, acc_1, acc_2, PRECISION: tl.constexpr):
 
 @triton.jit
 def _to_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(head and sub-cell, row and place) -> (head and row, place and sub-cell): a head's row of cells lies together."""
+    """(head and sub-cell, row and place) -> (head and row, place and sub-cell): the cells of a head's row together."""
     x = tl.permute(tl.reshape(x, (BLOCK_H, 4, BLOCK_T, BLOCK_P)), (0, 2, 3, 1))
     return tl.reshape(x, (BLOCK_H * BLOCK_T, 4 * BLOCK_P))
 
@@ -944,7 +959,7 @@ def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.con
 def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
                BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
                PRECISION: tl.constexpr):
-    """LayerNorm(1x1 conv of x to 4 cells): x (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P). up (4H, C)."""
+    """LayerNorm(1x1 conv of x to 4 cells): (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P)."""
     offs_c, offs_u, offs_w = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, 4 * BLOCK_P)
     mask_u, mask_w = offs_u < 4 * H, offs_w < WIDTH
     up = _tile(up_ptr, offs_u, offs_c, C, 1, mask_u[:, None] & (offs_c < C)[None, :]).to(x.dtype)
@@ -954,9 +969,10 @@ def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: 
 
 
 @triton.jit
-def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, row, begin, out_stride, R, P,
-                WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK_T: tl.constexpr,
-                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, row, begin, out_stride, R,
+                P, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, OUT_LAST: tl.constexpr,
+                BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                PRECISION: tl.constexpr):
     """The end of _conv_kernel: acc (BLOCK_C, BLOCK_T * BLOCK_P), the sums of the taps of rows `row` on."""
     offs_tp, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
     mask_c, t, p = offs_c < C, row + offs_tp // BLOCK_P, offs_tp % BLOCK_P
@@ -970,8 +986,8 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
             x = tl.where((of_relu > 0.0) | (t + begin < 0)[:, None], x, 0.0)
         tl.store(out_ptr + offs_out, x, mask=mask)
     else:
-        y = _to_scores(acc.to(up_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T, BLOCK_P,
-                       BLOCK_C, BLOCK_H, PRECISION)
+        y = _to_scores(acc.to(up_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T,
+                       BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
         offs_ht, offs_w = tl.arange(0, BLOCK_H * BLOCK_T), tl.arange(0, 4 * BLOCK_P)
         h, t = offs_ht // BLOCK_T, row + offs_ht % BLOCK_T
         tl.store(out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + offs_w[None, :], y,
@@ -979,21 +995,23 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
 
 
 # out = relu(conv3x3(x)), of rows t, t-2, t-4 and places p-2, p, p+2; with up, LayerNorm(1x1 conv of that to 4 cells).
-# Without a bias, x is the gradient of such a convolution's sum and out that of its input: the same with mirrored taps. With
-# of_relu it goes on through the relu that gave that input, except in rows of the past, which have been through theirs.
-# One program: n_block pairs of rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and holds the
-# sums of the three pairs of rows that the pair at hand is a tap of, so that 3 loads of the pair, one for each shift, serve 9
-# products of (C, C) with (C, 2P). Not WALK, in fp32 and for rows of more than 4096 numbers, whose sums registers would not
-# hold: one row, 9 loads; grid (R, B).
+# Without a bias, x is the gradient of such a convolution's sum and out that of its input: the same with mirrored
+# taps. With of_relu it goes on through the relu that gave that input, except in rows of the past, which have been
+# through theirs.
+# One program: n_block pairs of rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and
+# holds the sums of the three pairs of rows that the pair at hand is a tap of, so that 3 loads of the pair, one for
+# each shift, serve 9 products of (C, C) with (C, 2P). Not WALK, in fp32 and for rows of more than 4096 numbers, whose
+# sums registers would not hold: one row, 9 loads; grid (R, B).
 #   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (C, C, 3, 3), up (4H, C)
 #   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width); LAST, OUT_LAST: channels lie last in memory
-# fp32: accumulators and the norm. Where channels lie last, shifted loads stay aligned: 16 bytes each, to shared memory
-# during the products before. Reads a row 3 times, mostly from the cache, and writes it once. Reference: sea.causal_cnn.
+# fp32: accumulators and the norm. Where channels lie last, shifted loads stay aligned: 16 bytes each, to shared
+# memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once.
+# Reference: sea.causal_cnn.
 @triton.jit(do_not_specialize=["begin", "n_block"])
-def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride, out_stride, N,
-                 R, P, begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr,
-                 OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                 BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride,
+                 out_stride, N, R, P, begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+                 LAST: tl.constexpr, OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_P: tl.constexpr,
+                 BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
     BLOCK_T: tl.constexpr = 2 if WALK else 1
     BACK: tl.constexpr = b_ptr is None
     shift: tl.constexpr = 2 * (C if LAST else 1)  # two places, in memory
@@ -1004,9 +1022,9 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
     acc_0 = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
     if WALK:
         acc_1 = acc_0
-        w_00, w_01, w_02 = _tap(w_ptr, 0, C, BACK, BLOCK_C), _tap(w_ptr, 1, C, BACK, BLOCK_C), _tap(w_ptr, 2, C, BACK, BLOCK_C)
-        w_10, w_11, w_12 = _tap(w_ptr, 3, C, BACK, BLOCK_C), _tap(w_ptr, 4, C, BACK, BLOCK_C), _tap(w_ptr, 5, C, BACK, BLOCK_C)
-        w_20, w_21, w_22 = _tap(w_ptr, 6, C, BACK, BLOCK_C), _tap(w_ptr, 7, C, BACK, BLOCK_C), _tap(w_ptr, 8, C, BACK, BLOCK_C)
+        w_00, w_01, w_02 = _taps_of_row(w_ptr, 0, C, BACK, BLOCK_C)
+        w_10, w_11, w_12 = _taps_of_row(w_ptr, 1, C, BACK, BLOCK_C)
+        w_20, w_21, w_22 = _taps_of_row(w_ptr, 2, C, BACK, BLOCK_C)
     for i in range(0, n_block + 2):
         mask_x = (row + 2 * i >= 0) & (row + 2 * i < N) & (p < P)
         x_0 = tl.load(x_ptrs - shift, mask=(mask_x & (p >= 2))[:, None] & mask_c, other=0.0)  # (places, BLOCK_C)
@@ -1018,17 +1036,19 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
             acc_0, acc_1, acc_2 = _add_taps(x_1, w_21, w_11, w_01, acc_0, acc_1, acc_2, PRECISION)
             acc_0, acc_1, acc_2 = _add_taps(x_2, w_22, w_12, w_02, acc_0, acc_1, acc_2, PRECISION)
             if i >= 2:
-                _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first + 2 * i - 4,
-                            begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+                _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b,
+                            first + 2 * i - 4, begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P,
+                            BLOCK_C, BLOCK_H, PRECISION)
             acc_0, acc_1 = acc_1, acc_2
         else:
-            acc_0 = tl.dot(_tap(w_ptr, 3 * i, C, BACK, BLOCK_C), tl.trans(x_0), acc_0, input_precision=PRECISION)
-            acc_0 = tl.dot(_tap(w_ptr, 3 * i + 1, C, BACK, BLOCK_C), tl.trans(x_1), acc_0, input_precision=PRECISION)
-            acc_0 = tl.dot(_tap(w_ptr, 3 * i + 2, C, BACK, BLOCK_C), tl.trans(x_2), acc_0, input_precision=PRECISION)
+            w_0, w_1, w_2 = _taps_of_row(w_ptr, i, C, BACK, BLOCK_C)
+            acc_0 = tl.dot(w_0, tl.trans(x_0), acc_0, input_precision=PRECISION)
+            acc_0 = tl.dot(w_1, tl.trans(x_1), acc_0, input_precision=PRECISION)
+            acc_0 = tl.dot(w_2, tl.trans(x_2), acc_0, input_precision=PRECISION)
         x_ptrs += P * shift
     if not WALK:
-        _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first, begin, out_stride, R,
-                    P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+        _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first, begin,
+                    out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
 
 
 # The HISTORY rows before row n_rows, of what entered the first convolution and the second; 0 before the first row.
@@ -1052,8 +1072,8 @@ def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_strides
 @triton.jit
 def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexpr, BLOCK_P: tl.constexpr,
                BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    """relu(conv3x3) of one row x (C, P) after the 4 rows of the past (C, 4, P): (BLOCK_C, BLOCK_P) fp32. next: the last 4
-    rows with x or, where n_new is 0, without. w (C, C, 3, 3)."""
+    """relu(conv3x3) of one row x (C, P) after the 4 rows of the past (C, 4, P): (BLOCK_C, BLOCK_P) fp32. next: the
+    last 4 rows with x or, where n_new is 0, without. w (C, C, 3, 3)."""
     offs_c, offs_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     mask_c, mask_p = offs_c < C, offs_p < P
     mask, offs_past = mask_c[:, None] & mask_p[None, :], offs_c[:, None] * 4 * P + offs_p[None, :]
@@ -1065,7 +1085,8 @@ def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexp
     tl.store(next_ptr + offs_past + 3 * P, tl.where(n_new != 0, newest, last), mask=mask)
     acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     w_ptr += (offs_c[:, None] * C + offs_c[None, :]) * 9
-    mask_w, mask_left, mask_right = mask_c[:, None] & mask_c[None, :], mask & (offs_p >= 2)[None, :], mask & (offs_p + 2 < P)[None, :]
+    mask_w = mask_c[:, None] & mask_c[None, :]
+    mask_left, mask_right = mask & (offs_p >= 2)[None, :], mask & (offs_p + 2 < P)[None, :]
     for i in tl.static_range(3):
         if i < 2:  # rows t-4 and t-2, the first and third of the past
             x = past_ptr + offs_past + i * 2 * P
@@ -1083,26 +1104,27 @@ def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexp
     return tl.maximum(acc + _vector(b_ptr, offs_c, mask_c)[:, None], 0.0)
 
 
-# The whole CNN for one token a sequence, where it is a row (n_rows 1); the other sequences keep their past.
+# The whole CNN for one token per sequence, where it is a row (n_rows 1); the other sequences keep their past.
 # One program: one sequence, all channels; grid (B,).
-#   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, 4, P), middle (B, C, P) scratch: contiguous; w1, w2 (C, C, 3, 3),
-#   up (4H, C) and the vectors: any dtype; n_rows (B,) int -> scores (B, H, 1, width)
+#   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, 4, P), middle (B, C, P) scratch: contiguous
+#   w1, w2 (C, C, 3, 3), up (4H, C) and the vectors: any dtype; n_rows (B,) int -> scores (B, H, 1, width)
 # fp32: accumulators and the norm. Reference: sea.causal_cnn.
 @triton.jit
-def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, past1_ptr, past2_ptr,
-                     n_rows_ptr, middle_ptr, next1_ptr, next2_ptr, scores_ptr, P, WIDTH: tl.constexpr, C: tl.constexpr,
-                     H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
-                     PRECISION: tl.constexpr):
+def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, past1_ptr,
+                     past2_ptr, n_rows_ptr, middle_ptr, next1_ptr, next2_ptr, scores_ptr, P, WIDTH: tl.constexpr,
+                     C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                     BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n_new, past = tl.load(n_rows_ptr + b).to(tl.int32), b * C * 4 * P
-    x = _conv_step(past1_ptr + past, next1_ptr + past, image_ptr + b * C * P, w1_ptr, b1_ptr, n_new, P, C, BLOCK_P, BLOCK_C,
-                   PRECISION)
+    x = _conv_step(past1_ptr + past, next1_ptr + past, image_ptr + b * C * P, w1_ptr, b1_ptr, n_new, P, C, BLOCK_P,
+                   BLOCK_C, PRECISION)
     # -- the second convolution wants this row's neighbours, which other threads hold
     offs_c, offs_p, middle_ptr = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P), middle_ptr + b * C * P
     mask = (offs_c < C)[:, None] & (offs_p < P)[None, :]
     tl.store(middle_ptr + offs_c[:, None] * P + offs_p[None, :], x, mask=mask)
     tl.debug_barrier()
-    x = _conv_step(past2_ptr + past, next2_ptr + past, middle_ptr, w2_ptr, b2_ptr, n_new, P, C, BLOCK_P, BLOCK_C, PRECISION)
+    x = _conv_step(past2_ptr + past, next2_ptr + past, middle_ptr, w2_ptr, b2_ptr, n_new, P, C, BLOCK_P, BLOCK_C,
+                   PRECISION)
     x = x.to(image_ptr.dtype.element_ty)
     y = _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, 1, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
     offs_h, offs_w = tl.arange(0, BLOCK_H), tl.arange(0, 4 * BLOCK_P)
@@ -1112,14 +1134,15 @@ def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr
 
 # From the gradient of scores to dx, that of the second convolution's sum.
 # One program: `n_block` rows, all channels; grid (programs, B). It computes their cells again.
-#   x (B, C, R, P) what the second convolution gave, dx likewise, channels last in memory; dscores (B, H, R, width) contiguous
+#   x (B, C, R, P) what the second convolution gave, dx likewise, channels last in memory
+#   dscores (B, H, R, width) contiguous
 #   each program's share of the gradients of up, of its bias, and of the norm's gain and bias, all fp32:
 #   dup (programs, 4 BLOCK_H, C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width)
 # fp32: accumulators and the norm. Reference: autograd through sea.causal_cnn.
 @triton.jit(do_not_specialize=["n_block"])
-def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P, n_block,
-                   WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                   BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P,
+                   n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
     b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     offs_c, offs_u, offs_h = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, BLOCK_H)
     offs_p, offs_w = tl.arange(0, BLOCK_P), tl.arange(0, 4 * BLOCK_P)
@@ -1152,15 +1175,15 @@ def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_p
 
 
 # Gradients of a convolution's weights and bias: sums over all places of dout x^T.
-# One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places; grid (programs,
-# B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3 rows, that they are taps of: 6
-# loads for 9 products. Loads go to shared memory during the products before.
+# One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places; grid
+# (programs, B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3 rows, that
+# they are taps of: 6 loads for 9 products. Loads go to shared memory during the products before.
 #   x (B, C, lead + R, P), dout (B, C, R, P), with channels last, and of x if LAST
 #   each program's share: dw (programs, 9, C, C) [tap, out, in], db (programs, C), fp32
 @triton.jit(do_not_specialize=["n_block"])
-def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_block, C: tl.constexpr, LAST: tl.constexpr,
-                    BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_block, C: tl.constexpr,
+                    LAST: tl.constexpr, BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+                    BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
     b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     m_0, n_0 = tl.program_id(2) // BLOCKS * BLOCK, tl.program_id(2) % BLOCKS * BLOCK
     offs_p, offs_c = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK)
@@ -1169,7 +1192,8 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
     place: tl.constexpr = C if LAST else 1
     offs_b = b * C * n_row * P + (n_0 if LAST else n_0.to(tl.int64) * n_row * P)
     x_ptrs = _row_ptrs(x_ptr + offs_b, first.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
-    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C + (m_0 + offs_c[:, None] + tl.trans(offs_p) * C)
+    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C
+    dout_ptrs += m_0 + offs_c[:, None] + tl.trans(offs_p) * C
     zero, ones = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((BLOCK_P, 16), 1.0, x_ptr.dtype.element_ty)
     dw_00, dw_01, dw_02, dw_10, dw_11, dw_12, dw_20, dw_21, dw_22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     db = tl.zeros((BLOCK, 16), tl.float32)
@@ -1180,7 +1204,8 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
         x_1 = tl.load(x_ptrs, mask=mask_x, other=0.0)
         x_2 = tl.load(x_ptrs + 2 * place, mask=mask_x & (p + 2 < P), other=0.0)
         mask_out = mask_m & tl.trans(p < P)
-        dout = tl.load(dout_ptrs + 4 * P * C, mask=mask_out & (row + 4 >= 0) & (row + 4 < R), other=0.0)  # (BLOCK, BLOCK_P)
+        # (BLOCK, BLOCK_P), of three rows
+        dout = tl.load(dout_ptrs + 4 * P * C, mask=mask_out & (row + 4 >= 0) & (row + 4 < R), other=0.0)
         dw_00 = tl.dot(dout, x_0, dw_00, input_precision=PRECISION)
         dw_01 = tl.dot(dout, x_1, dw_01, input_precision=PRECISION)
         dw_02 = tl.dot(dout, x_2, dw_02, input_precision=PRECISION)
@@ -1212,8 +1237,8 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
 
 
 def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, out_last=True, **constants):
-    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x. up: weights, bias, gain and bias of the
-    end."""
+    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x. up: weights, bias, gain and bias
+    of the end."""
     (B, C, N, P), R = x.shape, out.shape[2]
     n_program, tiles = _conv_tiles(x.dtype, B, R, C, P, last)
     _conv_kernel[(n_program, B)](
@@ -1230,8 +1255,8 @@ def _image(like, rows):
 def _last_rows(x1, x2, n_rows, lead):
     B, C, _, P = x1.shape
     out1, out2 = _new(x1, B, C, HISTORY, P), _new(x2, B, C, HISTORY, P)
-    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(), lead=lead, C=C, P=P,
-                              HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
+    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(), lead=lead,
+                              C=C, P=P, HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
     return out1, out2
 
 
@@ -1245,7 +1270,8 @@ def _through_last_rows(dlast, x, n_rows, lead):
 class _CausalCNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
-        (B, C, R, P), H, width, lead, dtype = image.shape, image.shape[1] // 2, gain.shape[0], past1.shape[2], image.dtype
+        (B, C, R, P), dtype, lead = image.shape, image.dtype, past1.shape[2]
+        H, width = C // 2, gain.shape[0]
         w1, w2 = w1.to(dtype).contiguous(), w2.to(dtype).contiguous()
         ups = up.to(dtype).reshape(4 * H, C).contiguous()
         constants = dict(WIDTH=width, H=H, BLOCK_H=_next_power_of_2(max(4, H)))
@@ -1273,8 +1299,8 @@ class _CausalCNN(torch.autograd.Function):
         dup = _new(x1, n_program * B, 4 * constants["BLOCK_H"], C, dtype=dtype)
         dup_b, dnorm = _new(dup, *dup.shape[:2]), _new(dup, len(dup), 2, width)
         _conv(x2, w2, x3, lead - HISTORY, bias=b2, last=True, **constants)
-        _up_bwd_kernel[(n_program, B)](x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R=R, P=P, n_block=n_block, C=C,
-                                       **_up_bwd_tiles(x1.dtype, C, P), **constants)
+        _up_bwd_kernel[(n_program, B)](x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R=R, P=P,
+                                       n_block=n_block, C=C, **_up_bwd_tiles(x1.dtype, C, P), **constants)
         del x3
         dgain, dbias = dnorm.sum(0)
         grads = {"up": dup.sum(0)[: 4 * H, :, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
@@ -1283,7 +1309,8 @@ class _CausalCNN(torch.autograd.Function):
         for i, (x, w) in enumerate(((x2, w2), (x1, w1))):
             dw, db = _new(dup, n_program * B, 9, C, C), _new(dup, n_program * B, C)
             _conv_dw_kernel[(n_program, B, tiles["BLOCKS"] ** 2)](
-                x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, lead=lead, n_block=n_block, C=C, LAST=i == 0, **tiles)
+                x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, lead=lead, n_block=n_block, C=C, LAST=i == 0,
+                **tiles)
             grads[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
             grads[f"b{2 - i}"] = db.sum(0)
             dx = _image(x1, N) if i == 0 else _new(x1, B, C, N, P)  # the encoder reads it in its image's order
@@ -1306,13 +1333,13 @@ def _causal_cnn_step(n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1,
     next1, next2 = _new(image, B, C, HISTORY, P), _new(image, B, C, HISTORY, P)
     weights = (w.contiguous() for w in (w1, b1, w2, b2, up, up_b, gain, bias))
     _cnn_step_kernel[(B,)](
-        image.contiguous(), *weights, past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), n_rows, middle, next1, next2,
-        scores, P=P, WIDTH=width, C=C, H=H, BLOCK_H=_next_power_of_2(max(4, H)), **_cnn_step_tiles(C, P))
+        image.contiguous(), *weights, past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), n_rows, middle,
+        next1, next2, scores, P=P, WIDTH=width, C=C, H=H, BLOCK_H=_next_power_of_2(max(4, H)), **_cnn_step_tiles(C, P))
     return scores, next1, next2
 
 
-def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor],
-               n_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_rows: Tensor) -> tuple[Tensor,
+               tuple[Tensor, Tensor]]:
     """sea.causal_cnn, in the dtype of image."""
     _check_tensor("image", image, 4, "(B, 2H, R, P)")
     weights = [w for layer in (cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out) for w in (layer.weight, layer.bias)]
@@ -1322,7 +1349,7 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor],
     return scores, tuple(last_rows)
 
 
-# -- products with the mean key of each cell ---------------------------------------------------------------------------
+# -- products with the mean key of each cell ---------------------------------------------------------
 
 BIN_KEYS = dict(BLOCK_B=16, BLOCK_N=64, num_warps=2, num_stages=3)
 CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more are slower there
@@ -1342,27 +1369,27 @@ def _cell_keys_step_tiles(D: int, width: int) -> dict:
 
 @triton.jit
 def _bin_level(t, N_BINS: tl.constexpr):
-    """sea.bin_level: the number of bits of (t - 1) // N_BINS, read off the exponent of a float, exact for t < 2^24 * N_BINS."""
+    """sea.bin_level: the bits of (t - 1) // N_BINS, counted by a float's exponent, exact for t < 2^24 * N_BINS."""
     x = (tl.maximum(t, 1) - 1) // N_BINS
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 
 @triton.jit
 def _bin_of_cell(p, t, e, WIDTH: tl.constexpr):
-    """The bin of 2^e keys that the middle key of cell p is in, t (2 p + 1) // (2 WIDTH), or the last full one. t in two
-    parts, since the product passes 2^31 at t = 1M, width 1024."""
+    """The bin of 2^e keys that the middle key of cell p is in, t (2 p + 1) // (2 WIDTH), or the last full one. t in
+    two parts, since the product passes 2^31 at t = 1M, width 1024."""
     middle = t // (2 * WIDTH) * (2 * p + 1) + t % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
     return tl.minimum(middle >> e, tl.maximum(t >> e, 1) - 1)
 
 
 # Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e from that of count to that of
 # count + n_new.
-# One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid (cdiv(N_BINS, BLOCK_B),
-# n_level, B * Hkv). A sum is a product with ones, BLOCK_N keys at a time.
-#   k (B, Hkv, T, D), any strides; count, n_new (B,) int; past (B, Hkv, N_BINS, D) fp32: bins of the keys before, at the
-#   level of count
-#   means (B * Hkv, n_level, N_BINS, D) in the dtype of k; sums (B, Hkv, N_BINS, D) fp32: at the level of count + n_new
-# fp32: the sums, in a fixed order. A level has room for half as many keys as the next: all together read each key twice.
+# One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid
+# (cdiv(N_BINS, BLOCK_B), n_level, B * Hkv). A sum is a product with ones, BLOCK_N keys at a time.
+#   k (B, Hkv, T, D), any strides; count, n_new (B,) int
+#   past, sums (B, Hkv, N_BINS, D) fp32: at the levels of count and of count + n_new
+#   means (B * Hkv, n_level, N_BINS, D) in the dtype of k
+# fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key twice.
 # Reference: sea.bin_sums.
 @triton.jit
 def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, D: tl.constexpr,
@@ -1403,19 +1430,19 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
 
 # x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p); or,
 # BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
-# One program: every n-th tile of BLOCK_T rows of one head; grid (n,). For each level of its rows, nearly always one, it
-# multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of those of its row.
-#   q (B, H, R, D), any strides; means and count as above; seen (B, R) int, any strides; x (B, H, R, WIDTH) contiguous, in place
+# One program: every n-th tile of BLOCK_T rows of one head; grid (n,). For each level of its rows, nearly always one,
+# it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of those of its row.
+#   q (B, H, R, D), seen (B, R) int, any strides; means and count as above; x (B, H, R, WIDTH) contiguous, in place
 #   products (n, BLOCK_T, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
-# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products for each row and level.
-# Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins a cell might be in (1.5
-# times slower). Reference: sea.add_cell_keys.
+# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and level.
+# Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a cell might be
+# in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides, seen_strides,
-                      H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                      BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-                      BLOCK_D: tl.constexpr):
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides,
+                      seen_strides, H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
+                      WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
+                      BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
     offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
@@ -1459,17 +1486,17 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
             tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask_x)
 
 
-# One token a sequence: its key added to its bin, the bins moved up a level where it begins one, and the scores of its row.
+# One token per sequence: its key added to its bin, the bins moved up a level where it begins one, its row's scores.
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
-#   seen (B, 1) any strides, count, n_new (B,) int; past and sums (B, Hkv, 2 * WIDTH, D) fp32, at the levels of count and
-#   after it
+#   seen (B, 1) any strides, count, n_new (B,) int; past and sums (B, Hkv, 2 * WIDTH, D) fp32 as above
 #   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
 # fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr, products_ptr, sums_ptr,
-                           q_strides, k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
-                           WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr, products_ptr,
+                           sums_ptr, q_strides, k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr,
+                           D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+                           BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
     pid_bh = tl.program_id(0).to(tl.int64)
     b, kv = pid_bh // HKV, pid_bh % HKV
@@ -1513,8 +1540,8 @@ def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     n_program = min(n_tile, CELL_KEYS["programs"])
     products = _new(q, n_program, tiles["BLOCK_T"], 2 * width, dtype=torch.float32)
     _cell_keys_kernel[(n_program,)](
-        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(), seen_strides=row_seen.stride(), H=H, R=R,
-        n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale, GROUP=B * H // n_kv, D=D, WIDTH=width,
+        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(), seen_strides=row_seen.stride(), H=H,
+        R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale, GROUP=B * H // n_kv, D=D, WIDTH=width,
         BACKWARD=parts is not None, **tiles)
 
 
@@ -1540,28 +1567,29 @@ class _AddCellKeys(torch.autograd.Function):
         return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 5
 
 
-def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float, count: Tensor,
-                  n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
+                  count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
     """sea.add_cell_keys, in place. A row sees `count` keys at least, or none."""
     for name, x in (("scores", scores), ("q", q), ("k", k)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     (B, H, R, D), (Hkv, T), width = q.shape, k.shape[1:3], scores.shape[-1]
-    _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}", tuple(scores.shape))
+    _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
+            tuple(scores.shape))
     _expect(width <= MAX_WIDTH_CELL_KEYS, "scores", f"a width of at most {MAX_WIDTH_CELL_KEYS}", width)
     _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
-    n_bins, q, k, past, softmax_scale = 2 * width, q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
-    count, n_new, gain = count.contiguous(), n_new.contiguous(), gain.contiguous()
+    q, k, past, softmax_scale = q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
+    count, n_new, gain, n_bins = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
     sums = _new(k, B, Hkv, n_bins, D, dtype=torch.float32)
     with torch.cuda.device_of(q):
         if _is_step(q) and T == 1:
             products = _new(q, B * H, n_bins, dtype=torch.float32)
             _cell_keys_step_kernel[(B * Hkv,)](
-                scores, gain, q, k, row_seen, count, n_new, past, products, sums, q_strides=q.stride(), k_strides=k.stride(),
-                seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D, WIDTH=width,
-                **_cell_keys_step_tiles(D, width))
+                scores, gain, q, k, row_seen, count, n_new, past, products, sums, q_strides=q.stride(),
+                k_strides=k.stride(), seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale,
+                GROUP=H // Hkv, D=D, WIDTH=width, **_cell_keys_step_tiles(D, width))
             return scores, sums
-        # T tokens are of bin_level(T); after others of any level they end at most one level above the higher of the two.
+        # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
         n_level = ((T - 1) // n_bins).bit_length() + 2
         means = _new(k, B * Hkv, n_level, n_bins, D)
         _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]), n_level, B * Hkv)](
@@ -1570,13 +1598,13 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
 
 
-# -- mix ---------------------------------------------------------------------------------------------------------------
+# -- mix ---------------------------------------------------------------------------------------------
 
 MIX = dict(BLOCK_T=64, num_warps=4)
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 
-# The sum of each block of BLOCK_T values; grid (n_block, B * Hkv). v and seen as below -> sums (B * Hkv, n_block, D) fp32.
+# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block, B * Hkv). v and seen as below.
 @triton.jit
 def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_D: tl.constexpr):
@@ -1604,10 +1632,10 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
 
 
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys seen.
-# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks before, given,
-# and a product with a triangle of ones inside the block.
-#   sparse (B, H, T, D) contiguous, v (B, Hkv, T, D) any strides, before (B * Hkv, n_block + 1, D) fp32; gates (B, H, R, 2)
-#   before the sigmoid; seen and row (B, T) int -> out (B, H, T, D): contiguous
+# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks before,
+# given, and a product with a triangle of ones inside the block.
+#   v (B, Hkv, T, D) any strides; sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32, gates (B, H, R, 2) before
+#   their sigmoid, seen and row (B, T) int -> out (B, H, T, D): contiguous
 # fp32: all but the product, of exact ones. Reads and writes once. Reference: sea.mix_average.
 @triton.jit
 def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T, R,
@@ -1620,8 +1648,8 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
     seen = tl.load(seen_ptr + b * T + offs_t, mask=mask_t, other=0)
     row = tl.load(row_ptr + b * T + offs_t, mask=mask_t, other=0)
     before_ptr += ((b * (H // GROUP) + kv) * (n_block + 1) + pid_t) * D
-    mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T,
-                         BLOCK_D)
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    mean = _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T, BLOCK_D)
     gate_ptrs = gates_ptr + (pid_bh * R + row) * 2
     s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))[:, None]
     s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))[:, None]
@@ -1630,27 +1658,27 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
     tl.store(out_ptr + (pid_bh * T + offs_t[:, None]) * D + offs_d[None, :], out, mask=mask)
 
 
-# With w_i = (1 - s_mix) * do / seen: dsparse = s_mix s_prob do, dv_j = sum over i >= j of w_i, and the gates' gradients.
-# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv). Two launches:
-# the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second dv.
-#   do (B, H, T, D) any strides; dsparse (B, H, T, D), dgates (B, H, T, 2) fp32, per query; w_sums (B * Hkv, n_block, D) fp32;
-#   after (B * Hkv, n_block + 1, D) fp32: sum of w from each block on; dv (B, Hkv, T, D): all contiguous
+# dsparse = s_mix s_prob do, dv_j = sum over i >= j of w_i = (1 - s_mix) * do / seen, and the gates' gradients.
+# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv). Two
+# launches: the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second dv.
+#   do (B, H, T, D) any strides; dsparse (B, H, T, D), dgates (B, H, T, 2) fp32, per query, w_sums (B * Hkv, n_block, D)
+#   fp32, after (B * Hkv, n_block + 1, D) fp32: sum of w from each block on, dv (B, Hkv, T, D): contiguous
 # fp32: all but the product. Reference: autograd through sea.mix_average.
 @triton.jit
-def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr, dgates_ptr, w_sums_ptr,
-                    after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R, D: tl.constexpr, BLOCK_T: tl.constexpr,
-                    BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bh, HKV = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), H // GROUP
-    b, kv = pid_bh // HKV, pid_bh % HKV
+def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr, dgates_ptr,
+                    w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R, D: tl.constexpr,
+                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
     mask = mask_t[:, None] & mask_d[None, :]
     seen = tl.load(seen_ptr + b * T + offs_t, mask=mask_t, other=0)
     row = tl.load(row_ptr + b * T + offs_t, mask=mask_t, other=0)
     if after_ptr is None:
+        v_ptr += b * v_strides[0] + kv * v_strides[1]
         before_ptr += (pid_bh * (n_block + 1) + pid_t) * D
-        mean = _running_mean(v_ptr + b * v_strides[0] + kv * v_strides[1], before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T,
-                             BLOCK_D)
+        mean = _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T, BLOCK_D)
     w = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for g in range(0, GROUP):
         h, of_head = kv * GROUP + g, b * H + kv * GROUP + g
@@ -1683,7 +1711,8 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
 
 # out[r] = sum of x over the queries of row r, neighbours since `row` does not fall.
 # One program: BLOCK_R rows of one head, a query of each at a time; grid (cdiv(R, BLOCK_R), B * H).
-# x (B, H, T, 2), ends (B, R) int: the first query after row r -> out (B, H, R, 2), fp32, contiguous. In a fixed order.
+#   x (B, H, T, 2), ends (B, R) int: the first query after row r -> out (B, H, R, 2), fp32, contiguous
+# In a fixed order. Reference: Tensor.scatter_add.
 @triton.jit
 def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
     pid_bh, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -1698,9 +1727,9 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
     tl.store(out_ptr + (pid_bh * R + row)[:, None] * 2 + offs_2, total, mask=(row < R)[:, None])
 
 
-# The same as _mix_kernel for one query a sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
-# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest as above, with
-# T = 1. fp32: everything. Reference: sea.mix_average.
+# The same as _mix_kernel for one query per sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
+# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest as above,
+# with T = 1. fp32: everything. Reference: sea.mix_average.
 @triton.jit
 def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides, HKV, R,
                      GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -1723,13 +1752,15 @@ def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, 
 class _MixAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sparse, v, gates, past, seen, row):
-        (B, H, T, D), (Hkv, R), n_block = sparse.shape, (v.shape[1], gates.shape[2]), _cdiv(sparse.shape[2], MIX["BLOCK_T"])
-        block_d, sums = _dot_block(D, v.dtype), _new(v, B * Hkv, n_block, D, dtype=torch.float32)
-        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D, BLOCK_D=block_d, **MIX)
+        (B, H, T, D), Hkv, block_d = sparse.shape, v.shape[1], _dot_block(sparse.shape[3], v.dtype)
+        n_block = _cdiv(T, MIX["BLOCK_T"])
+        sums = _new(v, B * Hkv, n_block, D, dtype=torch.float32)
+        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D, BLOCK_D=block_d,
+                                               **MIX)
         before = _running_sums(sums, past.flatten(0, 1))  # what precedes each block, and all
         out = _new(sparse, B, H, T, D)
-        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H, GROUP=H // Hkv,
-                                      T=T, R=R, D=D, BLOCK_D=block_d, **MIX)
+        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H,
+                                      GROUP=H // Hkv, T=T, R=gates.shape[2], D=D, BLOCK_D=block_d, **MIX)
         ctx.save_for_backward(sparse, v, gates, before, seen, row)
         return out, before[:, -1].view(B, Hkv, D).clone()
 
@@ -1757,8 +1788,8 @@ def _mix_average_step(sparse, v, gates, past, seen, row):
     (B, H, _, D), Hkv = sparse.shape, v.shape[1]
     out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
     _mix_step_kernel[(B * Hkv,)](
-        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), HKV=Hkv, R=gates.shape[2],
-        GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), num_warps=1)
+        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), HKV=Hkv,
+        R=gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), num_warps=1)
     return out, sums
 
 
