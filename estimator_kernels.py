@@ -1,12 +1,12 @@
 """SEA's estimator in Triton: sea.py's steps from q, k, v to the scores of each row's cells, and the mix at the end.
 
-kernels.py beside this file hands these operations on, so copy the two as a pair. Names, signatures and results are
-those of sea.py, whose docstrings say what each operation computes, and whose glossary says what the letters mean.
-Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Norms, sums and accumulators are fp32 whatever the
-input is.
+These operations can be imported from kernels.py beside this file, too; to use them elsewhere, copy both files. Names,
+signatures and results are those of sea.py, whose docstrings say what each operation computes and whose glossary says
+what the letters mean. Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Norms, sums and accumulators
+are fp32 whatever the input is.
 
-A decoding step, one token per sequence and no gradient, lasts as long as its launches and their latencies. Most
-operations therefore have a kernel of their own for it: one launch, without tiles, chunks or segments.
+One token per sequence, without gradient, is a decoding step. It takes as long as its launches and their latencies, so
+most operations have a separate kernel for it: one launch, without tiles, chunks or segments.
 """
 
 import torch
@@ -64,7 +64,7 @@ def _dot_block(n: int, dtype: torch.dtype = torch.float32) -> int:
 
 
 def _new(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory beside `like`, of its dtype unless another is given, to be written by a kernel."""
+    """Memory for a result, on the device of `like` and, unless another is given, of its dtype."""
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device)
 
 
@@ -245,7 +245,7 @@ def _features(x, w, scale, M: tl.constexpr, BLOCK_F: tl.constexpr):
 def _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
                   D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_F: tl.constexpr):
-    """What _keys_of_chunk has to know of one key/value head, and W by itself."""
+    """What _keys_of_chunk needs to know about one key/value head, and W by itself."""
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
     lead = (count + STRIDE - 1) % STRIDE
     w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
@@ -930,6 +930,7 @@ def _tap(w_ptr, tap, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @triton.jit
 def _taps_of_row(w_ptr, i, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The taps 3 i, 3 i + 1 and 3 i + 2, which see one row at three shifts."""
     return (_tap(w_ptr, 3 * i, C, BACK, BLOCK_C), _tap(w_ptr, 3 * i + 1, C, BACK, BLOCK_C),
             _tap(w_ptr, 3 * i + 2, C, BACK, BLOCK_C))
 
@@ -1416,7 +1417,7 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
         k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], (j < end)[:, None] & mask_d)  # (BLOCK_N, BLOCK_D)
         is_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
         acc += tl.dot(is_in.to(k.dtype), k, input_precision="ieee")
-    # -- the bins of the past that these hold, of those that are not empty
+    # -- the past's bins that lie in these; from n_past on they are empty
     n_past = (count + (1 << lowest) - 1) >> lowest
     for i in range(0, tl.minimum(1 << pid_e, n_past - (pid_b * BLOCK_B << pid_e))):
         bin_past = (bin << pid_e) + i
@@ -1601,6 +1602,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
 # -- mix ---------------------------------------------------------------------------------------------
 
 MIX = dict(BLOCK_T=64, num_warps=4)
+MIX_STEP = dict(num_warps=1)
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 
@@ -1789,7 +1791,7 @@ def _mix_average_step(sparse, v, gates, past, seen, row):
     out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
     _mix_step_kernel[(B * Hkv,)](
         sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), HKV=Hkv,
-        R=gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), num_warps=1)
+        R=gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), **MIX_STEP)
     return out, sums
 
 
