@@ -61,7 +61,7 @@ import convert
 import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
-METHODS = ("sea", "performer", "dense", "oracle")
+METHODS = (*convert.METHODS, "dense", "oracle")
 TEACHER_STEPS = 1000  # that train the tiny teacher
 
 
@@ -105,7 +105,7 @@ DEFAULTS = {
                  optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear")),
 }
 
-FROM_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed", "method")  # fields that are no options
+FROM_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # fields that are no options
 OF_SAVED = ("topk", "group", "backend")  # those that no weight depends on
 
 
@@ -172,7 +172,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_common_options(p)
     add, pairs = p.add_argument, dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    add("--method", nargs="+", choices=METHODS, default=METHODS[:3], help="students to train, one after the other, see the "
+    add("--method", nargs="+", choices=METHODS, default=("sea", "performer", "dense"), help="students to train, one after the other, see the "
         "top of this file")
     add("--load", metavar="DIR", help="train this saved student further, instead of fresh ones; --method is then ignored")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
@@ -502,11 +502,8 @@ def new_student(name: str, original, teacher, args):
     """A student of that name, from METHODS: a copy of the teacher, `original` as it was loaded, with new attention in it."""
     torch.manual_seed(args.seed)
     student = copy.deepcopy(original).requires_grad_(True)
-    if name == "performer":
-        of_sea_alone = ("query_stride", "cell_keys")
-        convert.attach(student, method=name, **{k: v for k, v in args.sea.items() if k not in of_sea_alone})
-    elif name in ("sea", "oracle"):
-        convert.attach(student, method="sea", **args.sea)
+    if name != "dense":
+        convert.attach(student, method="sea" if name == "oracle" else name, **args.sea)
     if name == "oracle":
         follow_teacher(student, teacher)
     return student
@@ -546,11 +543,11 @@ def follow_teacher(student, teacher) -> None:
 
     student.register_forward_pre_hook(look, with_kwargs=True)
     for i, module in enumerate(convert.attention_modules(student)):
-        def estimate(ops, q, k, v, rows, *args, i=i, of_student=module.sea.estimate_attention, config=module.sea.config):
-            context, scores, gates, state = of_student(ops, q, k, v, rows, *args)
-            pooled = ops.pool_attention(records[i].q, records[i].k, rows.seen, config.width, records[i].scale)
-            best = best_scores(pooled, rows.seen)[:, :, :: config.query_stride]
-            return context, best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
+        def estimate(ops, q, k, v, rows, *args, i=i, sea=module.sea, of_student=module.sea.estimate_attention):
+            scores, gates, state = of_student(ops, q, k, v, rows, *args)
+            pooled = ops.pool_attention(records[i].q, records[i].k, rows.seen, sea.config.width, records[i].scale)
+            best = rows.of(best_scores(pooled, rows.seen))
+            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
 
         module.sea.estimate_attention = estimate
 
