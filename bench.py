@@ -36,6 +36,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -55,13 +56,14 @@ PYTORCH = "plain PyTorch path of SEA"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks); the teacher of "
-        "--distill, whose tokens are random")
+    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks); the "
+        "teacher of --distill, whose tokens are random")
     add("--data", help="text file in UTF-8, needed with --model, but not for --distill")
-    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 ... "
-        "524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
+    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 "
+        "... 524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
     add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2], help="sequences decoded at a time")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
     add("--heads", type=int, default=12, help="query heads")
@@ -72,8 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
     add("--forward-only", action="store_true", help="leave out the backward passes")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
-    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random weights, "
-        "at the first of --strides")
+    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random "
+        "weights, at the first of --strides")
     add("--batch", type=int, default=1, help="sequences a step and process of --distill")
     for name in ("--shard", "--gradient-checkpointing"):
         add(name, action="store_true", help="of --distill: as in distill.py")
@@ -87,66 +89,86 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--data: expected a text file with --model, got none")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--shard: expected several processes to spread over, under torchrun, got one")
-    if args.lengths is None:
-        longest = 32768 if args.distill else 524288 if args.decode else 131072 if args.prefill else None
-        lengths = [longest // 4**i for i in (3, 2, 1, 0)][0 if args.decode else 1 :] if longest else [2**i * 1024 for i in range(9)]
-        args.lengths = lengths if cuda else [256, 512]
+    args.device = "cuda" if cuda else "cpu"
+    args.dtype = torch.bfloat16 if cuda else torch.float32
+    args.lengths = args.lengths or (default_lengths(args) if cuda else [256, 512])
     return args
+
+
+def default_lengths(args) -> list[int]:
+    if args.distill:
+        return [2048, 8192, 32768]
+    if args.decode:
+        return [8192, 32768, 131072, 524288]
+    if args.prefill:
+        return [8192, 32768, 131072]
+    return [1024 * 2**i for i in range(9)]
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def model_inputs(args, T: int, device) -> list[torch.Tensor]:
+def model_inputs(args, T: int) -> list[torch.Tensor]:
     """q, k, v (1, H, T, D) of a model's layers on text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import convert
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device).eval()
     model.set_attn_implementation("sea_teacher")
-    ids = tokenizer(Path(args.data).read_text(encoding="utf-8")[: 8 * T], verbose=False).input_ids
+    text = Path(args.data).read_text(encoding="utf-8")[: 8 * T]
+    ids = tokenizer(text, verbose=False).input_ids
     window = min(TRAINED, T)
-    ids = torch.tensor((ids * (T // len(ids) + 2))[: -(-T // window) * window], device=device).view(-1, window)
-    parts = []
+    n = -(-T // window) * window
+    ids = torch.tensor((ids * (T // len(ids) + 2))[:n], device=args.device).view(-1, window)
+    windows = []
     for x in ids:
         with convert.record(model) as records:
             model(x[None], use_cache=False)
-        middle, layers = len(records) // 2, -(-args.heads // records[0].q.shape[1])
-        use = [records[(middle + i) % len(records)] for i in range(layers)]
-        repeat = lambda r, x: sea.repeat_heads(x, r.q.shape[1])
-        heads = [(r.q * r.scale * r.q.shape[-1] ** 0.5, repeat(r, r.k), repeat(r, r.v)) for r in use]  # q as D**-0.5 wants it
-        parts.append([torch.cat(x, 1) for x in zip(*heads)])
-    return [torch.cat(x, 2)[:, : args.heads, :T].contiguous() for x in zip(*parts)]
+        windows.append(heads_of(records, args.heads))
+    return [torch.cat(parts, 2)[:, : args.heads, :T].contiguous() for parts in zip(*windows)]
 
 
-def walk_inputs(args, T: int, device, seed: int = 0) -> list[torch.Tensor]:
+def heads_of(records: list, n_head: int) -> list[torch.Tensor]:
+    """q, k, v of as many layers, from the middle one on, as it takes for n_head heads, side by side."""
+    middle, n_layer = len(records) // 2, -(-n_head // records[0].q.shape[1])
+    layers = []
+    for i in range(n_layer):
+        r = records[(middle + i) % len(records)]
+        H, D = r.q.shape[1], r.q.shape[-1]
+        q = r.q * r.scale * D**0.5  # as a scale of D**-0.5 wants it
+        layers.append((q, sea.repeat_heads(r.k, H), sea.repeat_heads(r.v, H)))
+    return [torch.cat(parts, 1) for parts in zip(*layers)]
+
+
+def walk_inputs(args, T: int, seed: int = 0) -> list[torch.Tensor]:
     """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half of theirs."""
-    generator = torch.Generator(device).manual_seed(seed)
-    kernel = torch.exp(-torch.arange(512, device=device) / 100.0)
+    generator = torch.Generator(args.device).manual_seed(seed)
+    kernel = torch.exp(-torch.arange(512, device=args.device) / 100.0)
     kernel = kernel / kernel.square().sum().sqrt()
 
     def walk():
-        noise = torch.randn(args.heads * args.d_head, 1, T + 511, generator=generator, device=device)
+        noise = torch.randn(args.heads * args.d_head, 1, T + 511, generator=generator, device=args.device)
         return F.conv1d(noise, kernel[None, None]).view(1, args.heads, args.d_head, T).mT
 
     shared, q, k, v = (walk() for _ in range(4))
     return [x.contiguous() for x in (shared + q, shared + k, v)]
 
 
-def trained_layer(args, q, k, v, device) -> sea.SEAttention:
+def trained_layer(args, q, k, v) -> sea.SEAttention:
     """A layer whose estimator has seen these inputs, its position table stretched to the longest T."""
     torch.manual_seed(0)
-    config = dict(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk, cell_keys=args.cell_keys)
-    layer = sea.SEAttention(sea.SEAConfig(**config, max_positions=TRAINED, backend="torch")).to(device)
+    config = sea.SEAConfig(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk,
+                           cell_keys=args.cell_keys, max_positions=TRAINED, backend="torch")
+    layer = sea.SEAttention(config).to(args.device)
     optimizer = torch.optim.AdamW(layer.parameters(), 2e-3)
     n = min(TRAINED, q.shape[2], 2048 if q.is_cuda else 256)
-    seen = torch.arange(1, n + 1, device=device)[None]
+    seen = torch.arange(1, n + 1, device=args.device)[None]
     for step in range(args.train_steps):
-        at = (step * n) % (q.shape[2] - n + 1)
-        x = [t[:, :, at : at + n].float() for t in (q, k, v)]
+        start = (step * n) % (q.shape[2] - n + 1)
+        x = [t[:, :, start : start + n].float() for t in (q, k, v)]
         result = layer(*x)
         loss = sea.estimate_loss(result.scores, sea.pool_attention(x[0], x[1], seen, args.width), seen)
         optimizer.zero_grad()
@@ -157,15 +179,28 @@ def trained_layer(args, q, k, v, device) -> sea.SEAttention:
     return layer
 
 
-def stretched(layer: sea.SEAttention, T: int, stride: int, dtype, backend: str = "auto") -> sea.SEAttention:
+def stretched(args, layer: sea.SEAttention, T: int, stride: int, backend: str = "auto") -> sea.SEAttention:
     config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend=backend)
-    long = sea.SEAttention(config).to(layer.position.device)
-    table = F.interpolate(layer.position.detach().T[None], size=config.max_positions, mode="linear", align_corners=True)[0].T
+    table = layer.position.detach().T[None]  # (1, D, TRAINED)
+    table = F.interpolate(table, size=config.max_positions, mode="linear", align_corners=True)[0].T
+    long = sea.SEAttention(config).to(args.device)
     long.load_state_dict({**layer.state_dict(), "position": table})
-    return long.to(dtype)
+    return long.to(args.dtype)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+def opt(args, T: int, device: str) -> torch.nn.Module:
+    """An OPT of args.layers layers with random weights, for T tokens: OPT-125m by default."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    hidden = args.heads * args.d_head
+    with torch.device(device):
+        return OPTForCausalLM(OPTConfig(
+            hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0, num_hidden_layers=args.layers,
+            num_attention_heads=args.heads, max_position_embeddings=T))
+
+
+# -- timing tools ------------------------------------------------------------------------------------------------------
 
 
 def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda") -> float:
@@ -173,46 +208,64 @@ def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda
     `graph` as it is, for a run that checkpoints and so cannot be captured."""
     if not device.startswith("cuda") or not torch.cuda.is_available():
         run()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - start))
-        return sorted(times)[1]
-    stream, captured, times = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+        return sorted(wall_milliseconds(run) for _ in range(3))[1]
+    warm_up(run, 3 if graph else 1)
+    run = captured(run) if graph else run
+    run()
+    times = []
+    while len(times) < repeats and sum(times) <= 2000:
+        times.append(gpu_milliseconds(run))
+    return sorted(times)[len(times) // 2]
+
+
+def wall_milliseconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
+def gpu_milliseconds(run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def warm_up(run, times: int) -> None:
+    """On a stream of its own, as a CUDA graph's capture wants it."""
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3 if graph else 1):
+        for _ in range(times):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    if graph:
-        with torch.cuda.graph(captured):
-            run()
-        run = captured.replay
-    run()
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+
+def captured(run) -> Callable[[], None]:
+    """The replay of a CUDA graph of one run."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-        if sum(times) > 2000:
-            break
-    return sorted(times)[len(times) // 2]
+    return graph.replay
 
 
 def milliseconds_in_a_row(run) -> float:
     """Mean time of runs one after the other, Python included. Their number is fixed: processes run together."""
-    wait, n = (torch.cuda.synchronize, 10) if torch.cuda.is_available() else (lambda: None, 1)
+    n = 10 if torch.cuda.is_available() else 1
     for _ in range(3):
         run()
-    wait()
-    start = time.perf_counter()
-    for _ in range(n):
-        run()
-    wait()
-    return 1000 * (time.perf_counter() - start) / n
+
+    def all_of_them():
+        for _ in range(n):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return wall_milliseconds(all_of_them) / n
 
 
 def peak_mib(run) -> float | None:
@@ -229,14 +282,29 @@ def peak_mib(run) -> float | None:
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def forward(attention, q, k, v):
+def measured(measure: Callable[[], dict]) -> dict:
+    """What measure() gives, or the first line of the error that it ended in: some contestants run out of memory."""
+    try:
+        return measure()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return dict(error=str(error).splitlines()[0])
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+# -- attention at each T -----------------------------------------------------------------------------------------------
+
+
+def forward(attention, q, k, v) -> Callable[[], None]:
     def run():
         with torch.no_grad():
             attention(q, k, v)
+
     return run
 
 
-def forward_backward(attention, q, k, v):
+def forward_backward(attention, q, k, v) -> Callable[[], None]:
     """As training needs it: from all outputs, SEA's scores among them, to q, k, v and all weights."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     douts = [torch.randn_like(x) for x in outputs(attention(*inputs))]
@@ -244,6 +312,7 @@ def forward_backward(attention, q, k, v):
 
     def run():
         torch.autograd.grad(outputs(attention(*inputs)), inputs + weights, douts)
+
     return run
 
 
@@ -251,97 +320,95 @@ def outputs(result) -> list[torch.Tensor]:
     return [result.out, result.scores] if isinstance(result, sea.SEAOutput) else [result]
 
 
-def contestants(args, layer, T: int, dtype, device) -> dict:
+def sdpa(backend: SDPBackend | None, q, k, v, causal: bool = True) -> torch.Tensor:
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def dense_contestants(args) -> dict[str, SDPBackend | None]:
+    if args.device == "cuda":
+        return {"FlashAttention": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    return {"SDPA": None}
+
+
+def contestants(args, layer, T: int) -> dict[str, Callable]:
     """Name -> attention(q, k, v) -> out."""
-    def sdpa(backend):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return run
-
-    found = {}
-    if device == "cuda":
-        found |= {"FlashAttention": sdpa(SDPBackend.FLASH_ATTENTION), "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
-    else:
-        found["SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    found = {name: functools.partial(sdpa, backend) for name, backend in dense_contestants(args).items()}
     for stride in args.strides:
-        found[f"SEA stride {stride}"] = stretched(layer, T, stride, dtype)
-    if device == "cuda" and T <= REFERENCE:
-        found[PYTORCH] = stretched(layer, T, args.strides[0], dtype, "torch")
-    if device == "cuda":
-        import kernels
-
-        seen = torch.arange(1, T + 1, device=device)[None]
-        n = (2 * args.heads * args.topk * args.width + seen) // (2 * seen) / (args.heads * args.width)
-        bits = [kernels.pack_mask(torch.rand(1, args.heads, t.shape[1], args.width, device=device) < t[:, None, :, None])
-                for t in n.split(8192, dim=1)]
-        cells = kernels.CellBits(torch.cat([b.bits for b in bits], 2), args.width)
-        found["random masks, sparse attention alone"] = lambda q, k, v: kernels.sparse_attention(q, k, v, cells, seen)
+        found[f"SEA stride {stride}"] = stretched(args, layer, T, stride)
+    if args.device == "cuda" and T <= REFERENCE:
+        found[PYTORCH] = stretched(args, layer, T, args.strides[0], "torch")
+    if args.device == "cuda":
+        found["random masks, sparse attention alone"] = on_random_masks(args, T)
     return found
 
 
-def measure(args, layer, inputs, T: int, dtype, device) -> dict:
-    q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
+def on_random_masks(args, T: int) -> Callable:
+    """Sparse attention under random cells, as many as SEA keeps."""
+    import kernels
+
+    seen = torch.arange(1, T + 1, device=args.device)[None]
+    n_cells = (2 * args.heads * args.topk * args.width + seen) // (2 * seen)  # of all heads
+    bits = []
+    for share in (n_cells / (args.heads * args.width)).split(8192, dim=1):
+        scores = torch.rand(1, args.heads, share.shape[1], args.width, device=args.device)
+        bits.append(kernels.pack_mask(scores < share[:, None, :, None]).bits)
+    cells = kernels.CellBits(torch.cat(bits, 2), args.width)
+
+    def attention(q, k, v):
+        return kernels.sparse_attention(q, k, v, cells, seen)
+
+    return attention
+
+
+def measure(args, layer, inputs, T: int) -> dict[str, dict]:
+    q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
     results = {}
-    for name, attention in contestants(args, layer, T, dtype, device).items():
-        runs = {"forward": forward(attention, q, k, v)}
-        if not args.forward_only:
-            runs["forward+backward"] = forward_backward(attention, q, k, v)
-        for kind, run in runs.items():
-            try:
-                results[f"{name} | {kind}"] = dict(ms=milliseconds(run, graph=name != PYTORCH), mib=peak_mib(run))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                results[f"{name} | {kind}"] = dict(error=str(error).splitlines()[0])
-            torch.cuda.empty_cache()
+    for name, attention in contestants(args, layer, T).items():
+        kinds = {"forward": forward} if args.forward_only else {"forward": forward, "forward+backward": forward_backward}
+        # forward_backward runs once to know its outputs, which may take too much memory, too
+        for kind, make in kinds.items():
+            def timed(attention=attention, make=make, graph=name != PYTORCH):
+                run = make(attention, q, k, v)
+                return dict(ms=milliseconds(run, graph=graph), mib=peak_mib(run))
+
+            results[f"{name} | {kind}"] = measured(timed)
     return results
 
 
-# -- reports -----------------------------------------------------------------------------------------------------------
+def all_lengths(args, layer, inputs) -> dict[int, dict]:
+    rows = {}
+    for T in args.lengths:
+        rows[T] = measure(args, layer, inputs, T)
+        times = (f"{name} {result['ms']:.3f} ms" for name, result in rows[T].items() if "ms" in result)
+        print(f"T {T:,}: " + ", ".join(times), flush=True)
+    for kind in ("forward",) if args.forward_only else ("forward", "forward+backward"):
+        print(table(rows, kind))
+    return rows
 
 
 def table(rows: dict[int, dict], kind: str) -> str:
     names = sorted({name for row in rows.values() for name in row if name.endswith(f"| {kind}")})
-    lines = [f"\n{kind}: ms (MiB above the inputs)", f"{'T':>8} " + " ".join(f"{n.split(' |')[0][:24]:>24}" for n in names)]
+    short = {name: name.split(" |")[0] for name in names}
+    lines = [f"\n{kind}: ms (MiB above the inputs)", f"{'T':>8} " + " ".join(f"{short[n][:24]:>24}" for n in names)]
     for T, row in rows.items():
-        cells = [row.get(n, {}) for n in names]
-        show = lambda c: f"{c['ms']:.3f} ({c['mib'] or 0:8,.0f})" if "ms" in c else "-"
-        lines.append(f"{T:8,} " + " ".join(f"{show(c):>24}" for c in cells))
-        dense = [c["ms"] for n, c in zip(names, cells) if "ms" in c and not n.startswith(("SEA", "random", "plain"))]
-        for n, c in zip(names, cells):
-            if n.startswith("SEA") and "ms" in c and dense:
-                lines.append(f"{'':8}   {n.split(' |')[0]}: {min(dense) / c['ms']:.2f}x the speed of the fastest dense")
+        found = {name: row[name] for name in names if "ms" in row.get(name, {})}
+        cells = (f"{found[n]['ms']:.3f} ({found[n]['mib'] or 0:8,.0f})" if n in found else "-" for n in names)
+        lines.append(f"{T:8,} " + " ".join(f"{cell:>24}" for cell in cells))
+        dense = [result["ms"] for n, result in found.items() if not n.startswith(("SEA", "random", "plain"))]
+        lines += [f"{'':8}   {short[n]}: {min(dense) / result['ms']:.2f}x the speed of the fastest dense"
+                  for n, result in found.items() if dense and n.startswith("SEA")]
     return "\n".join(lines)
 
 
-def plot(rows: dict[int, dict], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kinds = [k for k in ("forward", "forward+backward") if any(n.endswith(f"| {k}") for row in rows.values() for n in row)]
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(5 * len(kinds) + 5, 4.5), layout="constrained")
-    for axis, (kind, field) in zip(axes, [(k, "ms") for k in kinds] + [("forward", "mib")]):
-        for name in sorted({n for row in rows.values() for n in row if n.endswith(f"| {kind}")}):
-            points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
-            if points:
-                style = ":" if name.startswith(("random", "plain")) else "-"
-                axis.loglog(*zip(*points), marker="o", label=name.split(" |")[0], linestyle=style)
-        label = kind if field == "ms" else f"{kind}, peak memory"
-        axis.set(xlabel="tokens", ylabel="ms" if field == "ms" else "MiB above the inputs", title=label)
-        axis.grid(alpha=0.3, which="both")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-
-
-def break_even(args, layer, inputs, dtype, device) -> None:
+def break_even(args, layer, inputs) -> None:
     """Bisection for each stride, forward, to 3 % of T."""
     def wins(stride, T):
-        q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
-        found = contestants(argparse.Namespace(**{**vars(args), "strides": [stride]}), layer, T, dtype, device)
-        times = {name: milliseconds(forward(f, q, k, v)) for name, f in found.items() if not name.startswith(("random", "plain"))}
-        return times.pop(f"SEA stride {stride}") < min(times.values())
+        q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
+        sea_layer = stretched(args, layer, T, stride)
+        dense = [functools.partial(sdpa, backend) for backend in dense_contestants(args).values()]
+        fastest = min(milliseconds(forward(attention, q, k, v)) for attention in dense)
+        return milliseconds(forward(sea_layer, q, k, v)) < fastest
 
     for stride in args.strides:
         low, high = 1, max(args.lengths)
@@ -354,89 +421,128 @@ def break_even(args, layer, inputs, dtype, device) -> None:
         print(f"stride {stride}: SEA's forward is faster from about T = {high:,}")
 
 
-def opt(args, T: int, device) -> torch.nn.Module:
-    """An OPT of args.layers layers with random weights, for T tokens: OPT-125m by default."""
-    from transformers import OPTConfig, OPTForCausalLM
+def profile(args, layer, inputs) -> None:
+    T, cuda = args.profile, args.device == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    microseconds = "self_device_time_total" if cuda else "self_cpu_time_total"
+    q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
+    for stride in args.strides:
+        module = stretched(args, layer, T, stride)
+        for name, run in (("forward", forward(module, q, k, v)), ("forward+backward", forward_backward(module, q, k, v))):
+            run()
+            with torch.profiler.profile(activities=[activity]) as prof:
+                run()
+                if cuda:
+                    torch.cuda.synchronize()
+            events = [(getattr(event, microseconds) / 1000, event) for event in prof.key_averages()]
+            events.sort(key=lambda pair: pair[0], reverse=True)
+            total, count = sum(ms for ms, _ in events), sum(event.count for _, event in events)
+            print(f"\nT {T:,} stride {stride} {name}: {total:.2f} ms in {count} kernels")
+            for ms, event in events[:20]:
+                print(f"  {ms:8.3f} ms {event.count:4} x {event.key[:90]}")
 
-    torch.manual_seed(0)
-    hidden = args.heads * args.d_head
-    with torch.device(device):
-        return OPTForCausalLM(OPTConfig(hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
-                                        num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=T))
+
+# -- distillation ------------------------------------------------------------------------------------------------------
 
 
 def teacher_model(args, T: int) -> torch.nn.Module:
-    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be sharded is made on the CPU."""
+    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be sharded is made on
+    the CPU."""
     if args.model:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        if T > model.config.max_position_embeddings:
-            sys.exit(f"--lengths: expected at most the model's {model.config.max_position_embeddings} positions, got {T}")
+        longest = model.config.max_position_embeddings
+        if T > longest:
+            sys.exit(f"--lengths: expected at most the model's {longest} positions, got {T}")
     else:
         model = opt(args, T, "cpu" if args.shard else args.device)
     model.set_attn_implementation("sea_teacher")
     return model.eval().requires_grad_(False)
 
 
-def distillation(args, size: int) -> dict[int, dict]:
-    """A step of distill.py, on the linear path and, if this is the only process of `size`, on the plain PyTorch path that keeps
-    T x T tensors."""
+def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], int]:
+    """What a step of distill.py does, and how many tokens this process trains on in it."""
     import convert
     import distill
 
+    teacher = teacher_model(args, T)
+    student = convert.attach(copy.deepcopy(teacher).requires_grad_(True), width=args.width, topk=args.topk,
+                             query_stride=args.strides[0], cell_keys=args.cell_keys, backend=backend).train()
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher, student = distill.place(teacher, args), distill.place(student, args)
+    optimizer, run = distill.make_optimizer(student, 1e-5, 1e-4, 0.01), distill.data_parallel(student, args)
+    x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
+
+    def step():
+        with distill.autocast(args):
+            terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(), run)
+        sum(terms.values()).backward()
+        distill.clip_gradients(student, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, x.numel()
+
+
+@contextlib.contextmanager
+def one_block(T: int):
+    """Plain PyTorch's attention and pooling keep their T x T tensors, instead of blocks of queries."""
+    whole = {name: functools.partial(getattr(sea, name), block=T) for name in ("sparse_attention", "pool_attention")}
+    with mock.patch.multiple(sea, **whole):
+        yield
+
+
+def distillation(args, size: int) -> dict[int, dict]:
+    """A step of distill.py, on the linear path and, if this is the only process of `size`, on the plain PyTorch path that
+    keeps T x T tensors."""
     rows = {}
     for T in args.lengths:
-        rows[T] = {}
-        for name, backend, block in (("linear", "auto", None), ("T x T", "torch", T))[: 2 if size == 1 else 1]:
-            teacher = teacher_model(args, T)
-            student = convert.attach(copy.deepcopy(teacher).requires_grad_(True), width=args.width, topk=args.topk,
-                                     query_stride=args.strides[0], cell_keys=args.cell_keys, backend=backend).train()
-            if args.gradient_checkpointing:
-                student.gradient_checkpointing_enable({"use_reentrant": False})
-            teacher, student = distill.place(teacher, args), distill.place(student, args)
-            optimizer, run = distill.make_optimizer(student, 1e-5, 1e-4, 0.01), distill.data_parallel(student, args)
-            x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
-
-            def step():
-                with distill.autocast(args):
-                    terms = distill.distillation_losses(student, teacher, x, distill.Weights(), run)
-                sum(terms.values()).backward()
-                distill.clip_gradients(student, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-
-            whole = {f: functools.partial(getattr(sea, f), block=block) for f in ("sparse_attention", "pool_attention", "score_loss")}
-            with mock.patch.multiple(sea, **whole) if block else contextlib.nullcontext():
-                try:
-                    with distill.settled():
-                        ms, mib = milliseconds_in_a_row(step), peak_mib(step)
-                    r = rows[T][name] = dict(ms=ms, tokens_per_second=1000 * size * x.numel() / ms, gpus=size, mib=mib,
-                                             gib=distill.peak_memory(args))
-                    print(f"T {T:,} {name}: {ms:.0f} ms a step, {r['tokens_per_second']:,.0f} tok/s on {size}, peak {r['gib']:.2f} GiB "
-                          f"each, {mib or 0:,.0f} MiB of it above the models and the optimizer", flush=True)
-                except torch.OutOfMemoryError as error:
-                    if size > 1:
-                        raise  # the others wait for this process
-                    rows[T][name] = dict(error=str(error).splitlines()[0])
-                    print(f"T {T:,} {name}: out of memory", flush=True)
-            del teacher, student, optimizer, run
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        rows[T] = {"linear": report_step(args, T, "linear", "auto", size)}
+        if size == 1:
+            with one_block(T):
+                rows[T]["T x T"] = report_step(args, T, "T x T", "torch", size)
     return rows
 
 
-# -- decoding and prefill ----------------------------------------------------------------------------------------------
+def time_step(args, T: int, backend: str, size: int) -> dict:
+    import distill
+
+    step, n_tokens = distillation_step(args, T, backend)
+    with distill.settled():
+        ms, mib = milliseconds_in_a_row(step), peak_mib(step)
+    return dict(ms=ms, tokens_per_second=1000 * size * n_tokens / ms, gpus=size, mib=mib, gib=distill.peak_memory(args))
 
 
-def decode_inputs(args, S: int, B: int, dtype, device) -> tuple[torch.Tensor, ...]:
-    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two random walks, in turn:
-    what a step does is in no sequence quicker for another being like it."""
-    k, v = (torch.zeros(B, args.heads, S + ROOM, args.d_head, dtype=dtype, device=device) for _ in range(2))
+def report_step(args, T: int, name: str, backend: str, size: int) -> dict:
+    try:
+        result = time_step(args, T, backend, size)
+    except torch.OutOfMemoryError as error:
+        if size > 1:
+            raise  # the others wait for this process
+        print(f"T {T:,} {name}: out of memory", flush=True)
+        return dict(error=str(error).splitlines()[0])
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"T {T:,} {name}: {result['ms']:.0f} ms a step, {result['tokens_per_second']:,.0f} tok/s on {size}, peak "
+          f"{result['gib']:.2f} GiB each, {result['mib'] or 0:,.0f} MiB of it above the models and the optimizer", flush=True)
+    return result
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def decode_inputs(args, S: int, B: int) -> tuple[torch.Tensor, ...]:
+    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two random walks, in
+    turn: what a step does is in no sequence quicker for another being like it."""
+    options = dict(dtype=args.dtype, device=args.device)
+    k, v = (torch.zeros(B, args.heads, S + ROOM, args.d_head, **options) for _ in range(2))
     q = k.new_zeros(B, args.heads, min(PROMPT, S - 1) + 1, args.d_head)
     for b in range(B):
         if b < 2:
-            all_q, k[b, :, :S], v[b, :, :S] = (x[0] for x in walk_inputs(args, S, device, seed=1 + b))
+            all_q, k[b, :, :S], v[b, :, :S] = (x[0] for x in walk_inputs(args, S, seed=1 + b))
             q[b, :, :-1], q[b, :, -1] = all_q[:, : q.shape[2] - 1], all_q[:, -1]
             del all_q
         else:
@@ -444,120 +550,161 @@ def decode_inputs(args, S: int, B: int, dtype, device) -> tuple[torch.Tensor, ..
     return q, k, v
 
 
+def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea.SEAOutput]:
+    """A step of SEA, again and again, whose state is that of a prefill of q's first tokens, told that they were S - 1."""
+    module, prompt = stretched(args, layer, S + ROOM, stride), q[:, :, :-1]
+    n = prompt.shape[2]
+    state = module(prompt, k[:, :, :n], v[:, :, :n], kv_cached=True, rows_at_once=TRAINED).state
+    state.count.fill_(S - 1)
+    state.n_tokens = S - 1
+    last = q[:, :, -1:]
+
+    def step():
+        result = module(last, k, v, state=state, kv_cached=True)
+        state.copy_(result.state)
+        return result
+
+    return step
+
+
 @torch.no_grad()
-def decode(args, layer, S: int, B: int, dtype, device) -> dict[str, dict]:
-    """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on average and at most."""
-    gib = args.heads * S * args.d_head * (2 * B * dtype.itemsize + 8 * 4) / 2**30  # keys and values, and the walks
-    free = torch.cuda.mem_get_info()[0] / 2**30 if device == "cuda" else gib
+def decode(args, layer, S: int, B: int) -> dict[str, dict]:
+    """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on average and at
+    most."""
+    gib = args.heads * S * args.d_head * (2 * B * args.dtype.itemsize + 8 * 4) / 2**30  # keys and values, and the walks
+    free = torch.cuda.mem_get_info()[0] / 2**30 if args.device == "cuda" else gib
     if gib > free:
         return {"all": dict(error=f"skipped, needs {gib:.0f} GiB of the {free:.0f} that are free")}
-    q, k, v = decode_inputs(args, S, B, dtype, device)
-    q, prompt, results = q[:, :, -1:], q[:, :, :-1], {}
-
-    def dense(backend):
-        with sdpa_kernel(backend) if device == "cuda" else contextlib.nullcontext():
-            F.scaled_dot_product_attention(q, k[:, :, :S], v[:, :, :S])  # one query: causal without a mask
-
-    backends = dict(SDPA=None)
-    if device == "cuda":
-        backends = dict(FlashAttention=SDPBackend.FLASH_ATTENTION, cuDNN=SDPBackend.CUDNN_ATTENTION)
-    runs = {name: functools.partial(dense, backend) for name, backend in backends.items()}
-    for stride in args.strides:
-        module, n = stretched(layer, S + ROOM, stride, dtype), prompt.shape[2]
-        state = module(prompt, k[:, :, :n], v[:, :, :n], kv_cached=True, rows_at_once=TRAINED).state
-        state.count.fill_(S - 1)
-        state.n_tokens = S - 1
-
-        def step(module=module, state=state):
-            result = module(q, k, v, state=state, kv_cached=True)
-            state.copy_(result.state)
-            return result
-
-        runs[f"SEA stride {stride}"] = step
+    q, k, v = decode_inputs(args, S, B)
+    keys, values = k[:, :, :S], v[:, :, :S]
+    runs = {name: functools.partial(sdpa, backend, q[:, :, -1:], keys, values, causal=False)  # one query sees all keys
+            for name, backend in dense_contestants(args).items()}
+    runs |= {f"SEA stride {stride}": decoding_step(args, layer, S, stride, q, k, v) for stride in args.strides}
+    results = {}
     for name, run in runs.items():
-        try:
-            results[name] = dict(ms=milliseconds(run))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            results[name] = dict(error=str(error).splitlines()[0])
+        results[name] = measured(lambda: dict(ms=milliseconds(run)))
         if name.startswith("SEA") and "ms" in results[name]:
-            result = run()
-            keys = (sea.keys_per_cell(result.seen, args.width)[:, None] * result.mask).sum(-1)
-            results[name] |= dict(keys=keys.float().mean().item(), most=keys.max().item())
+            results[name] |= keys_visited(run(), args.width)
     return results
 
 
-def decoding(args, layer, dtype, device) -> dict[int, dict]:
+def keys_visited(result: sea.SEAOutput, width: int) -> dict[str, float]:
+    n_keys = (sea.keys_per_cell(result.seen, width)[:, None] * result.mask).sum(-1)
+    return dict(keys=n_keys.float().mean().item(), most=n_keys.max().item())
+
+
+def decoding(args, layer) -> dict[int, dict]:
     rows = {}
     for S in args.lengths:
         rows[S] = {}
         for B in args.batches:
-            found = decode(args, layer, S, B, dtype, device)
+            found = decode(args, layer, S, B)
             dense = [r["ms"] for name, r in found.items() if "ms" in r and not name.startswith("SEA")]
-            for name, r in found.items():
-                rows[S][f"batch {B}, {name}"] = r
-                more = ""
-                if name.startswith("SEA") and "ms" in r:
-                    more = f", {r['keys']:.0f} keys a head, {r['most']} at most"
-                    more += f", {min(dense) / r['ms']:.2f}x the speed of the fastest dense" if dense else ""
-                print(f"context {S:,} batch {B} {name}: " + (f"{r['ms']:.4f} ms{more}" if "ms" in r else r["error"]), flush=True)
-            if device == "cuda":
+            for name, result in found.items():
+                rows[S][f"batch {B}, {name}"] = result
+                print(f"context {S:,} batch {B} {name}: {decoding_line(result, dense)}", flush=True)
+            if args.device == "cuda":
                 torch.cuda.empty_cache()
     return rows
 
 
-def prefill(args, dtype, device) -> dict[int, dict]:
+def decoding_line(result: dict, dense: list[float]) -> str:
+    if "error" in result:
+        return result["error"]
+    line = f"{result['ms']:.4f} ms"
+    if "keys" in result:
+        line += f", {result['keys']:.0f} keys a head, {result['most']} at most"
+        line += f", {min(dense) / result['ms']:.2f}x the speed of the fastest dense" if dense else ""
+    return line
+
+
+# -- prefill -----------------------------------------------------------------------------------------------------------
+
+
+def prefill(args) -> dict[int, dict]:
     """A prompt of T tokens, its keys and values kept, logits of the last token only: time, and memory above the weights."""
     import convert
 
     rows = {}
     for T in args.lengths:
-        rows[T], x = {}, torch.randint(5, 50000, (1, T), device=device)
-        chunk = convert.ROWS_AT_ONCE if device == "cuda" else T // 2
-        found = [("SDPA", None, None)]
-        found += [(f"SEA stride {r}, {how}", r, n) for r in args.strides for how, n in (("chunks", chunk), ("one call", T))]
-        for name, stride, rows_at_once in found:
-            model = opt(args, T, device).to(dtype).eval()
-            if stride is not None:
-                convert.attach(model, width=args.width, topk=args.topk, query_stride=stride, cell_keys=args.cell_keys)
-
-            @torch.no_grad()
-            def run():
-                model(x, use_cache=True, logits_to_keep=1)
-
+        chunk = convert.ROWS_AT_ONCE if args.device == "cuda" else T // 2
+        found = {"SDPA": (None, None)}
+        for stride in args.strides:
+            found |= {f"SEA stride {stride}, chunks": (stride, chunk), f"SEA stride {stride}, one call": (stride, T)}
+        rows[T] = {}
+        for name, (stride, rows_at_once) in found.items():
             with mock.patch.object(convert, "ROWS_AT_ONCE", rows_at_once):
-                try:
-                    rows[T][name] = dict(ms=milliseconds(run, repeats=5, graph=False), mib=peak_mib(run))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    rows[T][name] = dict(error=str(error).splitlines()[0])
-            weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-            r, dense = rows[T][name], rows[T]["SDPA"]
-            r["weights_mib"] = weights
-            if "ms" in r:
-                more = f", {r['ms'] / dense['ms']:.2f}x SDPA's time" if stride is not None and "ms" in dense else ""
-                more += f" and {r['mib'] / dense['mib']:.2f}x its memory" if more and r["mib"] else ""
-                above = f"{r['mib'] or 0:,.0f} MiB above the weights' {weights:,.0f}"
-                print(f"T {T:,} {name}: {r['ms']:.1f} ms, {above}{more}", flush=True)
-            else:
-                print(f"T {T:,} {name}: {r['error']}", flush=True)
-            del model
-            if device == "cuda":
-                torch.cuda.empty_cache()
+                rows[T][name] = prefill_of(args, T, stride)
+            print(f"T {T:,} {name}: {prefill_line(rows[T][name], rows[T]['SDPA'])}", flush=True)
     return rows
 
 
-def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str, xlabel: str) -> None:
-    """A log-log panel for each field, a line for each name; `fields` name their axes."""
+def prefill_of(args, T: int, stride: int | None) -> dict:
+    """Of a student at that stride, or of a plain model."""
+    import convert
+
+    model = opt(args, T, args.device).to(args.dtype).eval()
+    if stride is not None:
+        convert.attach(model, width=args.width, topk=args.topk, query_stride=stride, cell_keys=args.cell_keys)
+    x = torch.randint(5, 50000, (1, T), device=args.device)
+
+    @torch.no_grad()
+    def run():
+        model(x, use_cache=True, logits_to_keep=1)
+
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    result = measured(lambda: dict(ms=milliseconds(run, repeats=5, graph=False), mib=peak_mib(run)))
+    return result | dict(weights_mib=weights)
+
+
+def prefill_line(result: dict, dense: dict) -> str:
+    if "error" in result:
+        return result["error"]
+    line = f"{result['ms']:.1f} ms, {result['mib'] or 0:,.0f} MiB above the weights' {result['weights_mib']:,.0f}"
+    if result is not dense and "ms" in dense:
+        line += f", {result['ms'] / dense['ms']:.2f}x SDPA's time"
+        line += f" and {result['mib'] / dense['mib']:.2f}x its memory" if result["mib"] else ""
+    return line
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(rows: dict[int, dict], path: Path, title: str) -> None:
+    """A panel for each kind of pass, and one for memory."""
+    kinds = [kind for kind in ("forward", "forward+backward")
+             if any(name.endswith(f"| {kind}") for row in rows.values() for name in row)]
+    panels = [(kind, "ms", kind, "ms") for kind in kinds]
+    panels.append(("forward", "mib", "forward, peak memory", "MiB above the inputs"))
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
+    for axis, (kind, field, label, unit) in zip(axes, panels):
+        for name in sorted({name for row in rows.values() for name in row if name.endswith(f"| {kind}")}):
+            style = ":" if name.startswith(("random", "plain")) else "-"
+            plot_line(axis, rows, name, field, label=name.split(" |")[0], linestyle=style)
+        axis.set(xlabel="tokens", ylabel=unit, title=label)
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str, xlabel: str) -> None:
+    """A log-log panel for each field, a line for each name; `fields` name their axes."""
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(fields), figsize=(4 + 4 * len(fields), 4.8), layout="constrained", squeeze=False)
     for axis, (field, label) in zip(axes[0], fields.items()):
         for name in dict.fromkeys(name for row in rows.values() for name in row):
-            points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
-            if points:
-                axis.loglog(*zip(*points), marker="o", label=name, linestyle="-" if "SEA" in name else "--")
+            plot_line(axis, rows, name, field, label=name, linestyle="-" if "SEA" in name else "--")
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3, which="both")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
@@ -565,98 +712,105 @@ def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title:
     figure.savefig(path, dpi=110)
 
 
-def command_line(script: str, argv: list[str] | None, size: int) -> str:
-    """What started this process, one of `size`."""
-    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
-    return " ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)])
+def plot_line(axis, rows: dict[int, dict], name: str, field: str, **style) -> None:
+    points = [(T, row[name][field]) for T, row in rows.items() if row.get(name, {}).get(field)]
+    if points:
+        axis.loglog(*zip(*points), marker="o", **style)
 
 
-def profile(args, layer, inputs, T: int, dtype, device) -> None:
-    q, k, v = (x[:, :, :T].to(dtype) for x in inputs)
-    for stride in args.strides:
-        module = stretched(layer, T, stride, dtype)
-        for name, run in (("forward", forward(module, q, k, v)), ("forward+backward", forward_backward(module, q, k, v))):
-            run()
-            activities = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=activities) as prof:
-                run()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            us = lambda e: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
-            events = sorted(prof.key_averages(), key=us, reverse=True)
-            count = sum(e.count for e in events)
-            print(f"\nT {T:,} stride {stride} {name}: {sum(map(us, events)) / 1000:.2f} ms in {count} kernels")
-            for e in events[:20]:
-                print(f"  {us(e) / 1000:8.3f} ms {e.count:4} x {e.key[:90]}")
+# -- the job -----------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rank, size = 0, 1
-    if args.distill:
-        import distill
-
-        args.device = device
-        rank, size = distill.start_processes(args)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    name = name if size == 1 else f"{size} x {name}"
+def describe(args, argv: list[str] | None) -> dict:
+    """Print and return what this run is."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    command = " ".join([launcher, "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    cuda = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = device if size == 1 else f"{size} x {device}"
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}"
-    if device == "cuda":
+    if cuda:
         import triton
 
         versions += f", triton {triton.__version__}"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    command = command_line("bench.py", argv, size)
-    print(f"{command}\n{name}, {versions}, commit {commit or 'unknown'}\n{dtype}, B "
-          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width {args.width}, topk {args.topk}, causal")
-    if device == "cpu":
+    print(f"{command}\n{device}, {versions}, commit {commit or 'unknown'}\n{args.dtype}, B "
+          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width {args.width}, topk "
+          f"{args.topk}, causal")
+    if not cuda:
         print("no GPU: this measures the plain PyTorch path")
-    out = Path(args.out)
-    report = dict(command=command, device=name, versions=versions, commit=commit, args=vars(args))
-    if args.distill:
-        out.mkdir(parents=True, exist_ok=True)
-        report |= dict(results=distillation(args, size))
-        if rank == 0:
-            (out / "bench_distill.json").write_text(json.dumps(report, indent=1))
-        distill.stop_processes()
-        return report
-    if args.prefill:
-        out.mkdir(parents=True, exist_ok=True)
-        report |= dict(results=prefill(args, dtype, device))
-        (out / "bench_prefill.json").write_text(json.dumps(report, indent=1))
-        plot_lines(report["results"], dict(ms="ms", mib="MiB above the weights"), out / "bench_prefill.png",
-                   f"prefill of an OPT of {args.layers} layers ({name})", "tokens")
-        return report
-    if args.decode:
-        out.mkdir(parents=True, exist_ok=True)
-        layer = trained_layer(args, *walk_inputs(args, 16 * TRAINED if device == "cuda" else max(args.lengths), device), device)
-        report |= dict(results=decoding(args, layer, dtype, device))
-        (out / "bench_decode.json").write_text(json.dumps(report, indent=1))
-        title = f"decoding, estimator included ({name})"
-        plot_lines(report["results"], dict(ms="ms a step"), out / "bench_decode.png", title, "context")
-        return report
-    longest = args.profile or max(args.lengths)
-    inputs = (model_inputs if args.model else walk_inputs)(args, longest, device)
-    layer = trained_layer(args, *inputs, device)
-    inputs = [x.to(dtype) for x in inputs]
-    if args.profile:
-        return profile(args, layer, inputs, args.profile, dtype, device)
-    if args.break_even:
-        return break_even(args, layer, inputs, dtype, device)
-    rows = {}
-    for T in args.lengths:
-        rows[T] = measure(args, layer, inputs, T, dtype, device)
-        print(f"T {T:,}: " + ", ".join(f"{n} {r['ms']:.3f} ms" for n, r in rows[T].items() if "ms" in r), flush=True)
-    for kind in ("forward", "forward+backward")[: 1 if args.forward_only else 2]:
-        print(table(rows, kind))
-    out.mkdir(parents=True, exist_ok=True)
-    report |= dict(results=rows)
-    (out / "bench.json").write_text(json.dumps(report, indent=1))
-    plot(rows, out / "bench.png", f"SEA attention, estimator included ({name})")
+    shown = {name: value for name, value in vars(args).items() if name != "dtype"}
+    return dict(command=command, device=device, versions=versions, commit=commit, args=shown)
+
+
+def write(report: dict, args, name: str) -> Path:
+    """The report as JSON in --out; returns where its figure belongs."""
+    path = Path(args.out) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    return path.with_suffix(".png")
+
+
+def main_distill(args, argv) -> dict:
+    import distill
+
+    rank, size = distill.start_processes(args)
+    report = describe(args, argv)
+    report |= dict(results=distillation(args, size))
+    if rank == 0:
+        write(report, args, "bench_distill")
+    distill.stop_processes()
     return report
+
+
+def main_prefill(args, argv) -> dict:
+    report = describe(args, argv)
+    report |= dict(results=prefill(args))
+    figure = write(report, args, "bench_prefill")
+    plot_lines(report["results"], dict(ms="ms", mib="MiB above the weights"), figure,
+               f"prefill of an OPT of {args.layers} layers ({report['device']})", "tokens")
+    return report
+
+
+def main_decode(args, argv) -> dict:
+    report = describe(args, argv)
+    T = 16 * TRAINED if args.device == "cuda" else max(args.lengths)
+    layer = trained_layer(args, *walk_inputs(args, T))
+    report |= dict(results=decoding(args, layer))
+    figure = write(report, args, "bench_decode")
+    plot_lines(report["results"], dict(ms="ms a step"), figure,
+               f"decoding, estimator included ({report['device']})", "context")
+    return report
+
+
+def main_attention(args, argv) -> dict:
+    report = describe(args, argv)
+    make_inputs = model_inputs if args.model else walk_inputs
+    inputs = make_inputs(args, args.profile or max(args.lengths))
+    layer = trained_layer(args, *inputs)
+    inputs = [x.to(args.dtype) for x in inputs]
+    if args.profile:
+        profile(args, layer, inputs)
+    elif args.break_even:
+        break_even(args, layer, inputs)
+    else:
+        report |= dict(results=all_lengths(args, layer, inputs))
+        figure = write(report, args, "bench")
+        plot(report["results"], figure, f"SEA attention, estimator included ({report['device']})")
+    return report
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    if args.distill:
+        return main_distill(args, argv)
+    if args.prefill:
+        return main_prefill(args, argv)
+    if args.decode:
+        return main_decode(args, argv)
+    return main_attention(args, argv)
 
 
 if __name__ == "__main__":

@@ -274,15 +274,6 @@ def estimate_report(student: convert.Record, teacher: convert.Record) -> dict[st
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def picture(name: str, args) -> Path:
     return Path(args.out) / (name.replace("/", "-") + ".png")
 
@@ -295,7 +286,7 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     if distill.rank_and_size()[0]:
         return
     heads = args.look or [median_head(students, teachers)]
-    plt = pyplot()
+    plt = bench.pyplot()
     figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained",
                                 squeeze=False)
     for row, (layer, head) in zip(axes, heads):
@@ -370,7 +361,7 @@ def draw_curves(rows: dict[str, dict], path: Path, timed: str) -> None:
               for name in dict.fromkeys(row["student"] for row in swept)}
     lines = {name: row for name, row in rows.items()
              if name not in points and "topk" not in row and "attention_ms" in row}
-    plt = pyplot()
+    plt = bench.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_curve(left, points, lines, "ppl", "validation perplexity")
     draw_curve(right, points, lines, "attention_ms", "ms a sequence, attention alone")
