@@ -509,14 +509,14 @@ def new_student(name: str, original, teacher, args):
     return student
 
 
-def load_student(folder: str, original, teacher, **options) -> tuple[str, torch.nn.Module]:
+def load_student(option: str, folder: str, original, teacher, **options) -> tuple[str, torch.nn.Module]:
     """What an earlier run saved, in fp32, and which of METHODS it is. options: fields of SEAConfig to change, OF_SAVED."""
     try:
         config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
         for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
             found = getattr(config.get_text_config(), field)
             if found != getattr(expected, field):
-                sys.exit(f"{folder}: expected a student of --model, {field} {getattr(expected, field)}, got {found}")
+                sys.exit(f"{option}: expected a student of --model, {field} {getattr(expected, field)}, got {found} in {folder}")
         if not hasattr(config, "sea"):
             student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             student.set_attn_implementation("sea_teacher")
@@ -524,7 +524,7 @@ def load_student(folder: str, original, teacher, **options) -> tuple[str, torch.
         student = convert.load(folder, dtype=torch.float32)
         convert.set_option(student, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        sys.exit(f"{folder}: expected a student that distill.py saved ({str(error).splitlines()[0]})")
+        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({str(error).splitlines()[0]})")
     if getattr(config, "sea_oracle", False):
         follow_teacher(student, teacher)
         return "oracle", student
@@ -905,7 +905,7 @@ def distil(name: str, job: Job) -> list[Row]:
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     if args.load:
-        name, student = load_student(args.load, job.original, job.teacher, **args.sea)
+        name, student = load_student("--load", args.load, job.original, job.teacher, **args.sea)
     else:
         student = new_student(name, job.original, job.teacher, args)
     if name == "sea" and args.train == "sea":

@@ -30,7 +30,6 @@ import bench
 import convert
 import distill
 import sea
-from distill import autocast
 
 
 def layer_and_head(text: str) -> tuple[int, int]:
@@ -148,7 +147,7 @@ def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
 
     def run():
         # autocast's cache would keep copies of weights in half precision, of trainable ones only
-        with autocast(args, cache_enabled=False):
+        with distill.autocast(args, cache_enabled=False):
             model(x, use_cache=False, logits_to_keep=1)
 
     return dict(pass_ms=bench.milliseconds(run, graph=False, device=args.device),
@@ -161,7 +160,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     a student's modules, their weights in the dtype of q, or PyTorch's SDPA. clock: how it was timed; on
     a GPU all of it is one replayed CUDA graph, where a graph can hold it."""
     model.eval()
-    with autocast(args), convert.record(model) as records:
+    with distill.autocast(args), convert.record(model) as records:
         model(x.to(args.device), use_cache=False)
     inputs = [(r.q, r.k, r.v, r.scale) for r in records]
     del records  # a student's hold its scores
@@ -193,7 +192,7 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
     there is."""
     model.eval()
     x = tokenizer(prompt, return_tensors="pt").to(args.device)
-    with autocast(args):
+    with distill.autocast(args):
         # of one sequence no padding is needed, but not to name a token for it is warned of
         ids = model.generate(x.input_ids, attention_mask=x.attention_mask, do_sample=False, pad_token_id=0,
                              max_new_tokens=args.new_tokens, synced_gpus=args.shard)
@@ -207,7 +206,7 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
     """Rows of the table: the student's, and one for each of --topk."""
     args, teacher = setting.args, setting.teacher
     options = {} if args.backend is None else dict(backend=args.backend)
-    method, student = distill.load_student(folder, setting.original, teacher, **options)
+    method, student = distill.load_student("--students", folder, setting.original, teacher, **options)
     distill.place(student, args)
     row = measure(student, setting)
     if method != "oracle":  # whose cells come from a whole pass of the teacher
@@ -243,7 +242,7 @@ def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]
 
 def both_records(student, teacher, x: Tensor, args) -> tuple[list[convert.Record], list[convert.Record]]:
     """What each attention layer of both models sees and gives on token ids x (B, T)."""
-    with autocast(args), convert.record(teacher) as of_teacher, convert.record(student) as of_student:
+    with distill.autocast(args), convert.record(teacher) as of_teacher, convert.record(student) as of_student:
         for model in (teacher, student):
             model(x.to(args.device), use_cache=False)
     return of_student, of_teacher

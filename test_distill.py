@@ -1,4 +1,5 @@
-"""The main job end to end, on models and texts that take seconds: convert.py, distill.py, and the README's own code."""
+"""The main job end to end, on models and texts that take seconds: convert.py, distill.py, and the README's own code.
+What measures it is in test_evaluate.py."""
 
 import gc
 import json
@@ -14,12 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
-import ablate
 import convert
 import distill
+import evaluate
 import sea
 
 VOCAB, SEQ = 64, 24
@@ -179,8 +181,9 @@ def test_a_long_prefill_in_chunks_is_the_same(kind, padding, monkeypatch):
     model, x = convert.attach(tiny(kind), width=8, topk=3, query_stride=2), tokens(n=16)
     mask = torch.ones_like(x)
     mask[0, {"none": slice(0), "left": slice(5), "right": slice(-5, None)}[padding]] = 0
-    calls, results, attend = [], [], sea.SEAttention._attend
-    monkeypatch.setattr(sea.SEAttention, "_attend", lambda self, q, *xs, **kw: calls.append(q.shape[2]) or attend(self, q, *xs, **kw))
+    calls, results, estimate = [], [], sea.SEAttention.estimate_attention
+    monkeypatch.setattr(sea.SEAttention, "estimate_attention",
+                        lambda self, ops, q, *rest: calls.append(q.shape[2]) or estimate(self, ops, q, *rest))
     for rows in (convert.ROWS_AT_ONCE, 5):
         monkeypatch.setattr(convert, "ROWS_AT_ONCE", rows)
         calls.clear()
@@ -244,7 +247,7 @@ def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
         torch.testing.assert_close(weights[1:] @ v[1:], sparse, rtol=1e-4, atol=1e-5)
     assert not model(x).attentions  # nobody asked
     monkeypatch.setattr(convert, "MOST_WEIGHTS", 100)
-    with pytest.raises(ValueError, match="^output_attentions: expected at most 100 numbers a layer, got .*sea.attention_csr"):
+    with pytest.raises(ValueError, match="^output_attentions: expected at most 100 numbers a layer, got .*attention_csr"):
         model(x, output_attentions=True)
     assert not any(m.sea_weights for m in convert.attention_modules(model)), "kept asking after a run that failed"
 
@@ -256,6 +259,38 @@ def test_set_option_reaches_every_layer_and_survives_saving(tmp_path):
     assert not torch.equal(model(x).logits, few)
     convert.save(model, tmp_path / "student")
     assert {m.sea.config.topk for m in convert.attention_modules(convert.load(tmp_path / "student"))} == {9}
+
+
+# What a student of tiny("opt") held before the controls left sea.py: its "sea" in config.json, and the weights of a layer's attention.
+OPTIONS = {"width": 8, "topk": 3, "group": "causal_batch", "query_stride": 1, "nbf": 8, "cell_keys": True, "backend": "auto"}
+WEIGHTS = {"performer": {"projection": (8, 2)}, "sea": {
+    "cnn.conv1.bias": (4,), "cnn.conv1.weight": (4, 4, 3, 3), "cnn.conv2.bias": (4,), "cnn.conv2.weight": (4, 4, 3, 3),
+    "cnn.norm.bias": (4,), "cnn.norm.weight": (4,), "cnn.norm_out.bias": (8,), "cnn.norm_out.weight": (8,), "cnn.up.bias": (8,),
+    "cnn.up.weight": (8, 4, 1, 1), "decoder.bias": (8,), "decoder.weight": (8, 16), "encoder.0.bias": (16,), "encoder.0.weight": (16, 24),
+    "encoder.1.bias": (16,), "encoder.1.weight": (16,), "gate.bias": (2,), "gate.weight": (2, 16), "key_gain": (2,), "position": (24, 8),
+    "projection": (8, 2)}}
+
+
+@pytest.mark.parametrize("method, logits", [
+    ("sea", [[-0.798026, 0.498143, 0.286753], [-0.756176, 0.476889, 0.426240]]),
+    ("performer", [[-0.734758, 0.498266, 0.367880], [-0.706631, 0.484677, 0.478492]])])
+@torch.no_grad()
+def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits, tmp_path):
+    """The numbers are those that the version which wrote such folders gave."""
+    config = tiny("opt").config
+    config.sea, config.architectures = {**OPTIONS, "method": method}, ["OPTForCausalLM"]
+    config.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda shapes: {name: 0.3 * torch.randn(shapes[name], generator=generator) for name in sorted(shapes)}
+    state = draw({name: x.shape for name, x in tiny("opt").state_dict().items() if name != "lm_head.weight"})
+    for i in range(2):
+        state |= {f"model.decoder.layers.{i}.self_attn.sea.{name}": x for name, x in draw(WEIGHTS[method]).items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    model = convert.load(tmp_path)
+    assert all(type(m.sea) is convert.METHODS[method] for m in convert.attention_modules(model))
+    torch.testing.assert_close(model(tokens()).logits[:, -1, :3], torch.tensor(logits), rtol=1e-4, atol=1e-4)
+    convert.save(model, tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
 
 
 # -- distill.py --------------------------------------------------------------------------------------------------------
@@ -275,44 +310,53 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = ["--seq-len", "16", "--batch", "2", "--width", "8", "--topk", "4", "--device", "cpu"]
+SMALL = ["--seq-len", "16", "--batch", "2", "--sea", "width=8", "topk=4", "--device", "cpu"]
 
 
 def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
-    """Every method trains; the student, the log and the figure are there; --eval-only --load measures the same again."""
-    own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL]
+    """Every method trains; the students and the log are there; evaluate.py measures the same again."""
+    own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt")]
     out = tmp_path / "out"
-    results = distill.main([*own, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--lr", "1e-3",
-                            "--lr-new", "1e-2", "--score-weight", "1", "--method", "sea", "performer", "dense"])
+    results = distill.main([*own, *SMALL, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--optimizer", "lr=1e-3",
+                            "lr_new=1e-2", "--loss", "score=1", "--method", "sea", "performer", "dense"])
     printed = capsys.readouterr().out
     assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
-    for line in ("sea step 00004/00004 (100%) | loss ", "sea after", "performer after", "dense after", "keys/query"):
+    for line in ("sea step 00004/00004 (100%) | loss ", "keys/query", *(f"\n{name} " for name in results)):
         assert line in printed
     losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for record in losses:
         if "terms" in record:
             assert math.isclose(record["loss"], sum(record["terms"].values()))
     assert {"ce", "hidden", "kd", "context", "score", "estimate"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
-    assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
-
-    for option in ("--topk", "4", "--width", "8"):  # a saved student has its own
-        own.remove(option)
-    again = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--out", str(tmp_path / "eval")])
-    assert math.isclose(again["sea"], results["sea"], rel_tol=1e-5)
-    more = distill.main([*own, "--load", str(out / "sea"), "--eval-only", "--topk", "16", "--out", str(tmp_path / "eval")])
-    assert more["sea"] != results["sea"]
-    dense = distill.main([*own, "--load", str(out / "dense"), "--eval-only", "--out", str(tmp_path / "eval")])
-    assert math.isclose(dense["dense"], results["dense"], rel_tol=1e-5)
     steps = [r for r in losses if r.get("name") == "dense" and "lr" in r]
     assert [r["lr"] for r in steps] == [1e-3] * 4  # the paper's schedule is constant
 
+    students = [str(out / name) for name in ("sea", "performer", "dense")]
+    again = evaluate.main([*own, "--seq-len", "16", "--device", "cpu", "--students", *students, "--topk", "16", "--out", str(tmp_path / "eval")])
+    for name in ("teacher", "sea", "performer", "dense"):
+        assert math.isclose(again[name]["ppl"], results[name], rel_tol=1e-5)
+    assert again["sea, topk 16"]["ppl"] != again["sea"]["ppl"]
 
-def test_no_argument_trains_its_own_teacher(tmp_path):
-    """The default job in small: the real OPT, a BPE trained on the spot, Python's own documentation."""
-    results = distill.main(["--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
+
+def test_no_argument_trains_its_own_teacher(tmp_path, monkeypatch):
+    """The default jobs in small: the real OPT, a BPE trained on the spot, Python's own documentation; then what they left, measured."""
+    monkeypatch.setattr(distill, "TEACHER_STEPS", 2)
+    results = distill.main(["--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
     assert set(results) == {"teacher"} | {f"{m}{when}" for m in ("sea", "performer", "dense") for when in (" before", "")}
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")) is OPTForCausalLM
     assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
+    again = evaluate.main(["--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert {name: row["ppl"] for name, row in again.items()} == {name: pytest.approx(results[name], rel=1e-5) for name in again}
+    assert list(again) == ["teacher", "sea", "performer", "dense"]
+
+
+def test_a_saved_student_trains_further(home, tmp_path):
+    run_steps(home, tmp_path / "a")
+    first = last_results(tmp_path / "a")
+    distill.main([*arguments(home, tmp_path / "b", "--seq-len", "16", "--batch", "2", "--device", "cpu"), "--load", str(tmp_path / "a/sea")])
+    assert last_results(tmp_path / "b")["sea before"] == pytest.approx(first["sea"], rel=1e-6)
+    assert last_results(tmp_path / "b")["sea"] != last_results(tmp_path / "b")["sea before"]
+    assert convert.load(tmp_path / "b/sea").config.sea["width"] == 8  # its own
 
 
 def student_and_teacher(kind="opt", **options):
@@ -324,9 +368,9 @@ def student_and_teacher(kind="opt", **options):
 def test_distillation_lowers_every_term():
     student, teacher = student_and_teacher()
     optimizer, x = distill.make_optimizer(student, 1e-3, 1e-2, 0.01), tokens(8)
-    first = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0, score=1.0))
+    first = distill.distillation_losses(student, teacher, x, distill.LossWeights(ce=0.0, score=1.0))
     for _ in range(60):
-        terms = distill.distillation_losses(student, teacher, x, distill.Weights(ce=0.0, score=1.0))
+        terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(ce=0.0, score=1.0))
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -338,7 +382,7 @@ def test_distillation_lowers_every_term():
 @pytest.mark.parametrize("cell_keys", [False, True])
 def test_every_new_weight_learns(cell_keys):
     student, teacher = student_and_teacher(cell_keys=cell_keys)
-    sum(distill.distillation_losses(student, teacher, tokens(), distill.Weights(score=1.0)).values()).backward()
+    sum(distill.distillation_losses(student, teacher, tokens(), distill.LossWeights(score=1.0)).values()).backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any() or name.endswith("k_proj.bias"), name  # softmax ignores a constant added to all keys
@@ -354,7 +398,7 @@ def test_autocast_reaches_queries_keys_and_values_alike(kind):
             for model in (teacher, student):
                 model(tokens(), use_cache=False)
         assert {x.dtype for r in a + b for x in (r.q, r.k, r.v, r.out)} == {torch.bfloat16}
-        terms = distill.distillation_losses(student, teacher, tokens(), distill.Weights(score=1.0))
+        terms = distill.distillation_losses(student, teacher, tokens(), distill.LossWeights(score=1.0))
         prompt = dict(input_ids=tokens(n=5), attention_mask=torch.ones(2, 5, dtype=torch.long))
         out = student.eval().generate(**prompt, max_new_tokens=4, min_new_tokens=4, pad_token_id=1)
     sum(terms.values()).backward()
@@ -366,7 +410,7 @@ def test_losses_are_those_of_the_method():
     """Section 6, by hand, from a model's own outputs."""
     student, teacher = student_and_teacher()
     x, kl = tokens(), lambda p, q: (p * (p.log() - q.log())).sum(-1).mean()
-    terms = distill.distillation_losses(student, teacher, x, distill.Weights(score=1.0))
+    terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(score=1.0))
     with convert.record(student) as s, convert.record(teacher) as t:
         a, b = (model(x, output_hidden_states=True) for model in (student, teacher))
     mean = lambda values: torch.stack(list(values)).mean()
@@ -398,9 +442,9 @@ def test_logit_losses_in_chunks_are_those_of_all_tokens(chunk):
     torch.testing.assert_close(torch.autograd.grad(our_ce + 2 * our_kd, student), torch.autograd.grad(ce + 2 * kd, student))
 
 
-def arguments(home, out) -> list[str]:
-    return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--out", str(out), "--method", "sea",
-            "--steps", "3", "--lr", "1e-3", "--lr-new", "1e-2"]
+def arguments(home, out, *small) -> list[str]:
+    return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *(small or SMALL), "--out", str(out), "--method", "sea",
+            "--steps", "3", "--optimizer", "lr=1e-3", "lr_new=1e-2"]
 
 
 def run_steps(home, out, *options):
@@ -410,6 +454,10 @@ def run_steps(home, out, *options):
     return convert.load(out / "sea").state_dict(), [r for r in records if "terms" in r]
 
 
+def last_results(out: Path) -> dict[str, float]:
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["results"]
+
+
 def terms_of(steps: list[dict]) -> list[tuple]:
     return [(r["step"], r["terms"], r["lr"]) for r in steps]
 
@@ -417,9 +465,9 @@ def terms_of(steps: list[dict]) -> list[tuple]:
 def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch):
     """2 + resume + 2 steps equal 4, bit for bit, though the kill comes in the middle of the third; dropout, schedule, redraws and
     data included. Other numbers in the options are refused, a later evaluation is not."""
-    options = ["--steps", "4", "--save-every", "2", "--eval-every", "3", "--schedule", "cosine", "--warmup", "2", "--redraw-every", "3"]
-    monkeypatch.setattr(distill, "load_teacher", lambda args, load=distill.load_teacher: with_dropout(load(args)))
-    whole, steps = run_steps(home, tmp_path / "whole", *options)
+    options = ["--steps", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "warmup=2", "redraw_every=3"]
+    monkeypatch.setattr(distill, "load_teacher", lambda *args, load=distill.load_teacher: with_dropout(load(*args)))
+    whole, steps = run_steps(home, tmp_path / "whole", *options, "--eval-every", "1")  # of which nothing depends
     assert [r["lr"] for r in steps] == pytest.approx([1e-2 * x for x in (0.5, 1, 0.75, 0.25)], rel=1e-5)
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
@@ -434,15 +482,15 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run_steps(home, tmp_path / "parts", *options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(SystemExit, match="--resume: expected --lr 0.001 as in .*sea.ckpt, got 0.002"):
-        run_steps(home, tmp_path / "parts", *options, "--resume", "--lr", "2e-3")
+    with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*sea.ckpt, got 0.002"):
+        run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
     with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
         changed.setattr(distill, "tokenize", lambda *x, tokenize=distill.tokenize: tokenize(*x)[:-1])  # the same file, edited
         run_steps(home, tmp_path / "parts", *options, "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert terms_of(resumed) == terms_of(steps)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    again, still = run_steps(home, tmp_path / "parts", *options, "--resume", "--eval-topk", "2,8")  # nothing is left to do
+    again, still = run_steps(home, tmp_path / "parts", *options, "--resume", "--eval-windows", "5", "--eval-every", "3")  # nothing is left to do
     assert len(still) == len(resumed) and all(torch.equal(again[name], value) for name, value in whole.items())
 
 
@@ -463,11 +511,25 @@ def with_dropout(loaded):
 
 def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
     run_steps(home, tmp_path, "--steps", "1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "sea", "sea.ckpt", "sea.png"]  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "sea", "sea.ckpt"]  # nothing half-written
     file = tmp_path / "sea.ckpt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SystemExit, match="--resume: expected a whole checkpoint, got .*sea.ckpt"):
         run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
+    """Their options were flat, and None where a default was meant."""
+    whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
+    run_steps(home, tmp_path, "--steps", "1")  # of a constant schedule
+    saved = torch.load(tmp_path / "sea.ckpt")
+    names = ("model", "data", "valid_data", "load", "steps", "batch", "seq_len", "width", "topk", "lr", "lr_new", "schedule", "warmup",
+             "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
+    assert set(names) <= saved["args"].keys()
+    saved["args"] = {name: saved["args"][name] for name in names} | dict(query_stride=None, nbf=None, cell_keys=True, steps=2)
+    torch.save(saved, tmp_path / "sea.ckpt")
+    resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def torchrun(script, *options) -> str:
@@ -480,7 +542,7 @@ def torchrun(script, *options) -> str:
     return done.stdout
 
 
-ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5", "--by-position"]
+ACCUMULATING = ["--batch", "4", "--micro-batch", "1", "--eval-every", "2", "--eval-windows", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +569,7 @@ def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, 
 
 def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
     """2 steps of one process, 2 of two with the weights spread over them, and 2 of one again are 6 of one, to rounding."""
-    options = ["--steps", "6", "--batch", "4", "--eval-every", "6", "--save-every", "2", "--schedule", "cosine", "--redraw-every", "3"]
+    options = ["--steps", "6", "--batch", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "redraw_every=3"]
     whole, steps = run_steps(home, tmp_path / "whole", *options)
     write = distill.write_checkpoint
     with monkeypatch.context() as stopping, pytest.raises(SystemExit):
@@ -541,7 +603,7 @@ def test_gradient_checkpointing_changes_memory_only(home, tmp_path):
 
 def test_the_weight_of_hidden_states_is_an_option(home, tmp_path):
     for weight, out in ((None, "a"), ("0.5", "b")):
-        run_steps(home, tmp_path / out, "--steps", "1", *(() if weight is None else ("--hidden-weight", weight)))
+        run_steps(home, tmp_path / out, "--steps", "1", *(() if weight is None else ("--loss", f"hidden={weight}")))
     a, b = (json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[1])["terms"] for out in "ab")
     assert b.pop("hidden") == pytest.approx(a.pop("hidden") / 10) and a == b
 
@@ -554,176 +616,12 @@ def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
     assert not torch.equal(fresh["model.decoder.layers.0.self_attn.sea.decoder.weight"], after["model.decoder.layers.0.self_attn.sea.decoder.weight"])
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
-    results = distill.main([
-        "--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--width", "8", "--topk",
-        "2", "--steps", "1", "--batch", "2", "--method", "sea", "oracle", "--query-stride", str(stride), "--out", str(tmp_path)])
-    assert {"sea", "oracle", "oracle before"} <= results.keys()
-    reports = {r["name"]: r["layers"] for r in map(json.loads, (tmp_path / "log.jsonl").open()) if "layers" in r}
-    for ours, best in zip(reports["sea"], reports["oracle"], strict=True):
-        assert ours["kl"] > ours["least"] > 0 and 0 < ours["kept"] < ours["best"] < 1
-        assert best["kept"] > ours["kept"]
-        if stride == 1:  # otherwise a row serves queries whose own best cells are others
-            assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
-
-
-@pytest.mark.parametrize("name", [name for name, (_, change) in ablate.VARIANTS.items() if change])
-def test_an_ablation_changes_what_is_learned(name, monkeypatch):
-    for module, function in ((sea, "relu_features"), (sea.load_kernels(), "causal_context"), (distill, "layer_losses")):  # what some replace
-        monkeypatch.setattr(module, function, getattr(module, function))
-    gradients = []
-    for change in (lambda module: None, ablate.VARIANTS[name][1]):
-        student, teacher = student_and_teacher("llama" if "rotary" in name else "opt", backend="torch")
-        for module in convert.attention_modules(student):
-            change(module)
-        sum(distill.distillation_losses(student, teacher, tokens(2), distill.Weights(score=1.0)).values()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for n, p in student.named_parameters() if ".sea.encoder." in n]))
-    assert gradients[1].isfinite().all() and not torch.equal(*gradients)
-
-
-def test_features_before_rotary_are_of_what_the_projections_gave(monkeypatch):
-    model, context, found = convert.attach(tiny("llama"), width=8, topk=4, backend="torch"), sea.causal_context, []
-    monkeypatch.setattr(sea.torch_operations, "causal_context", lambda q, k, *rest, **options: found.append((q, k)) or
-                        context(q, k, *rest, **options))
-    module = convert.attention_modules(model)[0]
-    ablate.before_rotary(module)
-    module.register_forward_pre_hook(lambda _, args, kwargs: found.append(kwargs["hidden_states"]), with_kwargs=True)
-    with torch.no_grad():
-        model(tokens(2))
-        for x, projection in zip(found[1], (module.q_proj, module.k_proj)):
-            torch.testing.assert_close(x, projection(found[0]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2))
-
-
 def test_the_collector_leaves_alone_what_was_there_before_training():
     before = [[]]
     with pytest.raises(RuntimeError), distill.settled():
         assert all(x is not before for x in gc.get_objects())
         raise RuntimeError
     assert any(x is before for x in gc.get_objects())
-
-
-def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
-    names = ["base", "nearest instead of sub-pixel", "--no-cell-keys"]
-    done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
-                           "--micro-batch", "2", "--warmup", "0", "--steps", "2", "--eval-topk", "2", "--only", *names[:2],
-                           f"--variant={names[2]}", "--out", tmp_path], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "ablation.json").read_text())["results"]
-    assert list(results) == names and all(0.5 < r["sea"] < 2 and 0.5 < r["sea, topk 2"] < 2 and 0 < r["kept"] < 1 for r in results.values())
-    assert all(f"{name:30} {results[name]['sea']:8.4f}" in done.stdout for name in names) and "topk 2" in done.stdout
-
-
-def test_eval_topk_measures_one_student_at_each(home, tmp_path, capsys, monkeypatch):
-    """Perplexity, and the time of the attention alone, of the same student."""
-    run_steps(home, tmp_path / "a")
-    timed = []
-    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
-    monkeypatch.setattr(distill, "pass_cost", lambda *_: dict(ms=123.4, mib=5678.9))
-    results = distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
-                            "--load", str(tmp_path / "a/sea"), "--eval-only", "--eval-topk", "1,4,16", "--look", "0.1,1.0",
-                            "--out", str(tmp_path / "b")])
-    assert results["sea, topk 4"] == results["sea"] and len({results[f"sea, topk {k}"] for k in (1, 4, 16)}) == 3
-    printed = capsys.readouterr().out
-    assert "sea, topk 16" in printed and printed.count("123.4 ms    5,679 MiB") == 2  # the teacher and the student
-    curve = json.loads((tmp_path / "b/topk.json").read_text())
-    assert [p["ppl"] for p in curve["points"].values()] == [results[f"sea, topk {k}"] for k in (1, 4, 16)]
-    assert curve["lines"]["teacher"]["ppl"] == results["teacher"]
-    assert [p["ms"] for p in curve["points"].values()] == [1.0, 2.0, 3.0] and curve["lines"]["teacher"]["ms"] == 4.0
-    assert {p["clock"] for p in curve["points"].values()} == {"wall clock"} and "from q, k, v on" in curve["timed"]
-    cells = [[layer.cells.sum().item() for layer in layers] for layers in timed[:3]]  # of both layers
-    assert len(cells[0]) == 2 and cells[0] < cells[1] < cells[2] and all(isinstance(x, torch.Tensor) for x in timed[3])
-    for name in ("topk.png", "sea.png"):
-        assert (tmp_path / "b" / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="--look: expected layers below 2 and heads below 2, got 2.0"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu",
-                      "--load", str(tmp_path / "a/sea"), "--eval-only", "--look", "2.0", "--out", str(tmp_path / "b")])
-
-
-@torch.no_grad()
-def test_perplexity_by_position_adds_up(monkeypatch):
-    """Each block is its tokens' mean, and all of them together are the perplexity, however many windows, chunks and blocks."""
-    args, model, data = distill.parse([*SMALL, "--micro-batch", "2"]), tiny("opt"), tokens(3)
-    nll = -torch.stack([model(w[None]).logits[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in data])
-    assert torch.allclose(distill.token_losses(model, data, args, chunk=5), nll, atol=1e-5)
-    blocks = distill.perplexity_by_position(model, data, args, first=4)
-    assert [(b["first"], b["last"]) for b in blocks] == [(1, 4), (5, 8), (9, 16), (17, 24)]  # the first token is given
-    for b, part in zip(blocks, nll.split([3, 4, 8, 8], dim=1), strict=True):
-        assert math.isclose(b["ppl"], part.mean().exp(), rel_tol=1e-5)
-    mean = sum(math.log(b["ppl"]) * (b["last"] - max(b["first"], 2) + 1) for b in blocks) / (SEQ - 1)
-    assert math.isclose(math.exp(mean), distill.perplexity(model, data, args), rel_tol=1e-5)
-    assert [(b["first"], b["last"]) for b in distill.perplexity_by_position(model, data, args)] == [(1, 24)]
-
-
-@pytest.fixture(scope="module")
-def llama(home) -> Path:
-    """A folder like home/teacher with a grouped-query, rotary model."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "teacher")
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
-                         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
-    torch.manual_seed(0)
-    convert.save(LlamaForCausalLM(config).bfloat16(), home / "llama", tokenizer)
-    return home / "llama"
-
-
-def test_a_grouped_query_rotary_model_end_to_end(home, llama, tmp_path, capsys, monkeypatch):
-    """With all that a real one needs, in half precision as on a GPU: checkpointing, new weights only, positions, prompts; then
-    again from its files, with pictures."""
-    monkeypatch.setattr(distill, "autocast", lambda args, **options: torch.autocast("cpu", torch.bfloat16, **options))
-    own = ["--model", str(llama), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--by-position", "--prompt",
-           "The quick", "The lazy dog", "--new-tokens", "5", "--look", "1.5", "--eval-topk", "2,4", "--eval-windows", "6"]
-    with monkeypatch.context() as quick:
-        quick.setattr(distill, "draw", lambda *_: None)
-        quick.setattr(distill, "draw_curve", lambda *_: None)
-        results = distill.main([*own, "--width", "8", "--topk", "4", "--batch", "2", "--steps", "2", "--train", "sea",
-                                "--gradient-checkpointing", "--method", "sea", "performer", "dense", "--out", str(tmp_path / "a")])
-    again = distill.main([*own, "--load", str(tmp_path / "a/sea"), "--eval-only", "--out", str(tmp_path / "b")])
-    assert again["sea"] == pytest.approx(results["sea"], rel=1e-5) and again["sea, topk 4"] == pytest.approx(again["sea"], rel=1e-5)
-    printed = capsys.readouterr().out
-    for record, names in ((tmp_path / "a/log.jsonl", ["teacher", "sea", "performer", "dense"]), (tmp_path / "b/log.jsonl", ["teacher", "sea"])):
-        last = json.loads(record.read_text().splitlines()[-1])
-        for field in ("passes", "by_position", "continuations"):
-            assert list(last[field]) == names
-        for name in names:
-            assert last["passes"][name]["ms"] > 0
-            assert last["by_position"][name] == [dict(first=1, last=16, ppl=pytest.approx(last["results"][name], rel=1e-4))]
-            assert len(last["continuations"][name]) == 2
-            assert all(f"{name:18} {text!r}" in printed for text in last["continuations"][name])
-    trained = convert.load(tmp_path / "a/sea").state_dict()
-    before = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
-    assert all(torch.equal(trained[name], value) for name, value in before.items())
-
-
-@pytest.mark.parametrize("kind", ["opt", "llama"])
-@torch.no_grad()
-def test_a_teacher_that_is_recorded_continues_as_itself(home, llama, kind):
-    """sea_teacher attention with transformers' cache: the tokens that the untouched model gives, and its own next token each time."""
-    folder = {"opt": home / "teacher", "llama": llama}[kind]
-    args, tokenizer = distill.parse([*SMALL, "--new-tokens", "9"]), transformers.AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    expected = distill.continuation(model, tokenizer, "The quick red", args)
-    model.set_attn_implementation("sea_teacher")
-    assert distill.continuation(model, tokenizer, "The quick red", args) == expected
-    x = tokenizer("The quick red", return_tensors="pt").input_ids
-    assert tokenizer.decode(recomputed(model, x, torch.ones_like(x), 9)[0, x.shape[1] :], skip_special_tokens=True) == expected
-
-
-@pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("method", ["sea", "performer", "dense"])
-@torch.no_grad()
-def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
-    model, x, timed = tiny(kind), tokens(1), []
-    if method == "dense":
-        model.set_attn_implementation("sea_teacher")
-    else:
-        convert.attach(model, width=8, topk=3, method=method)
-    monkeypatch.setattr(distill.bench, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
-    assert distill.attention_time(model, x, distill.parse(SMALL)) == dict(ms=7.0, clock="wall clock")
-    with convert.record(model) as records:
-        model(x, use_cache=False)
-    for r, result in zip(records, timed, strict=True):
-        torch.testing.assert_close(getattr(result, "out", result), r.out)
 
 
 @pytest.mark.parametrize("hidden, heads, projection, norm_before", [
@@ -737,7 +635,7 @@ def test_every_opt_shape_converts(hidden, heads, projection, norm_before, tmp_pa
     student, x = convert.attach(OPTForCausalLM(config()), width=256, topk=64), tokens(1)
     student.load_state_dict(teacher.state_dict(), strict=False)
     teacher.set_attn_implementation("sea_teacher")
-    terms = distill.distillation_losses(student, teacher, x, distill.Weights(score=1.0))
+    terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(score=1.0))
     sum(terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
     convert.save(student.eval(), tmp_path / "student")
@@ -753,13 +651,13 @@ def test_micro_batches_add_up_to_the_batch(home, tmp_path):
 
 
 def test_schedule_clip_and_redraw(home, tmp_path):
-    weights, steps = run_steps(home, tmp_path / "a", "--schedule", "linear")
+    weights, steps = run_steps(home, tmp_path / "a", "--optimizer", "schedule=linear")
     assert [r["lr"] for r in steps] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
     name = next(name for name in weights if name.endswith("projection"))
     for every, redrawn in ((2, True), (3, False)):  # 3 steps: no draw that no step would use
-        drawn, _ = run_steps(home, tmp_path / str(every), "--redraw-every", str(every))
+        drawn, _ = run_steps(home, tmp_path / str(every), "--optimizer", f"redraw_every={every}")
         assert torch.equal(drawn[name], weights[name]) != redrawn
-    clipped, _ = run_steps(home, tmp_path / "c", "--clip", "1e-12")  # far below AdamW's epsilon
+    clipped, _ = run_steps(home, tmp_path / "c", "--optimizer", "clip=1e-12")  # far below AdamW's epsilon
     first = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
     moved = lambda after: max((after[name] - first[name]).abs().max().item() for name in first if name in after)
     assert moved(clipped) < moved(weights) / 10
@@ -778,7 +676,7 @@ def test_keys_per_query_counts_keys():
 def test_a_student_that_is_the_teacher_has_only_the_label_loss():
     teacher = tiny("opt")
     teacher.set_attn_implementation("sea_teacher")
-    terms = distill.distillation_losses(teacher, teacher, tokens(), distill.Weights(score=1.0))
+    terms = distill.distillation_losses(teacher, teacher, tokens(), distill.LossWeights(score=1.0))
     assert terms.pop("ce") > 0
     assert all(abs(value.item()) < 1e-6 for value in terms.values()), terms
 
@@ -832,33 +730,38 @@ def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_pat
         distill.main(["--model", str(home / "teacher"), *SMALL, "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
-    splits = {name: {"text": [f" {name} \n", "", " = A title = \n"]} for name in ("train", "validation", "test")}
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: splits))
-    train, valid = distill.load_texts(distill.parse(["--model", "opt-125m", "--split", split]))
-    assert train == [" train \n\n\n\n\n = A title = \n"] and valid == [f" {split} \n\n\n\n\n = A title = \n"]
-
-
 def test_the_papers_defaults():
-    args = distill.parse(["--model", "opt-125m"])
-    assert (args.steps, args.batch, args.seq_len, args.width, args.topk, args.lr, args.lr_new) == (10_000, 32, 2048, 256, 64, 2e-6, 1e-4)
-    assert args.schedule == "constant" and args.weight_decay == 0.01 and set(args.method) == {"sea", "performer", "dense"}
+    args, config = distill.parse(["--model", "opt-125m"]), sea.SEAConfig(n_head=12, d_head=64)
+    assert (args.steps, args.batch, args.seq_len, args.sea, config.width, config.topk) == (10_000, 32, 2048, {}, 256, 64)
+    assert (args.optimizer.lr, args.optimizer.lr_new, args.optimizer.schedule, args.optimizer.weight_decay) == (2e-6, 1e-4, "constant", 0.01)
+    assert (args.loss.ce, args.loss.hidden, args.loss.kd) == (0.1, 5, 0.2) and set(args.method) == {"sea", "performer", "dense"}
+
+
+def test_grouped_options_add_up_and_the_last_one_counts():
+    args = distill.parse(["--sea", "width=8", "cell_keys=false", "--sea", "width=16", "nbf=0.5", "--optimizer", "warmup=3", "--loss", "score=1"])
+    assert args.sea == dict(width=16, topk=16, cell_keys=False, nbf=0.5)  # the tiny job's topk
+    assert args.optimizer == distill.OptimizerConfig(lr=5e-4, lr_new=1e-2, schedule="linear", warmup=3)
+    assert args.loss == distill.LossWeights(score=1.0)
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--eval-only"], "--eval-only: expected --load"),
-    (["--topk", "0"], "--topk: expected an integer >= 1, got 0"),
+    (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
+    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, cell_keys, backend, got 'widht=8'"),
+    (["--sea", "cell_keys=no"], "--sea: expected cell_keys of type bool, got 'no'"),
+    (["--sea", "width=8.5"], "--sea: expected width of type int, got '8.5'"),
+    (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
+    (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
-    (["--load", "x", "--width", "8"], "--width: expected none with --load"),
+    (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
-    (["--redraw-every", "-1"], "--redraw-every: expected an integer >= 0"),
-    (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
-    (["--eval-topk", "8,0"], "--eval-topk: expected integers >= 1, got [8, 0]"),
+    (["--optimizer", "redraw_every=-1"], "--optimizer redraw_every: expected an integer >= 0, got -1"),
+    (["--optimizer", "warmup=-1"], "--optimizer warmup: expected an integer >= 0, got -1"),
+    (["--optimizer", "schedule=step"], "--optimizer schedule: expected constant, linear or cosine, got step"),
+    (["--optimizer", "clip=0"], "--optimizer clip: expected a number > 0, got 0.0"),
+    (["--loss", "hidden"], "--loss: expected NAME=VALUE with one of ce, hidden, kd, score, got 'hidden'"),
+    (["--steps", "0"], "--steps: expected an integer >= 1, got 0"),
     (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
-    (["--clip", "0"], "--clip: expected a number > 0, got 0.0"),
-    (["--nbf", "0"], "--nbf: expected a number > 0, got 0.0"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
@@ -871,41 +774,11 @@ def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
         distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--seq-len", "33", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("prompt", ["", "The quick red fox " * 9])
-def test_prompts_that_leave_no_room_are_refused(home, tmp_path, prompt):
-    argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--new-tokens", "20", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="--prompt: expected 1 to 12 tokens, since the model has 32 positions and --new-tokens is 20, got"):
-        distill.main([*argv, "--prompt", "The quick", prompt])
-
-
 @pytest.mark.parametrize("option, name", [("--data", "no.txt"), ("--valid-data", "no.txt"), ("--load", "no-such-student")])
 def test_missing_files_are_named_in_one_sentence(home, tmp_path, option, name):
     argv = ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit, match=f"^{option}: expected .*, got .*{name} "):
         distill.main([*argv, option, str(tmp_path / name)])
-
-
-def test_models_that_do_not_fit_are_refused_by_name(home, tmp_path):
-    """A teacher without a tokenizer or that is a student, and students of another model or cut short."""
-    own = ["--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--eval-only", "--out", str(tmp_path), "--load"]
-    start = lambda teacher, student: distill.main(["--model", str(teacher), *own, str(student)])
-    teacher, tokenizer = home / "teacher", AutoTokenizer.from_pretrained(home / "teacher")
-    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(tmp_path / "bare")
-    with pytest.raises(SystemExit, match="^--model: expected a tokenizer beside the model, got none in .*bare$"):
-        start(tmp_path / "bare", teacher)
-    convert.save(convert.attach(AutoModelForCausalLM.from_pretrained(teacher), width=8, topk=4), tmp_path / "student", tokenizer)
-    with pytest.raises(SystemExit, match="^--model: expected a plain model, to be the teacher, got a student in .*student; --load is for"):
-        start(tmp_path / "student", teacher)
-    config = AutoConfig.from_pretrained(teacher)
-    config.num_hidden_layers += 1
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")
-    layers = config.num_hidden_layers
-    with pytest.raises(SystemExit, match=f"^--load: expected a student of --model, num_hidden_layers {layers - 1}, got {layers} in .*deeper$"):
-        start(teacher, tmp_path / "deeper")
-    weights = tmp_path / "student/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match="^--load: expected a folder that distill.py wrote, got .*student"):
-        start(teacher, tmp_path / "student")
 
 
 def test_students_are_in_memory_one_at_a_time(home, tmp_path, monkeypatch):
@@ -931,7 +804,7 @@ def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path,
 def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sea, "score_loss", lambda *_, **__: torch.tensor(math.nan))
     with pytest.raises(SystemExit, match="sea step 1: the loss is not finite: .*'score': nan"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--score-weight", "1", "--steps",
+        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--loss", "score=1", "--steps",
                       "1", "--out", str(tmp_path)])
 
 

@@ -1,0 +1,294 @@
+"""evaluate.py and ablate.py, on models and texts that take seconds. Where the students come from is in test_distill.py."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import ablate
+import convert
+import distill
+import evaluate
+from test_distill import SEQ, SMALL, home, recomputed, run_steps, tiny, tokens, torchrun  # noqa: F401, home is a fixture
+
+
+def arguments(home, *options) -> list[str]:
+    return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", *map(str, options)]
+
+
+@pytest.fixture(scope="module")
+def student(home, tmp_path_factory) -> Path:
+    """A trained one, saved."""
+    out = tmp_path_factory.mktemp("student")
+    run_steps(home, out)
+    return out / "sea"
+
+
+def test_a_teacher_alone_is_measured(home, tmp_path, capsys):
+    found = evaluate.main(arguments(home, "--out", tmp_path))
+    assert list(found) == ["teacher"] and found["teacher"]["keys"] == 8.5 and found["teacher"]["ppl"] > 1
+    assert "val ppl of tokens" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluate.json"]
+
+
+def test_topk_measures_one_student_at_each(home, student, tmp_path, capsys, monkeypatch):
+    """Perplexity, and the time of the attention alone, of the same student."""
+    timed = []
+    monkeypatch.setattr(evaluate.bench, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
+    monkeypatch.setattr(evaluate, "pass_cost", lambda *_: dict(pass_ms=123.4, pass_mib=5678.9))
+    results = evaluate.main(arguments(home, "--students", student, "--topk", 1, 4, 16, "--look", "0.1", "1.0", "--out", tmp_path))
+    at = [results[f"sea, topk {k}"] for k in (1, 4, 16)]
+    assert at[1]["ppl"] == results["sea"]["ppl"] and len({row["ppl"] for row in at}) == 3
+    assert at[0]["keys"] < at[1]["keys"] < at[2]["keys"]
+    printed = capsys.readouterr().out
+    assert "sea, topk 16" in printed and printed.count("123.4 ms    5,679 MiB") == 5  # the teacher, the student and its three
+    curve = json.loads((tmp_path / "topk.json").read_text())
+    assert [p["ppl"] for p in curve["points"]["sea"].values()] == [row["ppl"] for row in at]
+    assert curve["lines"]["teacher"]["ppl"] == results["teacher"]["ppl"] and list(curve["lines"]) == ["teacher"]
+    assert curve["lines"]["teacher"]["attention_ms"] == 1.0  # and the student's 2.0
+    assert [p["attention_ms"] for p in curve["points"]["sea"].values()] == [3.0, 4.0, 5.0]
+    assert {p["clock"] for p in curve["points"]["sea"].values()} == {"wall clock"} and "from q, k, v on" in curve["timed"]
+    cells = [[layer.cells.sum().item() for layer in layers] for layers in timed[2:]]  # of both layers
+    assert len(cells[0]) == 2 and cells[0] < cells[1] < cells[2] and all(isinstance(x, torch.Tensor) for x in timed[0])
+    for name in ("topk.png", "sea.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "evaluate.json").read_text())
+    assert saved["models"] == json.loads(json.dumps(results)) and saved["args"]["topk"] == [1, 4, 16]
+
+
+def test_students_of_one_name_are_told_apart(home, student, tmp_path):
+    convert.save(convert.load(student), tmp_path / "other/sea")
+    found = evaluate.main(arguments(home, "--students", student, tmp_path / "other/sea", "--out", tmp_path))
+    assert list(found) == ["teacher", str(student), str(tmp_path / "other/sea")]
+    assert found[str(student)]["ppl"] == found[str(tmp_path / "other/sea")]["ppl"]
+
+
+@torch.no_grad()
+def test_perplexity_by_position_adds_up():
+    """Each block is its tokens' mean, and all of them together are the perplexity, however many windows, chunks and blocks."""
+    args, model, data = distill.parse([*SMALL, "--micro-batch", "2"]), tiny("opt"), tokens(3)
+    nll = -torch.stack([model(w[None]).logits[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in data])
+    losses = distill.token_losses(model, data, args, chunk=5)
+    torch.testing.assert_close(losses, nll.mean(0).double(), rtol=1e-5, atol=1e-5)
+    blocks = evaluate.by_position(losses, first=4)
+    assert [(b["first"], b["last"]) for b in blocks] == [(1, 4), (5, 8), (9, 16), (17, 24)]  # the first token is given
+    for b, part in zip(blocks, nll.split([3, 4, 8, 8], dim=1), strict=True):
+        assert math.isclose(b["ppl"], part.mean().exp(), rel_tol=1e-5)
+    mean = sum(math.log(b["ppl"]) * (b["last"] - max(b["first"], 2) + 1) for b in blocks) / (SEQ - 1)
+    assert math.isclose(math.exp(mean), distill.perplexity(model, data, args), rel_tol=1e-5)
+    assert [(b["first"], b["last"]) for b in evaluate.by_position(losses)] == [(1, 24)]
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "fsdp"])
+def test_two_processes_measure_what_one_does(home, student, tmp_path, shard):
+    """An odd number of windows, continuations too; sharded, all but times."""
+    options = ["--students", student, "--topk", 2, "--eval-windows", 5, "--prompt", "The quick", "--new-tokens", 3]
+    one = evaluate.main(arguments(home, *options, "--out", tmp_path / "one"))
+    printed = torchrun("evaluate.py", *arguments(home, *options, "--out", tmp_path / "two"), *shard)
+    assert printed.count("\nsea, topk 2 ") == 2  # in the table, and by position: only the first process speaks
+    two = json.loads((tmp_path / "two/evaluate.json").read_text())["models"]
+    assert one.keys() == two.keys() and ("pass_ms" in two["sea"]) == (not shard)
+    for name, row in one.items():
+        for field in ("ppl", "keys"):
+            assert math.isclose(row[field], two[name][field], rel_tol=1e-4), (name, field)
+        for a, b in zip(row["by_position"], two[name]["by_position"], strict=True):
+            assert a == {**b, "ppl": pytest.approx(b["ppl"], rel=1e-4)}
+    for a, b in zip(one["sea"]["layers"], two["sea"]["layers"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert one["sea"]["continuations"] == two["sea"]["continuations"]
+
+
+@pytest.fixture(scope="module")
+def llama(home) -> Path:
+    """A folder like home/teacher with a grouped-query, rotary model."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "teacher")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+                         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    convert.save(LlamaForCausalLM(config).bfloat16(), home / "llama", tokenizer)
+    return home / "llama"
+
+
+def test_a_grouped_query_rotary_model_end_to_end(home, llama, tmp_path, capsys, monkeypatch):
+    """With all that a real one needs, in half precision as on a GPU: checkpointing and new weights only; then from its files
+    positions, prompts, times and pictures."""
+    monkeypatch.setattr(distill, "autocast", lambda args, **options: torch.autocast("cpu", torch.bfloat16, **options))
+    own = ["--model", str(llama), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--eval-windows", "6"]
+    results = distill.main([*own, "--sea", "width=8", "topk=4", "--batch", "2", "--steps", "2", "--train", "sea", "--gradient-checkpointing",
+                            "--method", "sea", "performer", "dense", "--out", str(tmp_path / "a")])
+    names = ["sea", "performer", "dense"]
+    again = evaluate.main([*own, "--students", *(str(tmp_path / "a" / name) for name in names), "--prompt", "The quick", "The lazy dog",
+                           "--new-tokens", "5", "--look", "1.5", "--topk", "2", "4", "--out", str(tmp_path / "b")])
+    assert again["sea, topk 4"]["ppl"] == pytest.approx(again["sea"]["ppl"], rel=1e-5)
+    printed = capsys.readouterr().out
+    for name in ("teacher", *names):
+        row = again[name]
+        assert row["ppl"] == pytest.approx(results[name], rel=1e-5) and row["pass_ms"] > 0 and row["attention_ms"] > 0
+        assert row["by_position"] == [dict(first=1, last=16, ppl=pytest.approx(row["ppl"], rel=1e-4))]
+        assert len(row["continuations"]) == 2 and all(f"{name:18} {text!r}" in printed for text in row["continuations"])
+    assert (tmp_path / "b/sea.png").read_bytes().startswith(b"\x89PNG")
+    trained = convert.load(tmp_path / "a/sea").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@torch.no_grad()
+def test_a_teacher_that_is_recorded_continues_as_itself(home, llama, kind):
+    """sea_teacher attention with transformers' cache: the tokens that the untouched model gives, and its own next token each time."""
+    folder = {"opt": home / "teacher", "llama": llama}[kind]
+    args, tokenizer = evaluate.parse(["--model", str(folder), "--device", "cpu", "--new-tokens", "9"]), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    expected = evaluate.continuation(model, tokenizer, "The quick red", args)
+    model.set_attn_implementation("sea_teacher")
+    assert evaluate.continuation(model, tokenizer, "The quick red", args) == expected
+    x = tokenizer("The quick red", return_tensors="pt").input_ids
+    assert tokenizer.decode(recomputed(model, x, torch.ones_like(x), 9)[0, x.shape[1] :], skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("method", ["sea", "performer", "dense"])
+@torch.no_grad()
+def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
+    model, x, timed = tiny(kind), tokens(1), []
+    if method == "dense":
+        model.set_attn_implementation("sea_teacher")
+    else:
+        convert.attach(model, width=8, topk=3, method=method)
+    monkeypatch.setattr(evaluate.bench, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
+    assert evaluate.attention_time(model, x, distill.parse(SMALL)) == dict(attention_ms=7.0, clock="wall clock")
+    with convert.record(model) as records:
+        model(x, use_cache=False)
+    for r, result in zip(records, timed, strict=True):
+        torch.testing.assert_close(getattr(result, "out", result), r.out)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
+    """While it trains, and when it is measured from its files."""
+    trained = distill.main([*arguments(home), "--sea", "width=8", "topk=2", f"query_stride={stride}", "--steps", "1", "--batch", "2",
+                            "--method", "sea", "oracle", "--out", str(tmp_path)])
+    found = evaluate.main(arguments(home, "--students", tmp_path / "sea", tmp_path / "oracle", "--out", tmp_path))
+    assert {name: row["ppl"] for name, row in found.items()} == {name: pytest.approx(trained[name], rel=1e-5) for name in found}
+    for ours, best in zip(found["sea"]["layers"], found["oracle"]["layers"], strict=True):
+        assert ours["kl"] > ours["least"] > 0 and 0 < ours["kept"] < ours["best"] < 1
+        assert best["kept"] > ours["kept"]
+        if stride == 1:  # otherwise a row serves queries whose own best cells are others
+            assert best["kl"] == pytest.approx(best["least"], abs=1e-4) and best["kept"] == pytest.approx(best["best"], abs=1e-6)
+
+
+def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatch):
+    students = []
+
+    def load(*args, do=distill.load_student, **options):
+        assert all(earlier() is None for earlier in students)
+        method, model = do(*args, **options)
+        students.append(weakref.ref(model))
+        return method, model
+
+    monkeypatch.setattr(distill, "load_student", load)
+    convert.save(convert.load(student), tmp_path / "other")
+    evaluate.main(arguments(home, "--students", student, tmp_path / "other", "--topk", 2, "--out", tmp_path))
+    assert len(students) == 2
+
+
+# -- what it refuses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--topk", "8", "0"], "--topk: expected integers >= 1, got [8, 0]"),
+    (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
+    (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
+    (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
+])
+def test_bad_options_name_the_option(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--model", "x", *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_a_teacher_is_needed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--out", str(tmp_path)])
+    assert "--model: expected a teacher, or one that distill.py trained in --out" in capsys.readouterr().err
+
+
+def test_heads_that_the_model_lacks_are_refused(home, tmp_path):
+    with pytest.raises(SystemExit, match="--look: expected layers below 2 and heads below 2, got 2.0"):
+        evaluate.main(arguments(home, "--look", "2.0", "--out", tmp_path))
+
+
+@pytest.mark.parametrize("prompt", ["", "The quick red fox " * 9])
+def test_prompts_that_leave_no_room_are_refused(home, tmp_path, prompt):
+    with pytest.raises(SystemExit, match="--prompt: expected 1 to 12 tokens, since the model has 32 positions and --new-tokens is 20, got"):
+        evaluate.main(arguments(home, "--new-tokens", "20", "--out", tmp_path, "--prompt", "The quick", prompt))
+
+
+@pytest.mark.parametrize("option, name", [("--data", "no.txt"), ("--valid-data", "no.txt"), ("--students", "no-such-student")])
+def test_missing_files_are_named_in_one_sentence(home, tmp_path, option, name):
+    with pytest.raises(SystemExit, match=f"^{option}: expected .*, got .*{name} "):
+        evaluate.main(arguments(home, "--out", tmp_path, option, tmp_path / name))
+
+
+@pytest.mark.parametrize("script, option", [(distill, "--load"), (evaluate, "--students")])
+def test_models_that_do_not_fit_are_refused_by_name(home, tmp_path, script, option):
+    """A teacher without a tokenizer or that is a student, and students of another model or cut short."""
+    own = ["--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--out", str(tmp_path), option]
+    start = lambda teacher, student: script.main(["--model", str(teacher), *own, str(student)])
+    teacher, tokenizer = home / "teacher", AutoTokenizer.from_pretrained(home / "teacher")
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(tmp_path / "bare")
+    with pytest.raises(SystemExit, match="^--model: expected a tokenizer beside the model, got none in .*bare$"):
+        start(tmp_path / "bare", teacher)
+    convert.save(convert.attach(AutoModelForCausalLM.from_pretrained(teacher), width=8, topk=4), tmp_path / "student", tokenizer)
+    with pytest.raises(SystemExit, match="^--model: expected a plain model, to be the teacher, got a student in .*student$"):
+        start(tmp_path / "student", teacher)
+    config = AutoConfig.from_pretrained(teacher)
+    config.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")
+    layers = config.num_hidden_layers
+    with pytest.raises(SystemExit, match=f"^{option}: expected a student of --model, num_hidden_layers {layers - 1}, got {layers} in .*deeper$"):
+        start(teacher, tmp_path / "deeper")
+    weights = tmp_path / "student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=f"^{option}: expected a folder that distill.py wrote, got .*student"):
+        start(teacher, tmp_path / "student")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
+    splits = {name: {"text": [f" {name} \n", "", " = A title = \n"]} for name in ("train", "validation", "test")}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: splits))
+    args = evaluate.parse(["--model", "opt-125m", "--split", split])
+    assert evaluate.load_documents(args) == [f" {split} \n\n\n\n\n = A title = \n"]
+    assert distill.load_texts(args, split) == ([" train \n\n\n\n\n = A title = \n"], evaluate.load_documents(args))
+
+
+# -- ablate.py ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in ablate.VARIANTS if name != "base"])
+def test_an_ablation_changes_what_is_learned(name):
+    base, other = (distill.fixed_options(distill.parse([*ablate.BASE, *options.split()])) for options in ("", ablate.VARIANTS[name]))
+    assert base != other
+
+
+def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
+    names = ["base", "stride 2", "--sea cell_keys=false"]
+    done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
+                           "--micro-batch", "2", "--optimizer", "warmup=0", "--steps", "2", "--topk", "2", "--jobs", "2", "--only", *names[:2],
+                           f"--variant={names[2]}", "--out", tmp_path], capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "ablation.json").read_text())["results"]
+    assert list(results) == names and all(0.5 < r["ratio"] < 2 and 0.5 < r["topk 2"] < 2 and 0 < r["kept"] < 1 for r in results.values())
+    assert len({r["ratio"] for r in results.values()}) == 3
+    assert all(f"{name:30} {results[name]['ratio']:8.4f}" in done.stdout for name in names) and "topk 2" in done.stdout
