@@ -1,35 +1,37 @@
 """Distil SEA into a pretrained causal language model.
 
-    python distill.py                        no download, no GPU: trains a tiny OPT on Python's own documentation, then
-                                             distils SEA from it, and two controls, in a few minutes
-    python distill.py --model opt-125m       facebook/opt-125m on WikiText-2, with the paper's settings
-    python distill.py --model DIR --data FILE [--valid-data FILE]         your own model and text
-    python distill.py --model DIR --data FILE --load OUT/sea              train a saved student further
-    torchrun --nproc-per-node 2 distill.py ... [--shard]     several GPUs, hosts or CPU processes; with --shard each
-                                             holds a part of both models, which need not fit one GPU
+    python distill.py                      no download, no GPU: trains a tiny OPT on Python's own
+                                           documentation, then distils SEA and two controls from it
+    python distill.py --model opt-125m     facebook/opt-125m, WikiText-2, the paper's settings
+    python distill.py --model DIR --data FILE [--valid-data FILE]        your own model and text
+    python distill.py --model DIR --data FILE --load out/sea             a saved student, further
+    torchrun --nproc-per-node 2 distill.py ... [--shard]                 several GPUs or CPUs
 
     teacher     the pretrained model, which stays as it is
-    student     a copy of it that is trained: "sea" with SEA in place of its attention, or one of the controls
-                "performer", with a Performer there; "dense", the copy itself; "oracle", SEA that takes its cells from
-                the teacher's own attention, the bound for any estimator of that width
+    student     a copy of it that is trained, with other attention:
+      sea         SEA
+      performer   control: a Performer, the linear attention that SEA estimates with
+      dense       control: the teacher's own attention
+      oracle      SEA whose cells come from the teacher's attention: the bound for any estimate
     loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + context + 0 score)
       ce          cross entropy of the next token
-      hidden      mean square between the hidden states of student and teacher, averaged over layers
+      hidden      mean square between hidden states of student and teacher, mean over layers
       kd          KL(teacher || student) of the next token
-      estimate    L_estimate, SEA's cells against the teacher's attention
-      context     L_context, mean square between the outputs of an attention layer
-      score       L_score, the student's own dense attention against the teacher's: 1 in the paper, 0 here
+      estimate    L_estimate: SEA's cells against the teacher's attention
+      context     L_context: mean square between the outputs of an attention layer
+      score       L_score: the student's own dense attention against the teacher's; the paper has 1
 
-Prints a line a step and at the end a table of perplexities; writes the same records to OUT/log.jsonl, each student to
-OUT/<name>, and what --resume needs to OUT/<name>.ckpt. evaluate.py looks closer at the students. A step's data and random
-numbers follow from --seed and the step alone, so that a run that was killed and resumed continues as if nothing had
-happened; on another number of processes, with or without --shard or with another --micro-batch, too, but for rounding
-and dropout.
+Prints a line a step and a table of perplexities at the end. Writes the same records to
+OUT/log.jsonl, students to OUT/<name>, which evaluate.py measures more closely, and checkpoints for
+--resume to OUT/<name>.ckpt. A step's data and random numbers follow from --seed and the step alone:
+a run that was killed and resumed goes on as if nothing had happened, and another number of processes,
+--shard or another --micro-batch change no more than rounding and dropout.
 """
 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 import logging
@@ -37,39 +39,40 @@ import math
 import os
 import sys
 import time
-import typing
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM,
-                          PreTrainedTokenizerFast)
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig,
+                          OPTForCausalLM, PreTrainedTokenizerFast)
 
 import convert
 import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
 METHODS = (*convert.METHODS, "dense", "oracle")
-TEACHER_STEPS = 1000  # that train the tiny teacher
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LossWeights:
+    """Of the terms that have one, see the top of this file."""
+
     ce: float = 0.1
     hidden: float = 5.0
     kd: float = 0.2
@@ -78,15 +81,15 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's, by default the paper's. Learning rates are those at the peak, which the warm-up ends with."""
+    """AdamW's, by default as in the paper."""
 
-    lr: float = 2e-6  # of pretrained weights
+    lr: float = 2e-6  # of pretrained weights, at its peak
     lr_new: float = 1e-4  # of SEA's
     schedule: str = "constant"  # or linear or cosine decay to 0
-    warmup: int = 0  # steps
+    warmup: int = 0  # steps over which the learning rates rise to their peaks
     weight_decay: float = 0.01  # none on biases and norms
     clip: float = 1.0  # gradient norm at most, inf for any
-    redraw_every: int = 1000  # steps from one draw of SEA's random features to the next, 0 for never
+    redraw_every: int = 1000  # steps between draws of SEA's random features, 0 for no more draws
 
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -98,157 +101,619 @@ class OptimizerConfig:
                 raise ValueError(f"{name}: expected an integer >= 0, got {getattr(self, name)}")
 
 
-# What differs between the two jobs. "paper": section 4 and appendix of the paper. "tiny": found by trying, for 2 CPU cores.
-DEFAULTS = {
-    "paper": dict(steps=10_000, batch=32, micro_batch=1, seq_len=2048, eval_every=500, sea={}, optimizer={}),
-    "tiny": dict(steps=120, batch=8, micro_batch=8, seq_len=256, eval_every=60, sea=dict(width=64, topk=16),
-                 optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear")),
-}
-
-FROM_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # fields that are no options
-OF_SAVED = ("topk", "group", "backend")  # those that no weight depends on
+# Where the two jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
+# SEAConfig and OptimizerConfig follow as well. Without: found by trying, for two CPU cores.
+PAPER = dict(steps=10_000, batch=32, micro_batch=1, seq_len=2048, eval_every=500, sea={}, optimizer={})
+TINY = dict(steps=120, batch=8, micro_batch=8, seq_len=256, eval_every=60,
+            sea=dict(width=64, topk=16), optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
 
 
-def fields_of(config: type) -> dict[str, type]:
-    return {name: kind for name, kind in typing.get_type_hints(config).items() if name not in FROM_MODEL}
+# -- data ------------------------------------------------------------------------------------------
 
 
-def settings(config: type):
-    """An argparse type: NAME=VALUE with a field of the dataclass `config`, as (name, value)."""
-    kinds = fields_of(config)
+def load_texts(args, split: str = "validation") -> tuple[list[str], list[str]]:
+    """Training and validation documents. split: of WikiText-2, to validate on."""
+    valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
+    if args.data:
+        documents = read_documents("--data", args.data)
+    elif args.model:
+        splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
+                     "give a text file with --data FILE instead", load_wikitext)
+        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits[split]["text"])]
+    else:
+        from pydoc_data.topics import topics  # comes with Python, differs a little with its version
 
-    def setting(text: str) -> tuple[str, object]:
-        name, _, value = text.partition("=")
-        if name not in kinds or not value:
-            raise argparse.ArgumentTypeError(f"expected NAME=VALUE with one of {', '.join(kinds)}, got {text!r}")
-        try:
-            return name, {"true": True, "false": False}[value.lower()] if kinds[name] is bool else kinds[name](value)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"expected {name} of type {kinds[name].__name__}, got {value!r}") from None
-
-    return setting
-
-
-def add_common_options(p: argparse.ArgumentParser) -> None:
-    """Those of distill.py and evaluate.py alike."""
-    add = p.add_argument
-    add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder (none: the tiny "
-        "OPT that distill.py trains, in --out)")
-    add("--data", help="text file, UTF-8; documents are separated by three newlines (none: WikiText-2 with --model, else "
-        "Python's documentation)")
-    add("--valid-data", help="validation text file (none: the validation split, or the last tenth of --data)")
-    add("--seq-len", type=int, help="tokens a sequence" + by_job("seq_len"))
-    add("--micro-batch", type=int, help="sequences in memory at once, of each process" + by_job("micro_batch"))
-    add("--eval-windows", type=int, help="validation windows to use (none: all)")
-    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the optimizer over the "
-        "processes (FSDP2), which otherwise hold all of them each (DDP). For models that do not fit one GPU; with "
-        "--gradient-checkpointing, without which bf16 copies of all weights stay from the forward to the backward pass. "
-        "Each process needs CPU memory for both models in fp32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 autocast on cuda")
-    add("--out", default="out", help="folder for what is written")
+        documents = [topics[name] for name in sorted(topics)]
+    return (documents, valid) if valid else last_tenth_apart(documents)
 
 
-def by_job(name: str) -> str:
-    return f" (none: {DEFAULTS['paper'][name]} with --model, {DEFAULTS['tiny'][name]} without)"
+def load_wikitext():
+    from datasets import load_dataset  # here, since --data does without
+
+    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
-def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in the job's defaults, and refuse numbers that nothing can be done with."""
-    for name, value in DEFAULTS["paper" if args.model else "tiny"].items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
-    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "eval_windows", "new_tokens"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
-    if args.seq_len < 2:
-        p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        p.error("--shard: expected several processes to spread over, under torchrun, got one")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_common_options(p)
-    add, pairs = p.add_argument, dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    add("--method", nargs="+", choices=METHODS, default=("sea", "performer", "dense"), help="students to train, one after the other, see the "
-        "top of this file")
-    add("--load", metavar="DIR", help="train this saved student further, instead of fresh ones; --method is then ignored")
-    add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: all, or only the new ones")
-    add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any; options that change "
-        "what is learned must be those of the run that wrote them, the number of processes, --shard, --micro-batch and how "
-        "it is evaluated need not")
-    add("--steps", type=int, help="optimizer steps" + by_job("steps"))
-    add("--batch", type=int, help="sequences a step, over all processes" + by_job("batch"))
-    add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next" + by_job("eval_every"))
-    add("--sea", type=settings(sea.SEAConfig), **pairs, help="fields of sea.SEAConfig, such as width=256 topk=64 "
-        f"query_stride=4 cell_keys=false backend=torch; there are {', '.join(fields_of(sea.SEAConfig))} (without --model, "
-        f"width=64 topk=16 unless given). With --load, {', '.join(OF_SAVED)} only")
-    add("--loss", type=settings(LossWeights), **pairs, help="weights of the loss's terms, by default ce=0.1 hidden=5 kd=0.2 "
-        "score=0. Where a few hidden states are huge, as Llamas tend to have them at the first token, theirs is most of "
-        "the loss: hidden=0.005 is better there")
-    add("--optimizer", type=settings(OptimizerConfig), **pairs, help="by default lr=2e-6 (of pretrained weights) lr_new=1e-4 "
-        "schedule=constant (linear and cosine fall to 0), without --model 5e-4, 1e-2 and linear; warmup=0 (steps) "
-        "weight_decay=0.01 clip=1 (gradient norm) redraw_every=1000 (steps from one draw of random features to the next)")
-    add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what the losses look at, "
-        "and compute the rest again, for large models")
-    add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features")
-    args = p.parse_args(argv)
-
-    job, given = DEFAULTS["paper" if args.model else "tiny"], dict(args.sea)
-    if args.load and set(given) - set(OF_SAVED):
-        p.error(f"--sea: expected {', '.join(OF_SAVED)} only with --load, since the saved student has its own of the others, "
-                f"got {', '.join(set(given) - set(OF_SAVED))}")
-    option = "--sea"
+def read_documents(option: str, file: str) -> list[str]:
     try:
-        args.sea = given if args.load else job["sea"] | given
-        sea.SEAConfig(n_head=1, d_head=2, **args.sea)
-        option = "--optimizer"
-        args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
-    except ValueError as error:
-        p.error(f"{option} {error}")
-    args.loss = LossWeights(**dict(args.loss))
-    check_common_options(p, args)
-    if not 0 <= args.seed < 2**20:
-        p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % size:
-        p.error(f"--batch: expected a multiple of the {size} processes, got {args.batch}")
-    args.micro_batch = min(args.micro_batch, args.batch // size)
-    if args.batch // size % args.micro_batch:
-        p.error(f"--micro-batch: expected a divisor of the {args.batch // size} sequences of a process, got "
-                f"{args.micro_batch}")
-    return args
+        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
 
 
-# -- several processes -------------------------------------------------------------------------------------------------
+def hub(what: str, instead: str, load: Callable):
+    """Run `load`, which may need the network; say in one sentence what was missing and what to give
+    instead."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
+    print(f"loading {what}", flush=True)
+    try:
+        return load()
+    except (OSError, ConnectionError, ImportError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"This needed {what} and could not get it ({reason}); {instead}.")
+
+
+def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Cut between documents, or within the last one if that alone is more than a tenth."""
+    total, size = sum(map(len, documents)), 0
+    for i, document in enumerate(documents[:-1], start=1):
+        size += len(document)
+        if size >= 0.9 * total:
+            return documents[:i], documents[i:]
+    cut = int(0.9 * len(documents[-1]))
+    return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
+
+
+def tokenize(documents: list[str], tokenizer) -> Tensor:
+    """One stream of token ids, an end-of-text token before each document if there are several."""
+    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
+    several = len(documents) > 1 and tokenizer.eos_token_id is not None
+    start = [tokenizer.eos_token_id] if several else []
+    return torch.tensor([i for document in ids for i in start + document])
+
+
+def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
+    """Windows without overlap, remainder dropped: (n, seq_len)."""
+    n = len(tokens) // seq_len
+    if n == 0:
+        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
+    return tokens[: n * seq_len].view(n, seq_len)[:most]
+
+
+def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
+    """Random windows (batch, seq_len) of a token stream, those of this step."""
+    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
+    return tokens[starts + torch.arange(seq_len)]
+
+
+# -- teacher ---------------------------------------------------------------------------------------
+
+
+def load_teacher(model: str | Path, seq_len: int):
+    """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
+    often in half precision."""
+    name = HUB.get(str(model), str(model))
+    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+    instead = "give a local folder with --model DIR instead"
+    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
+    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    load = AutoModelForCausalLM.from_pretrained
+    teacher = hub(what, instead, lambda: load(name, dtype=torch.float32))
+    if hasattr(teacher.config, "sea"):
+        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}")
+    longest = teacher.config.max_position_embeddings
+    if seq_len > longest:
+        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
+    teacher.set_attn_implementation("sea_teacher")  # convert.record sees what it computes
+    return teacher.eval().requires_grad_(False), tokenizer
+
+
+def train_tiny_teacher(args, log: "Log") -> Path:
+    """Train a tiny OPT from scratch on the job's text, unless there is one to resume with; returns its
+    folder."""
+    folder, steps = Path(args.out) / "teacher", args.teacher_steps
+    if rank_and_size()[0] == 0 and not (args.resume and folder.exists()):
+        documents, _ = load_texts(args)
+        tokenizer = tiny_tokenizer(documents)
+        tokens = tokenize(documents, tokenizer)
+        windows(tokens, args.seq_len)  # at least one
+        model = tiny_model(len(tokenizer), args.seq_len, args.seed).to(args.device)
+        optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
+        for step in range(1, steps + 1):
+            lr = set_learning_rate(optimizer, learning_rate(step, steps, "linear", warmup=50))
+            x = batch_of(step, tokens, args.seq_len, 4, args.seed).to(args.device)
+            with autocast(args):
+                loss = model(x, labels=x).loss
+            loss.backward()
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.tick(x.numel())
+            log.step("teacher", step, steps, {"ce": loss.item()}, lr, clock)
+        convert.save(model, folder, tokenizer)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def tiny_tokenizer(documents: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    from tokenizers import ByteLevelBPETokenizer  # transformers brings it
+
+    bpe, special = ByteLevelBPETokenizer(), ["</s>", "<pad>"]
+    bpe.train_from_iterator(documents, vocab_size, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="</s>",
+                                   eos_token="</s>", pad_token="<pad>")
+
+
+def tiny_model(vocab_size: int, seq_len: int, seed: int) -> OPTForCausalLM:
+    """An untrained OPT of 3 layers and 3 heads of 32.
+
+    It starts from wide weights and sinusoidal positions, since from OPT's own start (std 0.02, random
+    positions) so short a training learns little attention: replacing all attention by a running mean
+    then costs 3 % of perplexity, not 100 %.
+    """
+    torch.manual_seed(seed)
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=vocab_size, hidden_size=96, word_embed_proj_dim=96, num_hidden_layers=3,
+        ffn_dim=384, num_attention_heads=3, max_position_embeddings=seq_len, dropout=0.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, init_std=0.06))
+    position = model.get_decoder().embed_positions.weight.data
+    phase = torch.arange(len(position))[:, None] * 1000 ** -torch.linspace(0, 1, 48)
+    position.copy_(0.1 * torch.cat([phase.sin(), phase.cos()], dim=1))
+    return model
+
+
+# -- students --------------------------------------------------------------------------------------
+
+
+def new_student(name: str, original, teacher, args):
+    """One of METHODS: a copy of `original`, the teacher as it was loaded, with new attention in it."""
+    torch.manual_seed(args.seed)
+    student = copy.deepcopy(original).requires_grad_(True)
+    if name != "dense":
+        convert.attach(student, method="sea" if name == "oracle" else name, **args.sea)
+    if name == "oracle":
+        follow_teacher(student, teacher)
+    return student
+
+
+def load_student(option: str, folder: str, original, teacher, **changes):
+    """Which of METHODS an earlier run saved in `folder`, and the student, in fp32. changes: fields of
+    SEAConfig that no weight depends on."""
+    try:
+        config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
+        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+            found, wanted = getattr(config.get_text_config(), field), getattr(expected, field)
+            if found != wanted:
+                sys.exit(f"{option}: expected a student of --model, {field} {wanted}, got {found} "
+                         f"in {folder}")
+        if not hasattr(config, "sea"):
+            student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            student.set_attn_implementation("sea_teacher")
+            return "dense", student
+        student = convert.load(folder, dtype=torch.float32)
+        convert.set_option(student, **changes)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({reason})")
+    if getattr(config, "sea_oracle", False):
+        follow_teacher(student, teacher)
+        return "oracle", student
+    return config.sea.get("method", "sea"), student
+
+
+def follow_teacher(student, teacher) -> None:
+    """The oracle: from now on the student's cells are chosen by the teacher's own attention to the same
+    tokens."""
+    records = []
+
+    def look(model, args, kwargs):
+        with torch.no_grad(), convert.record(teacher) as found:
+            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
+        records[:] = found
+
+    def follow(layer: int, attention: sea.SEAttention):
+        estimate_attention = attention.estimate_attention
+
+        def follow_layer(ops, q, k, v, rows, softmax_scale, past):
+            scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
+            of_teacher, width = records[layer], attention.config.width
+            pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, width, of_teacher.scale)
+            best = rows.of(best_scores(pooled, rows.seen))
+            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
+
+        attention.estimate_attention = follow_layer
+
+    student.config.sea_oracle = True
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    for i, module in enumerate(convert.attention_modules(student)):
+        follow(i, module.sea)
+
+
+def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
+    """The best estimate of the attention, scores (B, H, T, width): the log of its mean in each cell."""
+    n_keys = sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None]  # (B, 1, T, width)
+    return (pooled.cells / n_keys.clamp(min=1)).clamp(min=1e-30).log()
+
+
+# -- losses, section 6 of the method ---------------------------------------------------------------
+
+
+def distillation_losses(student, teacher, x: Tensor, weights: LossWeights,
+                        run=None) -> dict[str, Tensor]:
+    """The weighted terms, whose sum is the loss, of token ids x (B, T). run: what data_parallel gave
+    for the student."""
+    with torch.no_grad(), convert.record(teacher) as of_teacher:
+        target = teacher(x, output_hidden_states=True, use_cache=False)
+    with convert.record(student) as of_student:
+        output = (run or student)(x, output_hidden_states=True, use_cache=False)
+    ce, kd = logit_losses(output.logits, target.logits, x)
+    hidden = hidden_loss(output.hidden_states, target.hidden_states)
+    layers = [layer_losses(s, t, weights) for s, t in zip(of_student, of_teacher, strict=True)]
+    terms = {"ce": weights.ce * ce, "hidden": weights.hidden * hidden, "kd": weights.kd * kd}
+    for name in layers[0]:
+        terms[name] = torch.stack([layer[name] for layer in layers]).mean()
+    return terms
+
+
+def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers of the mean square between hidden states (B, T, E)."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in pairs]).mean()
+
+
+def logit_losses(student: Tensor, teacher: Tensor, x: Tensor,
+                 chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Means over tokens of the next token's cross entropy and of KL(teacher || student).
+
+    Logits (B, T, vocabulary), token ids x (B, T). `chunk` tokens at a time, again in the backward pass:
+    in fp32 a large vocabulary's logits are by far the largest tensors of a step.
+    """
+
+    def sums(student, teacher, target):
+        log_q, log_p = (sea.at_least_fp32(x).log_softmax(-1) for x in (student, teacher))
+        return torch.stack([F.nll_loss(log_q, target, ignore_index=-1, reduction="sum"),
+                            F.kl_div(log_q, log_p, log_target=True, reduction="sum")])
+
+    target = F.pad(x[:, 1:], (0, 1), value=-1)  # the last token predicts nothing
+    parts = zip(*(y.flatten(0, 1).split(chunk) for y in (student, teacher, target)))
+    ce, kd = sum(checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False)
+                 for part in parts)
+    return ce / target[:, :-1].numel(), kd / target.numel()
+
+
+def layer_losses(student: convert.Record, teacher: convert.Record,
+                 weights: LossWeights) -> dict[str, Tensor]:
+    """Of one attention layer: L_context; L_score, if it has a weight; L_estimate, if the student has an
+    estimate."""
+    B, _, T, _ = student.q.shape
+    seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
+    terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
+    if weights.score:  # scales may differ, since OPT scales q before attention: each record has its own
+        terms["score"] = weights.score * sea.score_loss(
+            student.q * student.scale, student.k, teacher.q * teacher.scale, teacher.k, seen, 1.0)
+    if student.sea is not None and student.sea.scores is not None:
+        ops = sea.operations(student.config, teacher.q)
+        width = student.config.width
+        pooled = ops.pool_attention(teacher.q, teacher.k, seen, width, teacher.scale)
+        terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
+    return terms
+
+
+# -- validation ------------------------------------------------------------------------------------
+
+
+def perplexity(model, data: Tensor, args) -> float:
+    """exp of the mean negative log likelihood; windows data (n, T) predict all tokens but the first."""
+    return token_losses(model, data, args).mean().exp().item()
+
+
+@torch.no_grad()
+def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
+    """Negative log likelihood at each place of a window but the first, the mean over windows data
+    (n, T), which processes share: (T - 1,).
+
+    `chunk` tokens at a time: a large vocabulary's logits of a long window are too many for fp32.
+    """
+    model.eval()
+    total = torch.zeros(data.shape[1] - 1, dtype=torch.float64)
+    for x, n in batches_of_process(data, args):
+        with autocast(args):
+            logits = model(x, use_cache=False).logits
+        parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
+        losses = [F.cross_entropy(z.float().mT, y, reduction="none") for z, y in parts]
+        total += torch.cat(losses, dim=1).sum(0).cpu()
+    total = over_processes(total.tolist(), args)
+    return torch.tensor(total, dtype=torch.float64) / len(data)
+
+
+def batches_of_process(data: Tensor, args) -> Iterator[tuple[Tensor, int]]:
+    """This process's windows, a micro-batch at a time, and how many of a batch count: all processes
+    have as many batches, since with --shard each pass gathers weights from all."""
+    rank, size = rank_and_size()
+    mine = data[rank::size]
+    for i in range(0, -(-len(data) // size), args.micro_batch):
+        x = mine[i : i + args.micro_batch]
+        yield (x if len(x) else data[:1]).to(args.device), len(x)
+
+
+@torch.no_grad()
+def keys_per_query(model, data: Tensor, args) -> float:
+    """Mean keys that a query attends to, over layers, heads and the queries of one window."""
+    with autocast(args), convert.record(model) as records:
+        model(data[:1].to(args.device), use_cache=False)
+    if records[0].sea is None or records[0].sea.cells is None:  # dense, or a control without cells
+        return (data.shape[1] + 1) / 2
+    n_keys = sea.keys_per_cell(records[0].sea.seen, records[0].config.width)[:, None]
+    return torch.stack([(r.sea.mask * n_keys).sum(-1) for r in records]).float().mean().item()
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What all students of a run share."""
+
+    args: argparse.Namespace
+    log: "Log"
+    original: torch.nn.Module  # the teacher as it was loaded: what is sharded cannot be copied
+    teacher: torch.nn.Module  # on the device
+    tokenizer: PreTrainedTokenizerFast
+    tokens: Tensor  # (n,) to train on
+    valid: Tensor  # (n, T) windows
+    teacher_ppl: float
+
+
+def train(name: str, student, job: Job) -> tuple[float, float | None]:
+    """Distil the teacher into `student`, both as place() left them. Returns the validation perplexity
+    at the end and the tokens a second over all processes, None after too few steps to tell."""
+    args, config, ppl = job.args, job.args.optimizer, None
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(student, config.lr, config.lr_new, config.weight_decay)
+    done = resume(name, student, optimizer, args)
+    if done:
+        ppl = perplexity(student, job.valid, args)
+        print(f"{name} resumes after step {done:05d}, val ppl {ppl:.2f}", flush=True)
+    run, clock = data_parallel(student, args), Clock()
+    for step in range(done + 1, args.steps + 1):
+        student.train()
+        share = learning_rate(step, args.steps, config.schedule, config.warmup)
+        lr = set_learning_rate(optimizer, share)
+        redraw_features(student, step, args)
+        terms = add_gradients(student, run, step, job)
+        if not math.isfinite(sum(terms.values())):
+            sys.exit(f"{name} step {step}: the loss is not finite: {terms}")
+        if not math.isfinite(clip_gradients(student, config.clip)):
+            sys.exit(f"{name} step {step}: the gradient is not finite, the loss is: {terms}")
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick(args.batch * args.seq_len)
+        job.log.step(name, step, args.steps, terms, lr, clock)
+        if step % args.eval_every == 0 or step == args.steps:
+            ppl = perplexity(student, job.valid, args)
+            save_student(name, student, job)
+            write_checkpoint(name, student, optimizer, step, args)
+            print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {job.teacher_ppl:.2f}) | "
+                  "saved", flush=True)
+            job.log.record(name=name, step=step, ppl=ppl)
+            clock.resume()
+    return ppl, clock.tokens / clock.seconds if clock.steps else None
+
+
+def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
+    """Forward and backward through this step's batch, a micro-batch at a time; returns the terms of the
+    loss, of all processes."""
+    args, (rank, size) = job.args, rank_and_size()
+    torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
+    mine = batch_of(step, job.tokens, args.seq_len, args.batch, args.seed)[rank::size]
+    parts, total = mine.split(args.micro_batch), {}
+    for i, x in enumerate(parts, start=1):
+        with exchanging(run, now=i == len(parts)):  # once a step
+            with autocast(args):
+                terms = distillation_losses(student, job.teacher, x.to(args.device), args.loss, run)
+            (sum(terms.values()) / len(parts)).backward()
+        for name, value in terms.items():
+            total[name] = total.get(name, 0.0) + value.item() / len(parts)
+    return dict(zip(total, (x / size for x in over_processes(list(total.values()), args))))
+
+
+def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW in four groups: pretrained or new weights, with decay or, for biases and norms, without."""
+    new, members = set(convert.sea_parameters(model)), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
+    groups = []
+    for (is_new, decays), params in members.items():
+        peak = lr_new if is_new else lr
+        decay = weight_decay if decays else 0.0
+        groups.append(dict(params=params, lr=peak, peak=peak, weight_decay=decay))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """As a share of its peak, which it reaches with the last step of the warm-up."""
+    done = max(0, step - max(1, warmup)) / max(1, steps - max(0, warmup - 1))
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[schedule]
+    return decay * min(1.0, step / max(1, warmup))
+
+
+def set_learning_rate(optimizer, share: float) -> float:
+    """Give every group this share of its peak; returns the largest rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def clip_gradients(model, most: float) -> float:
+    """Scale the gradients down to norm `most`; returns the norm they had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def redraw_features(student, step: int, args) -> None:
+    """New random features in all layers, if they are due; the same in all processes."""
+    every = args.optimizer.redraw_every
+    if every and step > 1 and (step - 1) % every == 0:
+        generator = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
+        for module in convert.attention_modules(student):
+            if hasattr(module, "sea"):
+                module.sea.redraw_features(generator)
+
+
+class Clock:
+    """Milliseconds a step and tokens a second. The first 10 steps, which warm up, do not count, nor does
+    the time up to resume()."""
+
+    def __init__(self, skip: int = 10):
+        self.skip, self.steps, self.tokens, self.seconds = skip, 0, 0, 0.0
+        self.step_seconds, self.last = 0.0, time.perf_counter()
+
+    def tick(self, tokens: int) -> None:
+        now = time.perf_counter()
+        self.step_seconds, self.last = now - self.last, now
+        self.skip -= 1
+        if self.skip < 0:
+            self.steps += 1
+            self.tokens += tokens
+            self.seconds += self.step_seconds
+
+    def resume(self) -> None:
+        self.last = time.perf_counter()
+
+
+class Log:
+    """Lines for people on standard output, the same records for programs in OUT/log.jsonl."""
+
+    def __init__(self, args):
+        path = os.devnull if rank_and_size()[0] else Path(args.out) / "log.jsonl"
+        self.file = open(path, "a", encoding="utf-8")
+
+    def record(self, **fields) -> None:
+        self.file.write(json.dumps(fields, default=vars) + "\n")
+        self.file.flush()
+
+    def step(self, name: str, step: int, steps: int, terms: dict[str, float], lr: float,
+             clock: Clock) -> None:
+        loss, ms, speed = sum(terms.values()), 1000 * clock.step_seconds, ""
+        if clock.steps:
+            minutes = (steps - step) * clock.seconds / clock.steps / 60
+            speed = f" | {clock.tokens / clock.seconds:,.0f} tok/s | eta {minutes:.1f}m"
+        parts = " + ".join(f"{key} {value:.3g}" for key, value in terms.items())
+        print(f"{name} step {step:05d}/{steps:05d} ({100 * step // steps}%) | loss {loss:.3f} = "
+              f"{parts} | lr {lr:.2g} | {ms:.0f} ms{speed}", flush=True)
+        self.record(name=name, step=step, loss=loss, terms=terms, lr=lr, ms=ms)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+# Options that may differ between a run and the one that resumes it. The groups are compared field by
+# field instead.
+FREE = ("out", "resume", "method", "backend", "eval_every", "eval_windows", "micro_batch", "device",
+        "gradient_checkpointing", "shard", "teacher_steps", "sea", "loss", "optimizer")
+# State dicts hold all processes' weights by name, on the CPU of the first.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save_student(name: str, student, job: Job) -> None:
+    """All processes call this; the first writes."""
+    weights = get_model_state_dict(student, options=WHOLE) if job.args.shard else None
+    if rank_and_size()[0] == 0:
+        convert.save(student, Path(job.args.out) / name, job.tokenizer, weights)
+
+
+def write_checkpoint(name: str, student, optimizer, step: int, args) -> None:
+    """All that a step depends on, whole, however many processes there are. All of them call this; the
+    first writes, beside the old one, and then renames, so that a kill leaves the old or the new."""
+    model, state = get_state_dict(student, optimizer, options=WHOLE)
+    if rank_and_size()[0]:
+        return
+    path = Path(args.out) / f"{name}.ckpt"
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        torch.save(dict(step=step, model=model, optimizer=state, args=fixed_options(args)), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def resume(name: str, student, optimizer, args) -> int:
+    """With --resume, give the student the state in its checkpoint and return the steps behind it; 0 if
+    there is none. Without, remove an earlier run's."""
+    rank, size = rank_and_size()
+    path, saved = Path(args.out) / f"{name}.ckpt", None
+    if args.resume and path.exists():
+        saved = read_checkpoint(path, args)
+    elif rank == 0:
+        path.unlink(missing_ok=True)
+    done = saved["step"] if saved else 0
+    if over_processes([float(done)], args)[0] != done * size:
+        sys.exit(f"--out: expected one folder that all processes share, got {path} of step {done} in "
+                 "one of them, others in others")
+    if saved:
+        set_state_dict(student, optimizer, model_state_dict=saved["model"],
+                       optim_state_dict=saved["optimizer"], options=WHOLE)
+    return done
+
+
+def read_checkpoint(path: Path, args) -> dict:
+    """What write_checkpoint wrote, if it is of this run."""
+    try:  # mapped, it is in memory once for all processes
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
+        before, _ = saved["args"], saved["step"]
+    except Exception as error:  # torch raises whatever its zip and pickle readers do
+        reason = str(error).splitlines()[0]
+        sys.exit(f"--resume: expected a whole checkpoint, got {path} ({reason})")
+    for name, value in fixed_options(args).items():
+        # None: left to its default, or not yet an option
+        if before.get(name) is not None and before[name] != value:
+            what = "the text and the teacher" if name == "fingerprint" else f"{name} {before[name]}"
+            sys.exit(f"--resume: expected {what} as in {path}, got {value}")
+    return saved
+
+
+def fixed_options(args) -> dict:
+    """All that changes what is learned, by name."""
+    weights = {f"{name}_weight": value for name, value in vars(args.loss).items()}
+    options = {**vars(args), **args.sea, **vars(args.optimizer), **weights}
+    return {name: value for name, value in options.items() if name not in FREE}
+
+
+def fingerprint(tokens: Tensor, teacher) -> list[float]:
+    """Of the text and the teacher; a sum of weights may differ in its last bits on another machine."""
+    weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
+    place = torch.arange(1, len(tokens) + 1)
+    return [len(tokens), int((tokens * place).sum()), round(weight, 2)]
+
+
+# -- several processes -----------------------------------------------------------------------------
 
 
 def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
-    """Join the other processes, make --out, print and return what this run is: command, versions and device."""
-    rank, size = start_processes(args)
+    """Join the other processes, make --out, print and return what runs: command, versions, device."""
+    _, size = start_processes(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # logs are files
-    torch.manual_seed(args.seed if hasattr(args, "seed") else 0)
-    device = f"CPU, {torch.get_num_threads()} threads"
+    launcher, device = "python", f"CPU, {torch.get_num_threads()} threads"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name()
-    header = dict(command=command_line(script, argv, size),
-                  versions=f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}",
-                  device=device if size == 1 else f"{size} x {device}")
+    if size > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
+        device = f"{size} x {device}"
+    header = dict(command=" ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)]),
+                  versions=f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers "
+                           f"{transformers.__version__}", device=device)
     print("\n".join(header.values()), flush=True)
     return header
 
 
-def command_line(script: str, argv: list[str] | None, size: int) -> str:
-    """What started this process, one of `size`."""
-    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
-    return " ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)])
-
-
 def start_processes(args) -> tuple[int, int]:
-    """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints and writes."""
+    """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints
+    and writes."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         if args.device.startswith("cuda"):
@@ -287,38 +752,44 @@ def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[floa
 def place(model, args):
     """Move `model` to the device, in place; with --shard, this process's shard of each weight.
 
-    FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the device. Which
-    weights are trained has to be settled before.
+    FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the
+    device. Which weights are trained has to be settled before.
     """
     if not args.shard:
         return model.to(args.device)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # OPT's layers do; nothing writes to it
+    # OPT's layers do so; nothing writes to it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack if convert.attention_modules(layer)]
-    # Outside the layers, too, weights are shards between passes, as optimizer and checkpoints want them.
+    # Outside the layers, too, weights are shards between passes, as optimizer and checkpoints want.
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 def data_parallel(student, args):
-    """What calls `student` in training: its DistributedDataParallel, or itself if there is one process or it is sharded."""
+    """What calls `student` in training: its DistributedDataParallel, or itself if it is sharded or the
+    only process's."""
     if args.shard or not dist.is_initialized():
         return student
     devices = [args.device] if args.device.startswith("cuda") else None
-    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 
 def exchanging(run, now: bool):
-    """The context of one forward and backward pass of `run`, what data_parallel gave: do processes exchange gradients in
-    it? Until they do, each adds up gradients of all weights, sharded or not."""
+    """The context of a forward and backward pass of `run`, what data_parallel gave: do processes
+    exchange gradients in it? Until they do, each adds up gradients of all weights, sharded or not."""
     if isinstance(run, FSDPModule):
         run.set_requires_gradient_sync(now)
-    return run.no_sync() if isinstance(run, DistributedDataParallel) and not now else contextlib.nullcontext()
+    if isinstance(run, DistributedDataParallel) and not now:
+        return run.no_sync()
+    return contextlib.nullcontext()
 
 
 def autocast(args, **options):
+    """bf16 on a GPU."""
     if not args.device.startswith("cuda"):
         return contextlib.nullcontext()
     # With --shard the cache would keep a bf16 copy of every weight, whole, through a forward pass.
@@ -327,8 +798,8 @@ def autocast(args, **options):
 
 @contextlib.contextmanager
 def settled():
-    """Python's garbage collector, within, does not look again at what is there already: that takes a tenth of a second
-    and more, at any moment, for which all other processes wait."""
+    """Within, Python's garbage collector does not look again at what is there already: that takes a
+    tenth of a second and more, at any moment, for which all other processes wait."""
     gc.collect()
     gc.freeze()
     try:
@@ -338,553 +809,153 @@ def settled():
 
 
 def peak_memory(args) -> float:
-    """GiB, the most of any process: of its GPU's allocator since the last reset, or of all of it since its start."""
+    """GiB, the most of any process: of its GPU's allocator since the last reset, or of all of it."""
     if args.device.startswith("cuda"):
-        return over_processes([torch.cuda.max_memory_allocated() / 2**30], args, dist.ReduceOp.MAX)[0]
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return over_processes([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], args, dist.ReduceOp.MAX)[0]
-
-
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-def hub(what: str, instead: str, load):
-    """Run `load`, which may need the network; say in one sentence what was missing and what to give instead."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
-    print(f"loading {what}", flush=True)
-    try:
-        return load()
-    except (OSError, ConnectionError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        sys.exit(f"This needed {what} and could not get it ({reason}); {instead}.")
-
-
-def load_wikitext():
-    from datasets import load_dataset  # here, since --data does without
-
-    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-
-
-def read_documents(option: str, file: str) -> list[str]:
-    try:
-        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
-
-
-def load_texts(args, split: str = "validation") -> tuple[list[str], list[str]]:
-    """Training and validation documents; `split` of WikiText-2 to validate on, its lines joined by blank lines."""
-    valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
-    if args.data:
-        documents = read_documents("--data", args.data)
-    elif args.model:
-        splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
-                     "give a text file with --data FILE instead", load_wikitext)
-        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits[split]["text"])]
+        gib = torch.cuda.max_memory_allocated() / 2**30
     else:
-        from pydoc_data.topics import topics  # ships with every Python, differs a little from version to version
-
-        documents = [topics[name] for name in sorted(topics)]
-    return (documents, valid) if valid else last_tenth_apart(documents)
-
-
-def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Cut at the document that is nearest; within the last one, if that alone is more than a tenth."""
-    total, size = sum(map(len, documents)), 0
-    for i, document in enumerate(documents[:-1], start=1):
-        size += len(document)
-        if size >= 0.9 * total:
-            return documents[:i], documents[i:]
-    cut = int(0.9 * len(documents[-1]))
-    return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return over_processes([gib], args, dist.ReduceOp.MAX)[0]
 
 
-def tokenize(documents: list[str], tokenizer) -> Tensor:
-    """One stream of token ids, an end-of-text token before each document if there are several."""
-    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
-    start = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
-    return torch.tensor([i for document in ids for i in start + document])
+# -- options ---------------------------------------------------------------------------------------
+
+FROM_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # of SEAConfig
+OF_SAVED = ("topk", "group", "backend")  # fields that no weight depends on
 
 
-def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
-    """Windows without overlap, remainder dropped: (n, seq_len)."""
-    n = len(tokens) // seq_len
-    if n == 0:
-        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
-    return tokens[: n * seq_len].view(n, seq_len)[:most]
+def settings(config: type) -> Callable[[str], tuple[str, object]]:
+    """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
+    kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in FROM_MODEL}
+
+    def setting(text: str) -> tuple[str, object]:
+        name, _, value = text.partition("=")
+        if name not in kinds or not value:
+            raise argparse.ArgumentTypeError(
+                f"expected NAME=VALUE with one of {', '.join(kinds)}, got {text!r}")
+        kind = kinds[name]
+        try:
+            return name, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"expected {name} of type {kind.__name__}, got {value!r}") from None
+
+    return setting
 
 
-def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
-    """Random windows (batch, seq_len) of a token stream, those of this step."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
-    starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
-    return tokens[starts + torch.arange(seq_len)]
+def by_job(name: str) -> str:
+    return f" (none: {PAPER[name]} with --model, {TINY[name]} without)"
 
 
-# -- teacher -----------------------------------------------------------------------------------------------------------
+def add_common_options(p: argparse.ArgumentParser) -> None:
+    """Those of distill.py and evaluate.py alike."""
+    add = p.add_argument
+    add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder "
+        "(none: the tiny OPT that distill.py trains, in --out)")
+    add("--data", help="text file, UTF-8; documents are separated by three newlines (none: WikiText-2 "
+        "with --model, else Python's documentation)")
+    add("--valid-data", help="validation text file (none: the validation split, or the last tenth of "
+        "--data)")
+    add("--seq-len", type=int, help="tokens a sequence" + by_job("seq_len"))
+    add("--micro-batch", type=int, help="sequences in memory at once, of each process"
+        + by_job("micro_batch"))
+    add("--eval-windows", type=int, help="validation windows to use (none: all)")
+    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the "
+        "optimizer over the processes (FSDP2), which otherwise hold all of them each (DDP). For models "
+        "that do not fit one GPU; with --gradient-checkpointing, without which bf16 copies of all "
+        "weights stay from the forward to the backward pass. Each process needs CPU memory for both "
+        "models in fp32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
+        "autocast on cuda")
+    add("--out", default="out", help="folder for what is written")
 
 
-def load_teacher(model: str | Path, seq_len: int):
-    """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32: checkpoints are often half precision."""
-    name = HUB.get(str(model), str(model))
-    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
-    instead = "give a local folder with --model DIR instead"
-    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
-    if not tokenizer("the", add_special_tokens=False).input_ids:  # a folder without one gets an empty one
-        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-    teacher = hub(what, instead, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
-    if hasattr(teacher.config, "sea"):
-        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}")
-    longest = teacher.config.max_position_embeddings
-    if seq_len > longest:
-        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
-    teacher.set_attn_implementation("sea_teacher")
-    return teacher.eval().requires_grad_(False), tokenizer
+def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the job's defaults, and refuse numbers that nothing can be done with."""
+    for name, value in (PAPER if args.model else TINY).items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "eval_windows",
+                 "teacher_steps", "new_tokens"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
+    if args.seq_len < 2:
+        p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--shard: expected several processes to spread over, under torchrun, got one")
 
 
-def tiny_tokenizer(documents: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    from tokenizers import ByteLevelBPETokenizer  # transformers brings it
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=["</s>", "<pad>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
-
-
-def tiny_model(vocab_size: int, seq_len: int) -> OPTForCausalLM:
-    """A tiny OPT: 3 layers, 3 heads of 32.
-
-    It starts from wide weights and sinusoidal positions, since from OPT's own start (std 0.02, random positions) so short
-    a training learns little attention: replacing all attention by a running mean then costs 3 % of perplexity, not 100 %.
-    """
-    model = OPTForCausalLM(OPTConfig(
-        vocab_size=vocab_size, hidden_size=96, word_embed_proj_dim=96, num_hidden_layers=3, ffn_dim=384, num_attention_heads=3,
-        max_position_embeddings=seq_len, dropout=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=1, init_std=0.06))
-    position = model.get_decoder().embed_positions.weight.data
-    phase = torch.arange(len(position))[:, None] * 1000 ** -torch.linspace(0, 1, 48)
-    position.copy_(0.1 * torch.cat([phase.sin(), phase.cos()], dim=1))
-    return model
-
-
-def train_tiny_teacher(args, log) -> Path:
-    """Train a tiny OPT from scratch on the job's text, if there is none to resume from; returns the folder it is in."""
-    folder = Path(args.out) / "teacher"
-    if rank_and_size()[0] == 0 and not (args.resume and folder.exists()):
-        documents, _ = load_texts(args)
-        tokenizer = tiny_tokenizer(documents)
-        tokens = tokenize(documents, tokenizer)
-        windows(tokens, args.seq_len)  # at least one
-        model = tiny_model(len(tokenizer), args.seq_len).to(args.device)
-        optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
-        for step in range(1, TEACHER_STEPS + 1):
-            lr = set_learning_rate(optimizer, learning_rate(step, TEACHER_STEPS, "linear", 50))
-            x = batch_of(step, tokens, args.seq_len, 4, args.seed).to(args.device)
-            with autocast(args):
-                loss = model(x, labels=x).loss
-            optimizer.zero_grad()
-            loss.backward()
-            clip_gradients(model, 1.0)
-            optimizer.step()
-            clock.tick(x.numel())
-            log.step("teacher", step, TEACHER_STEPS, {"ce": loss.item()}, lr, clock)
-        convert.save(model, folder, tokenizer)
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_common_options(p)
+    add = p.add_argument
+    add("--method", nargs="+", choices=METHODS, default=("sea", "performer", "dense"),
+        help="students to train, one after the other")
+    add("--load", metavar="DIR", help="train this saved student further, instead of --method")
+    add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: "
+        "all, or only the new ones")
+    add("--steps", type=int, help="optimizer steps" + by_job("steps"))
+    add("--batch", type=int, help="sequences a step, over all processes" + by_job("batch"))
+    add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
+        + by_job("eval_every"))
+    groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
+        "query_stride, nbf, cell_keys (true or false), group, backend; without --model, width=64 "
+        "topk=16 unless given; with --load, topk, group and backend only")
+    add("--loss", type=settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
+        "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
+        "first token, they are most of the loss: hidden=0.005 is better there")
+    add("--optimizer", type=settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 (of "
+        "pretrained weights) lr_new=1e-4 schedule=constant (linear and cosine fall to 0), without "
+        "--model 5e-4, 1e-2 and linear; warmup=0 (steps) weight_decay=0.01 clip=1 (gradient norm) "
+        "redraw_every=1000 (steps between draws of random features)")
+    add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
+        "the losses look at, and compute the rest again, for large models")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are "
+        "any. Options that change what is learned must be those of the run that wrote them; the number of "
+        "processes, --shard, --micro-batch and how it is evaluated need not")
+    add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher")
+    add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features")
+    args = p.parse_args(argv)
+    check_common_options(p, args)
+    read_groups(p, args)
+    if not 0 <= args.seed < 2**20:
+        p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % size:
+        p.error(f"--batch: expected a multiple of the {size} processes, got {args.batch}")
+    each = args.batch // size
+    args.micro_batch = min(args.micro_batch, each)
+    if each % args.micro_batch:
+        p.error(f"--micro-batch: expected a divisor of the {each} sequences of a process, got "
+                f"{args.micro_batch}")
+    return args
 
 
-# -- students ----------------------------------------------------------------------------------------------------------
-
-
-def new_student(name: str, original, teacher, args):
-    """A student of that name, from METHODS: a copy of the teacher, `original` as it was loaded, with new attention in it."""
-    torch.manual_seed(args.seed)
-    student = copy.deepcopy(original).requires_grad_(True)
-    if name != "dense":
-        convert.attach(student, method="sea" if name == "oracle" else name, **args.sea)
-    if name == "oracle":
-        follow_teacher(student, teacher)
-    return student
-
-
-def load_student(option: str, folder: str, original, teacher, **options) -> tuple[str, torch.nn.Module]:
-    """What an earlier run saved, in fp32, and which of METHODS it is. options: fields of SEAConfig to change, OF_SAVED."""
+def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Turn --sea into a dict, --loss and --optimizer into their dataclasses."""
+    job, given = PAPER if args.model else TINY, dict(args.sea)
+    fixed = [name for name in given if name not in OF_SAVED]
+    if args.load and fixed:
+        p.error(f"--sea: expected {', '.join(OF_SAVED)} only with --load, since the saved student has "
+                f"its own of the others, got {', '.join(fixed)}")
+    args.sea = given if args.load else job["sea"] | given
+    args.loss = LossWeights(**dict(args.loss))
+    option = "--sea"
     try:
-        config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
-        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-            found = getattr(config.get_text_config(), field)
-            if found != getattr(expected, field):
-                sys.exit(f"{option}: expected a student of --model, {field} {getattr(expected, field)}, got {found} in {folder}")
-        if not hasattr(config, "sea"):
-            student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            student.set_attn_implementation("sea_teacher")
-            return "dense", student
-        student = convert.load(folder, dtype=torch.float32)
-        convert.set_option(student, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({str(error).splitlines()[0]})")
-    if getattr(config, "sea_oracle", False):
-        follow_teacher(student, teacher)
-        return "oracle", student
-    return config.sea.get("method", "sea"), student
+        sea.SEAConfig(n_head=1, d_head=2, **args.sea)
+        option = "--optimizer"
+        args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
+    except ValueError as error:
+        p.error(f"{option} {error}")
 
 
-def follow_teacher(student, teacher) -> None:
-    """The oracle: choose the student's cells, from now on, from the teacher's own attention to the same tokens."""
-    student.config.sea_oracle = True
-    records = []
-
-    def look(model, args, kwargs):
-        with torch.no_grad(), convert.record(teacher) as found:
-            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
-        records[:] = found
-
-    student.register_forward_pre_hook(look, with_kwargs=True)
-    for i, module in enumerate(convert.attention_modules(student)):
-        def estimate(ops, q, k, v, rows, *args, i=i, sea=module.sea, of_student=module.sea.estimate_attention):
-            scores, gates, state = of_student(ops, q, k, v, rows, *args)
-            pooled = ops.pool_attention(records[i].q, records[i].k, rows.seen, sea.config.width, records[i].scale)
-            best = rows.of(best_scores(pooled, rows.seen))
-            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
-
-        module.sea.estimate_attention = estimate
-
-
-def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
-    """The scores (B, H, T, width) that estimate the attention best: the log of its mean in each cell."""
-    n_keys = sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None].clamp(min=1)  # (B, 1, T, width)
-    return (pooled.cells / n_keys).clamp(min=1e-30).log()
-
-
-# -- losses, section 6 of the method -----------------------------------------------------------------------------------
-
-
-def distillation_losses(student, teacher, x: Tensor, weights: LossWeights, run=None) -> dict[str, Tensor]:
-    """The weighted terms, whose sum is the loss, of a batch of token ids x (B, T). run: what data_parallel gave for the
-    student, which then runs through it."""
-    with torch.no_grad(), convert.record(teacher) as of_teacher:
-        target = teacher(x, output_hidden_states=True, use_cache=False)
-    with convert.record(student) as of_student:
-        output = (run or student)(x, output_hidden_states=True, use_cache=False)
-    ce, kd = logit_losses(output.logits, target.logits, x)
-    terms = {"ce": weights.ce * ce,
-             "hidden": weights.hidden * hidden_loss(output.hidden_states, target.hidden_states),
-             "kd": weights.kd * kd}
-    layers = [layer_losses(s, t, weights) for s, t in zip(of_student, of_teacher, strict=True)]
-    return terms | {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
-
-
-def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers of the mean square between hidden states (B, T, E)."""
-    return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).mean()
-
-
-def logit_losses(student: Tensor, teacher: Tensor, x: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Means over tokens of the next token's cross entropy and of KL(teacher || student), logits (B, T, vocabulary) each.
-    `chunk` tokens at a time, again in the backward pass: in fp32 a large vocabulary's logits are by far the largest
-    tensors of a step."""
-
-    def sums(student, teacher, target):
-        log_q, log_p = (sea.at_least_fp32(logits).log_softmax(-1) for logits in (student, teacher))
-        return torch.stack([F.nll_loss(log_q, target, ignore_index=-1, reduction="sum"),
-                            F.kl_div(log_q, log_p, log_target=True, reduction="sum")])
-
-    target = F.pad(x[:, 1:], (0, 1), value=-1)  # the last token predicts nothing
-    parts = zip(*(y.flatten(0, 1).split(chunk) for y in (student, teacher, target)))
-    ce, kd = sum(torch.utils.checkpoint.checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False)
-                 for part in parts)
-    return ce / target[:, :-1].numel(), kd / target.numel()
-
-
-def layer_losses(student: convert.Record, teacher: convert.Record, weights: LossWeights) -> dict[str, Tensor]:
-    """L_context, L_estimate of a student with an estimate, and L_score if it has a weight, of one attention layer."""
-    B, _, T, _ = student.q.shape
-    seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
-    terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
-    if weights.score:  # scales may differ: OPT scales q before attention, so each record brings its own
-        terms["score"] = weights.score * sea.score_loss(student.q * student.scale, student.k, teacher.q * teacher.scale,
-                                                        teacher.k, seen, 1.0)
-    if student.sea is not None and student.sea.scores is not None:
-        ops = sea.operations(student.config, teacher.q)
-        pooled = ops.pool_attention(teacher.q, teacher.k, seen, student.config.width, teacher.scale)
-        terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
-    return terms
-
-
-# -- validation --------------------------------------------------------------------------------------------------------
-
-
-def batches_of_process(data: Tensor, args):
-    """This process's windows, of data (n, T), a micro-batch at a time, and how many of each batch count: of all processes
-    as many batches, since with --shard each pass gathers from all."""
-    rank, size = rank_and_size()
-    mine = data[rank::size]
-    for i in range(0, -(-len(data) // size), args.micro_batch):
-        x = mine[i : i + args.micro_batch]
-        yield (x if len(x) else data[:1]).to(args.device), len(x)
-
-
-@torch.no_grad()
-def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
-    """Negative log likelihood at each place but the first, which is given: the mean over windows data (n, T), (T - 1,).
-    Processes share windows. `chunk` tokens at a time, since a large vocabulary's logits of a long window are too many to
-    hold in fp32."""
-    model.eval()
-    total = torch.zeros(data.shape[1] - 1, dtype=torch.float64)
-    for x, n in batches_of_process(data, args):
-        with autocast(args):
-            logits = model(x, use_cache=False).logits
-        parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
-        losses = [F.cross_entropy(z.float().mT, y, reduction="none").sum(0).cpu() for z, y in parts]
-        total += torch.cat(losses)
-    return torch.tensor(over_processes(total.tolist(), args), dtype=torch.float64) / len(data)
-
-
-def perplexity(model, data: Tensor, args) -> float:
-    """exp of the mean negative log likelihood; each window predicts all its tokens but the first."""
-    return token_losses(model, data, args).mean().exp().item()
-
-
-@torch.no_grad()
-def keys_per_query(model, data: Tensor, args) -> float:
-    """Mean keys that a query attends to, over layers, heads and the queries of one window."""
-    with autocast(args), convert.record(model) as records:
-        model(data[:1].to(args.device), use_cache=False)
-    if records[0].sea is None or records[0].sea.cells is None:  # dense, or a Performer
-        return (data.shape[1] + 1) / 2
-    counts = [(r.sea.mask * sea.keys_per_cell(r.sea.seen, r.config.width)[:, None]).sum(-1) for r in records]
-    return torch.stack(counts).float().mean().item()
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """What all students of a run share."""
-
-    args: argparse.Namespace
-    log: "Log"
-    original: torch.nn.Module  # the teacher as it was loaded, which students begin as: what is sharded cannot be copied
-    teacher: torch.nn.Module  # on the device
-    tokenizer: PreTrainedTokenizerFast
-    tokens: Tensor  # (n,) to train on
-    valid: Tensor  # (n, T) windows
-    teacher_ppl: float
-
-
-def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
-    """As a share of its peak, which it reaches with the last step of the warm-up."""
-    done = max(0, step - max(1, warmup)) / max(1, steps - max(0, warmup - 1))
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
-    return decay * min(1.0, step / max(1, warmup))
-
-
-def set_learning_rate(optimizer, share: float) -> float:
-    """Give every group this share of its peak; returns the largest rate of them."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-    return max(group["lr"] for group in optimizer.param_groups)
-
-
-def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in four groups: pretrained or new weights, with decay or, for biases and norms, without."""
-    new, groups = set(convert.sea_parameters(model)), {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW([dict(params=params, lr=lr_new if is_new else lr, peak=lr_new if is_new else lr,
-                                   weight_decay=weight_decay if decays else 0.0)
-                              for (is_new, decays), params in groups.items()], betas=(0.9, 0.95))
-
-
-def clip_gradients(model, most: float) -> float:
-    """Scale the gradients down to norm `most`; returns the norm they had."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-def redraw_features(student, step: int, args) -> None:
-    """New random features for all layers, if they are due; the same in all processes."""
-    every = args.optimizer.redraw_every
-    if every and step > 1 and (step - 1) % every == 0:
-        generator = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
-        for module in convert.attention_modules(student):
-            if hasattr(module, "sea"):
-                module.sea.redraw_features(generator)
-
-
-def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
-    """Forward and backward through this step's batch, a micro-batch at a time; returns the terms of the loss."""
-    args, (rank, size) = job.args, rank_and_size()
-    torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
-    mine = batch_of(step, job.tokens, args.seq_len, args.batch, args.seed)[rank::size]
-    parts, total = mine.split(args.micro_batch), {}
-    for i, x in enumerate(parts, start=1):
-        with exchanging(run, now=i == len(parts)):  # once a step
-            with autocast(args):
-                terms = distillation_losses(student, job.teacher, x.to(args.device), args.loss, run)
-            (sum(terms.values()) / len(parts)).backward()
-        for name, value in terms.items():
-            total[name] = total.get(name, 0.0) + value.item() / len(parts)
-    return dict(zip(total, (value / size for value in over_processes(list(total.values()), args))))
-
-
-def train(name: str, student, job: Job) -> tuple[float, float | None]:
-    """Distil the teacher into `student`, both as place() left them; returns the final validation perplexity and the
-    tokens a second over all processes, None after too few steps to tell."""
-    args, recipe = job.args, job.args.optimizer
-    if args.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(student, recipe.lr, recipe.lr_new, recipe.weight_decay)
-    done = resume(name, student, optimizer, args)
-    ppl = None
-    if done:
-        ppl = perplexity(student, job.valid, args)
-        print(f"{name} resumes after step {done:05d}, val ppl {ppl:.2f}", flush=True)
-    run, clock = data_parallel(student, args), Clock()
-    for step in range(done + 1, args.steps + 1):
-        student.train()
-        lr = set_learning_rate(optimizer, learning_rate(step, args.steps, recipe.schedule, recipe.warmup))
-        redraw_features(student, step, args)
-        terms = add_gradients(student, run, step, job)
-        if not math.isfinite(sum(terms.values())):
-            sys.exit(f"{name} step {step}: the loss is not finite: {terms}")
-        if not math.isfinite(clip_gradients(student, recipe.clip)):
-            sys.exit(f"{name} step {step}: the gradient is not finite, the loss is: {terms}")
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick(args.batch * args.seq_len)
-        job.log.step(name, step, args.steps, terms, lr, clock)
-        if step % args.eval_every == 0 or step == args.steps:
-            ppl = perplexity(student, job.valid, args)
-            save_student(name, student, job)
-            write_checkpoint(name, student, optimizer, step, args)
-            print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {job.teacher_ppl:.2f}) | saved", flush=True)
-            job.log.record(name=name, step=step, ppl=ppl)
-            clock.resume()
-    return ppl, clock.tokens / clock.seconds if clock.steps else None
-
-
-class Clock:
-    """Milliseconds a step and tokens a second; the first 10 steps, which warm up, do not count, nor does paused time."""
-
-    def __init__(self, skip: int = 10):
-        self.skip, self.steps, self.tokens, self.seconds, self.last = skip, 0, 0, 0.0, time.perf_counter()
-        self.step_seconds = 0.0
-
-    def tick(self, tokens: int) -> None:
-        now = time.perf_counter()
-        self.step_seconds, self.last = now - self.last, now
-        self.skip -= 1
-        if self.skip < 0:
-            self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + self.step_seconds
-
-    def resume(self) -> None:
-        self.last = time.perf_counter()
-
-
-class Log:
-    """Lines for people on standard output, the same records for programs in OUT/log.jsonl."""
-
-    def __init__(self, args):
-        path = os.devnull if rank_and_size()[0] else Path(args.out) / "log.jsonl"
-        self.file = open(path, "a", encoding="utf-8")
-
-    def record(self, **fields) -> None:
-        self.file.write(json.dumps(fields, default=vars) + "\n")
-        self.file.flush()
-
-    def step(self, name: str, step: int, steps: int, terms: dict[str, float], lr: float, clock: Clock) -> None:
-        loss, speed, eta = sum(terms.values()), "", ""
-        if clock.steps:
-            speed = f" | {clock.tokens / clock.seconds:,.0f} tok/s"
-            eta = f" | eta {(steps - step) * clock.seconds / clock.steps / 60:.1f}m"
-        parts = " + ".join(f"{key} {value:.3g}" for key, value in terms.items())
-        print(f"{name} step {step:05d}/{steps:05d} ({100 * step // steps}%) | loss {loss:.3f} = {parts} | lr {lr:.2g} | "
-              f"{1000 * clock.step_seconds:.0f} ms{speed}{eta}", flush=True)
-        self.record(name=name, step=step, loss=loss, terms=terms, lr=lr, ms=1000 * clock.step_seconds)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-# What may differ between a run and the one that resumes it; the grouped options are compared one by one.
-FREE = ("out", "resume", "method", "backend", "eval_every", "eval_windows", "micro_batch", "device", "gradient_checkpointing",
-        "shard", "sea", "loss", "optimizer")
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all processes, on the CPU of the first
-
-
-def fingerprint(tokens: Tensor, teacher) -> list[float]:
-    """Of the text and the teacher that a checkpoint is good for; a sum may differ in its last bits on another machine."""
-    weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
-    return [len(tokens), int((tokens * torch.arange(1, len(tokens) + 1)).sum()), round(weight, 2)]
-
-
-def fixed_options(args) -> dict:
-    """All that changes what is learned."""
-    loss = {f"{name}_weight": value for name, value in vars(args.loss).items()}
-    flat = {**vars(args), **args.sea, **vars(args.optimizer), **loss}
-    return {name: value for name, value in flat.items() if name not in FREE}
-
-
-def save_student(name: str, student, job: Job) -> None:
-    """All processes call this; the first writes."""
-    weights = get_model_state_dict(student, options=WHOLE) if job.args.shard else None
-    if rank_and_size()[0] == 0:
-        convert.save(student, Path(job.args.out) / name, job.tokenizer, weights)
-
-
-def write_checkpoint(name: str, student, optimizer, step: int, args) -> None:
-    """All that a step depends on, by the names of weights and whole, however many processes there are; all of them call
-    this, the first writes. Written beside its place and then renamed, so that a kill leaves the old one or the new one."""
-    model, state = get_state_dict(student, optimizer, options=WHOLE)
-    if rank_and_size()[0]:
-        return
-    path = Path(args.out) / f"{name}.ckpt"
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        torch.save(dict(step=step, model=model, optimizer=state, args=fixed_options(args)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
-def read_checkpoint(path: Path, args) -> dict:
-    """What write_checkpoint wrote, if it is of this run."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())  # one copy for all
-        written, _ = saved["args"], saved["step"]
-    except Exception as error:  # torch raises whatever its zip and pickle readers do
-        sys.exit(f"--resume: expected a whole checkpoint, got {path} ({str(error).splitlines()[0]})")
-    for name, value in fixed_options(args).items():
-        before = written.get(name)
-        if before is not None and before != value:  # None: left to a default, or an option that it did not have yet
-            what = "the text and the teacher" if name == "fingerprint" else f"{name} {before}"
-            sys.exit(f"--resume: expected {what} as in {path}, got {value}")
-    return saved
-
-
-def resume(name: str, student, optimizer, args) -> int:
-    """The steps behind the checkpoint of this student, whose state it then has, with --resume; 0 and no checkpoint without."""
-    rank, size = rank_and_size()
-    path, saved = Path(args.out) / f"{name}.ckpt", None
-    if args.resume and path.exists():
-        saved = read_checkpoint(path, args)
-    elif rank == 0:
-        path.unlink(missing_ok=True)  # of an earlier run
-    done = saved["step"] if saved else 0
-    if over_processes([float(done)], args)[0] != done * size:
-        sys.exit(f"--out: expected one folder that all processes share, got {path} of step {done} in one of them, others "
-                 "in others")
-    if saved:
-        set_state_dict(student, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=WHOLE)
-    return done
-
-
-# -- the job -----------------------------------------------------------------------------------------------------------
+# -- the job ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -901,7 +972,7 @@ class Row:
 
 def distil(name: str, job: Job) -> list[Row]:
     """One student from its beginning to its end: a row before training, and one after."""
-    args, began = job.args, time.perf_counter()
+    args, valid, began = job.args, job.valid, time.perf_counter()
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     if args.load:
@@ -913,20 +984,24 @@ def distil(name: str, job: Job) -> list[Row]:
         for key, parameter in student.named_parameters():
             parameter.requires_grad_(key in new)
     place(student, args)
-    before = Row(f"{name} before", perplexity(student, job.valid, args), keys_per_query(student, job.valid, args))
+    ppl, keys = perplexity(student, valid, args), keys_per_query(student, valid, args)
+    before = Row(f"{name} before", ppl, keys)
     with settled():
         ppl, speed = train(name, student, job)
-    after = Row(name, ppl, keys_per_query(student, job.valid, args), time.perf_counter() - began, peak_memory(args), speed)
+    keys, seconds = keys_per_query(student, valid, args), time.perf_counter() - began
+    after = Row(name, ppl, keys, seconds, peak_memory(args), speed)
     job.log.record(**vars(after))
     return [before, after]
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'training':>9} {'memory':>12} {'tok/s':>11}")
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'training':>9} {'memory':>12} "
+          f"{'tok/s':>11}")
     for row in rows:
         cost = "" if row.seconds is None else f"{row.seconds / 60:8.1f}m {row.gib:8.2f} GiB"
         speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:11,.0f}"
-        print(f"{row.name:18} {row.ppl:9.2f} {row.ppl / rows[0].ppl:7.3f} {row.keys:11.1f} {cost} {speed}".rstrip())
+        ratio = row.ppl / rows[0].ppl
+        print(f"{row.name:18} {row.ppl:9.2f} {ratio:7.3f} {row.keys:11.1f} {cost} {speed}".rstrip())
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -934,27 +1009,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args, began = parse(argv), time.perf_counter()
     header = start("distill.py", argv, args)
     log = Log(args)
-    original, tokenizer = load_teacher(args.model or train_tiny_teacher(args, log), args.seq_len)
-    train_texts, valid_texts = load_texts(args)
-    tokens = tokenize(train_texts, tokenizer)
+
+    model = args.model or train_tiny_teacher(args, log)
+    original, tokenizer = load_teacher(model, args.seq_len)
+    texts = load_texts(args)
+    tokens, valid_tokens = (tokenize(documents, tokenizer) for documents in texts)
     windows(tokens, args.seq_len)  # at least one
-    valid = windows(tokenize(valid_texts, tokenizer), args.seq_len, args.eval_windows)
+    valid = windows(valid_tokens, args.seq_len, args.eval_windows)
     args.fingerprint = fingerprint(tokens, original)
 
     teacher = place(copy.deepcopy(original) if args.shard else original, args)
-    teacher_ppl, n = perplexity(teacher, valid, args), sum(p.numel() for p in teacher.parameters())
-    print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} windows of "
-          f"{args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
+    teacher_ppl, n = perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
+    print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} "
+          f"windows of {args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(**header, args=vars(args), parameters=n, teacher_ppl=teacher_ppl)
 
     job = Job(args, log, original, teacher, tokenizer, tokens, valid, teacher_ppl)
     rows = [Row("teacher", teacher_ppl, (args.seq_len + 1) / 2)]
     for name in ["loaded"] if args.load else args.method:
         rows += distil(name, job)
+
     print_table(rows)
-    results = {row.name: row.ppl for row in rows}
-    log.record(results=results, seconds=time.perf_counter() - began)
-    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes, peak memory {max(row.gib for row in rows):.2f} GiB of each "
+    results, seconds = {row.name: row.ppl for row in rows}, time.perf_counter() - began
+    log.record(results=results, seconds=seconds)
+    print(f"\n{seconds / 60:.1f} minutes, peak memory {max(row.gib for row in rows):.2f} GiB of a "
           f"process, written to {args.out}/")
     stop_processes()
     return results

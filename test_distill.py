@@ -10,13 +10,12 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
 import convert
@@ -338,10 +337,9 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     assert again["sea, topk 16"]["ppl"] != again["sea"]["ppl"]
 
 
-def test_no_argument_trains_its_own_teacher(tmp_path, monkeypatch):
+def test_no_argument_trains_its_own_teacher(tmp_path):
     """The default jobs in small: the real OPT, a BPE trained on the spot, Python's own documentation; then what they left, measured."""
-    monkeypatch.setattr(distill, "TEACHER_STEPS", 2)
-    results = distill.main(["--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
+    results = distill.main(["--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--out", str(tmp_path), "--device", "cpu"])
     assert set(results) == {"teacher"} | {f"{m}{when}" for m in ("sea", "performer", "dense") for when in (" before", "")}
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")) is OPTForCausalLM
     assert convert.load(tmp_path / "sea").config.sea["method"] == "sea"
@@ -761,6 +759,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--optimizer", "clip=0"], "--optimizer clip: expected a number > 0, got 0.0"),
     (["--loss", "hidden"], "--loss: expected NAME=VALUE with one of ce, hidden, kd, score, got 'hidden'"),
     (["--steps", "0"], "--steps: expected an integer >= 1, got 0"),
+    (["--teacher-steps", "0"], "--teacher-steps: expected an integer >= 1, got 0"),
     (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
