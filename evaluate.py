@@ -1,11 +1,11 @@
 """Measure a teacher and the students that distill.py saved.
 
-    python evaluate.py                                       what `python distill.py` left in out/
+    python evaluate.py                                    what `python distill.py` left in out/
     python evaluate.py --model DIR --data FILE --students out/sea out/performer
-    python evaluate.py --model DIR --data FILE               the teacher alone
-    python evaluate.py ... --topk 8 16 32 64                 SEA students with these numbers of keys, too
-    python evaluate.py ... --prompt "Once upon" "def"        and how each model goes on
-    torchrun --nproc-per-node 2 evaluate.py ... [--shard]    several processes share the windows
+    python evaluate.py --model DIR --data FILE            the teacher alone
+    python evaluate.py ... --topk 8 16 32 64              SEA students with other numbers of keys, too
+    python evaluate.py ... --prompt "Once upon" "def"     and how each model goes on
+    torchrun --nproc-per-node 2 evaluate.py ... [--shard]     several processes share the windows
 
 Of each model: validation perplexity, also by position in the window; keys per query; time of the
 attention alone; time and memory of a pass through the model; continuations of the prompts. Of a SEA
@@ -66,6 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+Records = list[convert.Record]  # one a layer
+
+
 @dataclass
 class Setting:
     """What all models are measured with."""
@@ -90,15 +93,18 @@ def check_against_model(args, teacher, tokenizer) -> None:
     n_layer, n_head = config.num_hidden_layers, config.num_attention_heads
     for layer, head in args.look:
         if not (0 <= layer < n_layer and 0 <= head < n_head):
-            sys.exit(f"--look: expected layers below {n_layer} and heads below {n_head}, got {layer}.{head}")
+            sys.exit(f"--look: expected layers below {n_layer} and heads below {n_head}, got "
+                     f"{layer}.{head}")
     longest = config.max_position_embeddings
     if args.prompt and args.new_tokens >= longest:
-        sys.exit(f"--new-tokens: expected fewer than the model's {longest} positions, got {args.new_tokens}")
+        sys.exit(f"--new-tokens: expected fewer than the model's {longest} positions, got "
+                 f"{args.new_tokens}")
+    most = longest - args.new_tokens
     for prompt in args.prompt:
         n = len(tokenizer(prompt).input_ids)
-        if not 0 < n <= longest - args.new_tokens:
-            sys.exit(f"--prompt: expected 1 to {longest - args.new_tokens} tokens, since the model has "
-                     f"{longest} positions and --new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
+        if not 0 < n <= most:
+            sys.exit(f"--prompt: expected 1 to {most} tokens, since the model has {longest} positions and "
+                     f"--new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
 
 
 # -- of one model ----------------------------------------------------------------------------------
@@ -128,13 +134,11 @@ def times(model, setting: Setting) -> dict:
 def by_position(losses: Tensor, first: int = 256) -> list[dict[str, float]]:
     """Perplexity of tokens 1 ... `first` of a window, of the next `first`, and of blocks that double
     from there. losses (T - 1,): each token's mean, but the first's, which is given."""
-    ends = [first]
-    while ends[-1] < len(losses) + 1:
-        ends.append(2 * ends[-1])
-    blocks = []
-    for start, end in zip([0, *ends], ends):
+    blocks, start, end, T = [], 0, first, len(losses) + 1
+    while start < T:
         block = losses[max(0, start - 1) : end - 1]
-        blocks.append(dict(first=start + 1, last=min(end, len(losses) + 1), ppl=block.mean().exp().item()))
+        blocks.append(dict(first=start + 1, last=min(end, T), ppl=block.mean().exp().item()))
+        start, end = end, 2 * end
     return blocks
 
 
@@ -156,9 +160,9 @@ def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
 
 @torch.no_grad()
 def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
-    """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): that of
-    a student's modules, their weights in the dtype of q, or PyTorch's SDPA. clock: how it was timed; on
-    a GPU all of it is one replayed CUDA graph, where a graph can hold it."""
+    """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): a
+    student's modules, their weights in the dtype of q, or PyTorch's SDPA. clock: how it was timed; on a
+    GPU all of it is one replayed CUDA graph, where a graph can hold it."""
     model.eval()
     with distill.autocast(args), convert.record(model) as records:
         model(x.to(args.device), use_cache=False)
@@ -194,8 +198,8 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
     x = tokenizer(prompt, return_tensors="pt").to(args.device)
     with distill.autocast(args):
         # of one sequence no padding is needed, but not to name a token for it is warned of
-        ids = model.generate(x.input_ids, attention_mask=x.attention_mask, do_sample=False, pad_token_id=0,
-                             max_new_tokens=args.new_tokens, synced_gpus=args.shard)
+        ids = model.generate(x.input_ids, attention_mask=x.attention_mask, do_sample=False,
+                             pad_token_id=0, max_new_tokens=args.new_tokens, synced_gpus=args.shard)
     return tokenizer.decode(ids[0, x.input_ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -231,27 +235,28 @@ def at_each_topk(name: str, student, setting: Setting) -> dict[str, dict]:
 @torch.no_grad()
 def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]:
     """estimate_report of each layer, averaged over windows `data`."""
-    layers = []
+    total = 0.0  # (layers, 4)
     for x in data.split(args.micro_batch):
-        records = both_records(student, teacher, x, args)
-        found = torch.stack([torch.stack(list(estimate_report(s, t).values())) for s, t in zip(*records)])
-        layers.append(found * len(x) / len(data))
-    names = ("kl", "least", "kept", "best")
-    return [dict(zip(names, layer.tolist())) for layer in sum(layers)]
+        records = zip(*both_records(student, teacher, x, args))
+        reports = torch.stack([estimate_report(s, t) for s, t in records])
+        total = total + reports * len(x) / len(data)
+    return [dict(zip(("kl", "least", "kept", "best"), layer)) for layer in total.tolist()]
 
 
-def both_records(student, teacher, x: Tensor, args) -> tuple[list[convert.Record], list[convert.Record]]:
+def both_records(student, teacher, x: Tensor, args) -> tuple[Records, Records]:
     """What each attention layer of both models sees and gives on token ids x (B, T)."""
-    with distill.autocast(args), convert.record(teacher) as of_teacher, convert.record(student) as of_student:
-        for model in (teacher, student):
-            model(x.to(args.device), use_cache=False)
+    with distill.autocast(args):
+        with convert.record(teacher) as of_teacher:
+            teacher(x.to(args.device), use_cache=False)
+        with convert.record(student) as of_student:
+            student(x.to(args.device), use_cache=False)
     return of_student, of_teacher
 
 
-def estimate_report(student: convert.Record, teacher: convert.Record) -> dict[str, Tensor]:
-    """Of one layer: kl(teacher's attention || estimate) in nats a query, and the least that cells of
-    this width allow; the share of the teacher's attention that is kept, under the cells selected, and
-    that of the best cells, as many."""
+def estimate_report(student: convert.Record, teacher: convert.Record) -> Tensor:
+    """Of one layer, (4,): KL(teacher's attention || estimate) in nats a query, and the least that cells
+    of this width allow; the share of the teacher's attention that is kept, under the cells selected,
+    and under the best cells, as many."""
     config, result, seen = student.config, student.sea, student.sea.seen
     ops = sea.operations(config, teacher.q)
     pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale)
@@ -266,8 +271,8 @@ def estimate_report(student: convert.Record, teacher: convert.Record) -> dict[st
     def share(mask):
         return (pooled.cells * mask).sum(-1).mean()
 
-    return dict(kl=kl(result.scores, result.row), least=kl(best), kept=share(result.mask),
-                best=share(best_cells))
+    kept = share(result.mask)
+    return torch.stack([kl(result.scores, result.row), kl(best), kept, share(best_cells)])
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -310,20 +315,21 @@ def share_kept(student: convert.Record, teacher: convert.Record) -> Tensor:
     return (attention_of(teacher) * kept_keys(student)).sum((1, 2)) / teacher.q.shape[2]
 
 
-def median_head(students: list[convert.Record], teachers: list[convert.Record]) -> tuple[int, int]:
+def median_head(students: Records, teachers: Records) -> tuple[int, int]:
     shares = torch.cat([share_kept(s, t) for s, t in zip(students, teachers)])  # one layer at a time
     middle = shares.argsort()[len(shares) // 2].item()
     return divmod(middle, students[0].q.shape[1])
 
 
-def panels(student: convert.Record, teacher: convert.Record, layer: int, head: int) -> dict[str, Tensor]:
+def panels(student: convert.Record, teacher: convert.Record, layer: int,
+           head: int) -> dict[str, Tensor]:
     """Title -> image (T, T) of one head, -inf where there is nothing: log10 of the teacher's attention,
     SEA's estimate and sparse attention, and the keys attended."""
-    result, T = student.sea, student.q.shape[2]
+    result, (q, k), T = student.sea, (student.q, student.k), student.q.shape[2]
     kept = kept_keys(student)[head]
     scores = result.scores[:1, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
     estimate = sea.spread_to_keys(scores, result.seen, T, -torch.inf).softmax(-1)[0, 0]
-    sparse = sea.attention_weights(student.q, student.k, result.mask, result.seen, student.scale)[0, head]
+    sparse = sea.attention_weights(q, k, result.mask, result.seen, student.scale)[0, head]
     unseen = torch.ones_like(kept).triu(1)
 
     def log10(attention, hidden):
@@ -348,14 +354,17 @@ def draw_head(figure, axes, images: dict[str, Tensor]) -> None:
         style = dict(cmap="gray_r", vmin=0, vmax=1) if last else dict(cmap="magma", vmin=-4, vmax=0)
         shown = axis.imshow(small, interpolation="nearest", extent=(0, T, T, 0), **style)
         # the first key, which many heads rest on, beside the frame, not under it
-        axis.set(xlabel="key", ylabel="query", title=title, xlim=(-T / 50, T), facecolor="1" if last else "0.8")
+        axis.set(xlabel="key", ylabel="query", title=title, xlim=(-T / 50, T))
+        axis.set_facecolor("1" if last else "0.8")
         if axis is axes[0]:
             figure.colorbar(shown, ax=axes[:3], label="log10 attention", shrink=0.85)
 
 
-def draw_curves(rows: dict[str, dict], path: Path, timed: str) -> None:
+def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) -> None:
     """Perplexity and time against topk, a line for each SEA student; other models as horizontals."""
     swept = [row for row in rows.values() if "topk" in row]
+    timed = (f"from q, k, v on, estimator included, all layers,\na sequence of {seq_len:,}, "
+             f"{rows['teacher']['clock']}, {device}")
     points = {name: {row["topk"]: row for row in swept if row["student"] == name}
               for name in dict.fromkeys(row["student"] for row in swept)}
     lines = {name: row for name, row in rows.items()
@@ -394,21 +403,24 @@ def draw_curve(axis, points: dict, lines: dict, field: str, label: str) -> None:
 
 
 def print_models(rows: dict[str, dict]) -> None:
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'attention':>12} {'a pass':>12} {'memory':>12}")
+    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'attention':>12} {'a pass':>12} "
+          f"{'memory':>12}")
     for name, row in rows.items():
-        attention, whole, memory = (
-            "" if row.get(field) is None else f"{row[field]:{form}} {unit}"
-            for field, form, unit in (("attention_ms", ".2f", "ms"), ("pass_ms", ".1f", "ms"),
-                                      ("pass_mib", ",.0f", "MiB")))
-        print(f"{name:18} {row['ppl']:9.2f} {row['ppl'] / rows['teacher']['ppl']:7.3f} {row['keys']:11.1f} "
-              f"{attention:>12} {whole:>12} {memory:>12}".rstrip())
-    print(f"attention: of all layers, from q, k, v on, {rows['teacher'].get('clock', 'not timed')}; a pass: one "
-          "sequence through the\nwhole model, launched from Python, logits of its last token; memory above the weights")
+        ratio = row["ppl"] / rows["teacher"]["ppl"]
+        costs = [("attention_ms", ".2f", "ms"), ("pass_ms", ".1f", "ms"), ("pass_mib", ",.0f", "MiB")]
+        cells = ("" if row.get(field) is None else f"{row[field]:{form}} {unit}"
+                 for field, form, unit in costs)
+        line = f"{name:18} {row['ppl']:9.2f} {ratio:7.3f} {row['keys']:11.1f} "
+        print((line + " ".join(f"{cell:>12}" for cell in cells)).rstrip())
+    print(f"attention: of all layers, from q, k, v on, {rows['teacher'].get('clock', 'not timed')}\n"
+          "a pass: one sequence through the whole model, launched from Python, logits of its last token\n"
+          "memory: of a pass, above the weights")
 
 
 def print_positions(rows: dict[str, dict]) -> None:
     blocks = rows["teacher"]["by_position"]
-    print(f"\n{'val ppl of tokens':18} " + " ".join(f"{b['first']:,}-{b['last']:,}".rjust(13) for b in blocks))
+    titles = (f"{block['first']:,}-{block['last']:,}" for block in blocks)
+    print(f"\n{'val ppl of tokens':18} " + " ".join(f"{title:>13}" for title in titles))
     for name, row in rows.items():
         print(f"{name:18} " + " ".join(f"{b['ppl']:13.2f}" for b in row["by_position"]))
 
@@ -417,10 +429,10 @@ def print_layers(rows: dict[str, dict]) -> None:
     for name, row in rows.items():
         if "layers" not in row:
             continue
-        print(f"\n{name}, by layer: KL of the estimate in nats, the least for this width, the attention kept, the most "
-              "for this topk")
+        print(f"\n{name}, by layer: KL of the estimate in nats, the least for this width, the attention "
+              "kept, the most for this topk")
         for i, layer in enumerate(row["layers"]):
-            print(f"  {i:3} {layer['kl']:7.3f} {layer['least']:7.3f} {layer['kept']:7.3f} {layer['best']:7.3f}")
+            print(f"  {i:3} " + " ".join(f"{value:7.3f}" for value in layer.values()))
 
 
 def print_continuations(rows: dict[str, dict], prompts: list[str]) -> None:
@@ -454,7 +466,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     rows = {"teacher": measure(teacher, setting) | measure_use(teacher, setting)}
     for name, folder in name_students(args.students).items():
         rows |= measure_student(name, folder, setting)
-        print(f"{name}: val ppl {rows[name]['ppl']:.2f} (teacher {rows['teacher']['ppl']:.2f})", flush=True)
+        print(f"{name}: val ppl {rows[name]['ppl']:.2f}", flush=True)
 
     print_models(rows)
     print_positions(rows)
@@ -462,9 +474,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     print_continuations(rows, args.prompt)
     if distill.rank_and_size()[0] == 0:
         if args.topk and not args.shard:
-            n_layer, clock = original.config.get_text_config().num_hidden_layers, rows["teacher"]["clock"]
-            draw_curves(rows, Path(args.out) / "topk", f"from q, k, v on, estimator included, all {n_layer} layers,\n"
-                        f"a sequence of {args.seq_len:,}, {clock}, {header['device']}")
+            draw_curves(rows, Path(args.out) / "topk", args.seq_len, header["device"])
         report = json.dumps(dict(**header, args=vars(args), models=rows), indent=1)
         (Path(args.out) / "evaluate.json").write_text(report)
     print(f"\nwritten to {args.out}/")
