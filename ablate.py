@@ -1,16 +1,17 @@
 """What each choice is worth: short distillations that differ from a base run in one thing.
 
-    python ablate.py --model DIR --data FILE [--valid-data FILE] [--steps 250] [--jobs 4] [--only NAME ...]
+    python ablate.py --model DIR --data FILE [--valid-data FILE] [--jobs 4] [--only NAME ...]
 
-Each variant is a run of distill.py with its own options, whose student evaluate.py then measures; `--jobs`
-of them run at a time, in turn on the GPUs there are. A variant of your own: --variant="--sea topk=32".
-Options that this file does not know go to distill.py, for all variants alike. Prints a table, writes it to
-OUT/ablation.json, and each run to OUT/<variant>/.
+Each variant is a run of distill.py with its own options, whose student evaluate.py then measures;
+`--jobs` of them run at a time, in turn on the GPUs there are. A variant of your own:
+--variant="--sea topk=32". Options that this file does not know go to distill.py, for all variants
+alike. Prints a table, writes it to OUT/ablation.json, and each run to OUT/<variant>/.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,8 @@ VARIANTS = {  # name -> options of distill.py
     "only new weights train": "--train sea",
     "trained at topk 32": "--sea topk=32",
 }
-SHARED = ("--model", "--data", "--valid-data", "--seq-len", "--micro-batch", "--eval-windows", "--device")
+SHARED = ("--model", "--data", "--valid-data", "--seq-len", "--micro-batch", "--eval-windows",
+          "--device")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -45,10 +47,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--steps", default="250", help="optimizer steps of each variant")
-    add("--topk", nargs="+", default=[], metavar="K", help="numbers of keys to measure each student with, besides its own")
+    add("--topk", nargs="+", default=[], metavar="K", help="numbers of keys to measure each student "
+        "with, besides its own")
     add("--jobs", type=int, default=1, help="variants at a time")
-    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="variants to run")
-    add("--variant", action="append", default=[], metavar="OPTIONS", help="one more, of these options of distill.py")
+    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+        help="variants to run")
+    add("--variant", action="append", default=[], metavar="OPTIONS", help="one more, of these options "
+        "of distill.py")
     add("--out", default="out/ablation", help="folder for the runs and the table")
     return p.parse_known_args(argv)
 
@@ -59,7 +64,8 @@ def options_of_both(argv: list[str]) -> list[str]:
     for name in SHARED:
         p.add_argument(name)
     found = vars(p.parse_known_args(argv)[0])
-    return [x for name in SHARED if (value := found[name[2:].replace("-", "_")]) for x in (name, value)]
+    pairs = [(name, found[name[2:].replace("-", "_")]) for name in SHARED]
+    return [x for name, value in pairs if value is not None for x in (name, value)]
 
 
 def run(i: int, name: str, args, rest: list[str]) -> dict[str, float]:
@@ -71,10 +77,12 @@ def run(i: int, name: str, args, rest: list[str]) -> dict[str, float]:
         env["CUDA_VISIBLE_DEVICES"] = ours[i % len(ours)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.jsonl").unlink(missing_ok=True)
-    options = [*BASE, *rest, *VARIANTS.get(name, name).split()]
+    options = [*BASE, *rest, *shlex.split(VARIANTS.get(name, name))]
     at_topk = ["--topk", *args.topk] if args.topk else []
-    train = [sys.executable, HERE / "distill.py", *options, "--steps", args.steps, "--eval-every", args.steps, "--out", out]
-    measure = [sys.executable, HERE / "evaluate.py", *options_of_both(options), *at_topk, "--students", out / "sea", "--out", out]
+    train = [sys.executable, HERE / "distill.py", *options, "--steps", args.steps,
+             "--eval-every", args.steps, "--out", out]
+    measure = [sys.executable, HERE / "evaluate.py", *options_of_both(options), *at_topk,
+               "--students", out / "sea", "--out", out]
     with (out / "log.txt").open("w") as file:
         for command in (train, measure):
             if subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT).returncode:
@@ -89,11 +97,15 @@ def summary(out: Path) -> dict[str, float]:
     """Ratios to the teacher's perplexity, means over layers, and the median time of a step."""
     models = json.loads((out / "evaluate.json").read_text())["models"]
     teacher, layers = models["teacher"]["ppl"], models["sea"]["layers"]
+    found = {"ratio": models["sea"]["ppl"] / teacher}
+    for row in models.values():
+        if "topk" in row:
+            found[f"topk {row['topk']}"] = row["ppl"] / teacher
+    for key in ("kl", "kept"):
+        found[key] = sum(layer[key] for layer in layers) / len(layers)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     ms = sorted(step["ms"] for step in steps if "ms" in step and step["name"] == "sea")
-    found = {"ratio": models["sea"]["ppl"] / teacher}
-    found |= {f"topk {row['topk']}": row["ppl"] / teacher for row in models.values() if "topk" in row}
-    return found | {key: sum(layer[key] for layer in layers) / len(layers) for key in ("kl", "kept")} | {"ms": ms[len(ms) // 2]}
+    return found | {"ms": ms[len(ms) // 2]}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,30 +1,37 @@
-"""Latency and memory of SEA attention, estimator included, against PyTorch's FlashAttention and cuDNN attention.
+"""Latency and memory of SEA attention, estimator included, against FlashAttention and cuDNN.
 
-    python bench.py                         T = 1k ... 256k, forward and forward + backward, strides 1 and 4
-    python bench.py --model DIR --data FILE on the queries, keys and values of a real model instead of synthetic ones
-    python bench.py --break-even            from which T SEA wins on this machine
-    python bench.py --profile 32768         where the time goes at one T
-    python bench.py --distill               time and memory of a distillation step, against one with T x T tensors
-    torchrun --nproc-per-node 2 bench.py --distill [--shard]        the linear one alone, on several GPUs
-    python bench.py --decode                a decoding step against SDPA on the same keys, contexts of 8k ... 512k, batch 1 and 16
-    python bench.py --prefill               time and memory of a model's prefill, in chunks and in one call, against SDPA
+    python bench.py                           T = 1k ... 256k, forward and forward + backward, strides
+                                              1 and 4
+    python bench.py --model DIR --data FILE   on q, k and v of a real model instead of synthetic ones
+    python bench.py --break-even              from which T SEA wins on this machine
+    python bench.py --profile 32768           where the time goes at one T
+    python bench.py --distill                 time and memory of a distillation step, against one with
+                                              T x T tensors
+    torchrun --nproc-per-node 2 bench.py --distill [--shard]       the first alone, on several GPUs
+    python bench.py --decode                  a decoding step against SDPA on the same keys, contexts of
+                                              8k ... 512k, batch 1 and 16
+    python bench.py --prefill                 time and memory of a model's prefill, in chunks and in one
+                                              call, against SDPA
 
-One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png, --decode, --prefill and --distill
-OUT/bench_decode.json and so on; --break-even and --profile only print. Without a GPU it measures the plain PyTorch path at small
-T and says so.
+One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png, --decode,
+--prefill and --distill OUT/bench_decode.json and so on; --break-even and --profile only print. Without
+a GPU it measures the plain PyTorch path at small T and says so. evaluate.py times models with the tools
+here.
 
-Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side by side, windows one
-after the other until T is reached, so that a longer sequence has the local statistics of a real one and repeats nothing but
-the positions within a window. Without: random walks, since real neighbours are alike. The estimator is then trained on those
-inputs for a moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
-which is the worst case for the kernels. That case is measured too, as "random masks". A position table trained at 2,048 is
-stretched to T.
+Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side
+by side, windows one after the other until T is reached, so that a longer sequence has the local
+statistics of a real one and repeats nothing but the positions within a window. Without: random walks,
+since real neighbours are alike. The estimator is then trained on those inputs for a moment
+(estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
+which is the worst case for the kernels. That case is measured too, as "random masks". A position table
+trained at 2,048 is stretched to T.
 
---decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first 8,192 tokens of each
-context, and is then told the whole context's number of tokens: how many keys are selected depends on that, and they lie all
-over the context. A step is one CUDA graph: attention with its estimator, and the state written back for the next step; adding
-the new key and value to the cache, which dense attention needs as well, is left out of both. --prefill takes an OPT with
-random weights, whose cells are as good as random.
+--decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first
+8,192 tokens of each context, and is then told the whole context's number of tokens: how many keys are
+selected depends on that, and they lie all over the context. A step is one CUDA graph: attention with
+its estimator, and the state written back for the next step; adding the new key and value to the cache,
+which dense attention needs as well, is left out of both. --prefill takes an OPT with random weights,
+whose cells are as good as random.
 """
 
 import argparse
@@ -50,7 +57,7 @@ import sea
 TRAINED = 2048
 ROOM = 64  # steps that --decode's static buffer of keys has room for
 PROMPT = 8192  # tokens that --decode's state has seen
-REFERENCE = 16384  # the plain PyTorch path computes all scores: beyond this T it is not worth the wait
+REFERENCE = 16384  # longest T for plain PyTorch, which computes all scores
 PYTORCH = "plain PyTorch path of SEA"
 
 
@@ -59,12 +66,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: random walks); the "
-        "teacher of --distill, whose tokens are random")
+    add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: "
+        "random walks); the teacher of --distill, whose tokens are random")
     add("--data", help="text file in UTF-8, needed with --model, but not for --distill")
-    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, 32768, --decode 8192 "
-        "... 524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
-    add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2], help="sequences decoded at a time")
+    add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, "
+        "32768, --decode 8192 ... 524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
+    add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2],
+        help="sequences decoded at a time")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
     add("--heads", type=int, default=12, help="query heads")
     add("--d-head", type=int, default=64, help="numbers a head")
@@ -73,14 +81,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="see SEAConfig")
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
     add("--forward-only", action="store_true", help="leave out the backward passes")
-    add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by bisection")
-    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers layers with random "
-        "weights, at the first of --strides")
+    add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by "
+        "bisection")
+    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers "
+        "layers with random weights, at the first of --strides")
     add("--batch", type=int, default=1, help="sequences a step and process of --distill")
     for name in ("--shard", "--gradient-checkpointing"):
         add(name, action="store_true", help="of --distill: as in distill.py")
     add("--decode", action="store_true", help="only measure decoding steps")
-    add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers with random weights")
+    add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers "
+        "with random weights")
     add("--layers", type=int, default=12 if cuda else 1, help="of the model of --distill and --prefill")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for the files it writes")
@@ -105,7 +115,7 @@ def default_lengths(args) -> list[int]:
     return [1024 * 2**i for i in range(9)]
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -116,7 +126,8 @@ def model_inputs(args, T: int) -> list[torch.Tensor]:
     import convert
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    model = model.to(args.device).eval()
     model.set_attn_implementation("sea_teacher")
     text = Path(args.data).read_text(encoding="utf-8")[: 8 * T]
     ids = tokenizer(text, verbose=False).input_ids
@@ -144,13 +155,14 @@ def heads_of(records: list, n_head: int) -> list[torch.Tensor]:
 
 
 def walk_inputs(args, T: int, seed: int = 0) -> list[torch.Tensor]:
-    """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half of theirs."""
-    generator = torch.Generator(args.device).manual_seed(seed)
+    """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half
+    of theirs."""
+    generator, n_walk = torch.Generator(args.device).manual_seed(seed), args.heads * args.d_head
     kernel = torch.exp(-torch.arange(512, device=args.device) / 100.0)
     kernel = kernel / kernel.square().sum().sqrt()
 
     def walk():
-        noise = torch.randn(args.heads * args.d_head, 1, T + 511, generator=generator, device=args.device)
+        noise = torch.randn(n_walk, 1, T + 511, generator=generator, device=args.device)
         return F.conv1d(noise, kernel[None, None]).view(1, args.heads, args.d_head, T).mT
 
     shared, q, k, v = (walk() for _ in range(4))
@@ -158,7 +170,7 @@ def walk_inputs(args, T: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def trained_layer(args, q, k, v) -> sea.SEAttention:
-    """A layer whose estimator has seen these inputs, its position table stretched to the longest T."""
+    """A layer whose estimator has seen these inputs."""
     torch.manual_seed(0)
     config = sea.SEAConfig(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk,
                            cell_keys=args.cell_keys, max_positions=TRAINED, backend="torch")
@@ -175,11 +187,14 @@ def trained_layer(args, q, k, v) -> sea.SEAttention:
         loss.backward()
         optimizer.step()
     if args.train_steps:
-        print(f"estimator trained for {args.train_steps} steps of {n} tokens, loss {loss.item():.4f}", flush=True)
+        print(f"estimator trained for {args.train_steps} steps of {n} tokens, loss {loss.item():.4f}",
+              flush=True)
     return layer
 
 
-def stretched(args, layer: sea.SEAttention, T: int, stride: int, backend: str = "auto") -> sea.SEAttention:
+def stretched(args, layer: sea.SEAttention, T: int, stride: int,
+              backend: str = "auto") -> sea.SEAttention:
+    """The layer at that stride, its position table stretched to T tokens."""
     config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend=backend)
     table = layer.position.detach().T[None]  # (1, D, TRAINED)
     table = F.interpolate(table, size=config.max_positions, mode="linear", align_corners=True)[0].T
@@ -196,16 +211,16 @@ def opt(args, T: int, device: str) -> torch.nn.Module:
     hidden = args.heads * args.d_head
     with torch.device(device):
         return OPTForCausalLM(OPTConfig(
-            hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, max_position_embeddings=T))
+            hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
+            num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=T))
 
 
-# -- timing tools ------------------------------------------------------------------------------------------------------
+# -- timing tools ----------------------------------------------------------------------------------
 
 
 def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda") -> float:
-    """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device, not Python; without
-    `graph` as it is, for a run that checkpoints and so cannot be captured."""
+    """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device,
+    not Python; without `graph` as it is, for a run that checkpoints and so cannot be captured."""
     if not device.startswith("cuda") or not torch.cuda.is_available():
         run()
         return sorted(wall_milliseconds(run) for _ in range(3))[1]
@@ -252,7 +267,8 @@ def captured(run) -> Callable[[], None]:
 
 
 def milliseconds_in_a_row(run) -> float:
-    """Mean time of runs one after the other, Python included. Their number is fixed: processes run together."""
+    """Mean time of runs one after the other, Python included. Their number is fixed, since processes run
+    together."""
     n = 10 if torch.cuda.is_available() else 1
     for _ in range(3):
         run()
@@ -283,7 +299,7 @@ def peak_mib(run) -> float | None:
 
 
 def measured(measure: Callable[[], dict]) -> dict:
-    """What measure() gives, or the first line of the error that it ended in: some contestants run out of memory."""
+    """What measure() gives, or the first line of the error that ended it: some run out of memory."""
     try:
         return measure()
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -293,7 +309,7 @@ def measured(measure: Callable[[], dict]) -> dict:
             torch.cuda.empty_cache()
 
 
-# -- attention at each T -----------------------------------------------------------------------------------------------
+# -- attention at each T ---------------------------------------------------------------------------
 
 
 def forward(attention, q, k, v) -> Callable[[], None]:
@@ -333,7 +349,9 @@ def dense_contestants(args) -> dict[str, SDPBackend | None]:
 
 def contestants(args, layer, T: int) -> dict[str, Callable]:
     """Name -> attention(q, k, v) -> out."""
-    found = {name: functools.partial(sdpa, backend) for name, backend in dense_contestants(args).items()}
+    found = {}
+    for name, backend in dense_contestants(args).items():
+        found[name] = functools.partial(sdpa, backend)
     for stride in args.strides:
         found[f"SEA stride {stride}"] = stretched(args, layer, T, stride)
     if args.device == "cuda" and T <= REFERENCE:
@@ -363,16 +381,18 @@ def on_random_masks(args, T: int) -> Callable:
 
 def measure(args, layer, inputs, T: int) -> dict[str, dict]:
     q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
-    results = {}
-    for name, attention in contestants(args, layer, T).items():
-        kinds = {"forward": forward} if args.forward_only else {"forward": forward, "forward+backward": forward_backward}
-        # forward_backward runs once to know its outputs, which may take too much memory, too
-        for kind, make in kinds.items():
-            def timed(attention=attention, make=make, graph=name != PYTORCH):
-                run = make(attention, q, k, v)
-                return dict(ms=milliseconds(run, graph=graph), mib=peak_mib(run))
+    kinds, results = {"forward": forward, "forward+backward": forward_backward}, {}
+    if args.forward_only:
+        del kinds["forward+backward"]
 
-            results[f"{name} | {kind}"] = measured(timed)
+    def time_and_memory(make, attention, graph: bool) -> dict:
+        run = make(attention, q, k, v)  # forward_backward needs memory for it already
+        return dict(ms=milliseconds(run, graph=graph), mib=peak_mib(run))
+
+    for name, attention in contestants(args, layer, T).items():
+        for kind, make in kinds.items():
+            measure_one = functools.partial(time_and_memory, make, attention, graph=name != PYTORCH)
+            results[f"{name} | {kind}"] = measured(measure_one)
     return results
 
 
@@ -390,14 +410,19 @@ def all_lengths(args, layer, inputs) -> dict[int, dict]:
 def table(rows: dict[int, dict], kind: str) -> str:
     names = sorted({name for row in rows.values() for name in row if name.endswith(f"| {kind}")})
     short = {name: name.split(" |")[0] for name in names}
-    lines = [f"\n{kind}: ms (MiB above the inputs)", f"{'T':>8} " + " ".join(f"{short[n][:24]:>24}" for n in names)]
+    lines = [f"\n{kind}: ms (MiB above the inputs)",
+             f"{'T':>8} " + " ".join(f"{short[name][:24]:>24}" for name in names)]
     for T, row in rows.items():
         found = {name: row[name] for name in names if "ms" in row.get(name, {})}
-        cells = (f"{found[n]['ms']:.3f} ({found[n]['mib'] or 0:8,.0f})" if n in found else "-" for n in names)
-        lines.append(f"{T:8,} " + " ".join(f"{cell:>24}" for cell in cells))
-        dense = [result["ms"] for n, result in found.items() if not n.startswith(("SEA", "random", "plain"))]
-        lines += [f"{'':8}   {short[n]}: {min(dense) / result['ms']:.2f}x the speed of the fastest dense"
-                  for n, result in found.items() if dense and n.startswith("SEA")]
+        cells = dict.fromkeys(names, "-")
+        cells |= {name: f"{r['ms']:.3f} ({r['mib'] or 0:8,.0f})" for name, r in found.items()}
+        lines.append(f"{T:8,} " + " ".join(f"{cell:>24}" for cell in cells.values()))
+        others = ("SEA", "random", "plain")
+        dense = [r["ms"] for name, r in found.items() if not name.startswith(others)]
+        for name, r in found.items():
+            if dense and name.startswith("SEA"):
+                speed = min(dense) / r["ms"]
+                lines.append(f"{'':8}   {short[name]}: {speed:.2f}x the speed of the fastest dense")
     return "\n".join(lines)
 
 
@@ -428,7 +453,8 @@ def profile(args, layer, inputs) -> None:
     q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
     for stride in args.strides:
         module = stretched(args, layer, T, stride)
-        for name, run in (("forward", forward(module, q, k, v)), ("forward+backward", forward_backward(module, q, k, v))):
+        for name, make in (("forward", forward), ("forward+backward", forward_backward)):
+            run = make(module, q, k, v)
             run()
             with torch.profiler.profile(activities=[activity]) as prof:
                 run()
@@ -442,12 +468,12 @@ def profile(args, layer, inputs) -> None:
                 print(f"  {ms:8.3f} ms {event.count:4} x {event.key[:90]}")
 
 
-# -- distillation ------------------------------------------------------------------------------------------------------
+# -- distillation ----------------------------------------------------------------------------------
 
 
 def teacher_model(args, T: int) -> torch.nn.Module:
-    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be sharded is made on
-    the CPU."""
+    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be
+    sharded is made on the CPU."""
     if args.model:
         from transformers import AutoModelForCausalLM
 
@@ -467,12 +493,14 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
     import distill
 
     teacher = teacher_model(args, T)
-    student = convert.attach(copy.deepcopy(teacher).requires_grad_(True), width=args.width, topk=args.topk,
-                             query_stride=args.strides[0], cell_keys=args.cell_keys, backend=backend).train()
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    convert.attach(student, width=args.width, topk=args.topk, query_stride=args.strides[0],
+                   cell_keys=args.cell_keys, backend=backend).train()
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher, student = distill.place(teacher, args), distill.place(student, args)
-    optimizer, run = distill.make_optimizer(student, 1e-5, 1e-4, 0.01), distill.data_parallel(student, args)
+    optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
+    run = distill.data_parallel(student, args)
     x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
 
     def step():
@@ -489,14 +517,15 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
 @contextlib.contextmanager
 def one_block(T: int):
     """Plain PyTorch's attention and pooling keep their T x T tensors, instead of blocks of queries."""
-    whole = {name: functools.partial(getattr(sea, name), block=T) for name in ("sparse_attention", "pool_attention")}
+    whole = {name: functools.partial(getattr(sea, name), block=T)
+             for name in ("sparse_attention", "pool_attention")}
     with mock.patch.multiple(sea, **whole):
         yield
 
 
 def distillation(args, size: int) -> dict[int, dict]:
-    """A step of distill.py, on the linear path and, if this is the only process of `size`, on the plain PyTorch path that
-    keeps T x T tensors."""
+    """A step of distill.py, on the linear path and, if this is the only process of `size`, on the plain
+    PyTorch path that keeps T x T tensors."""
     rows = {}
     for T in args.lengths:
         rows[T] = {"linear": report_step(args, T, "linear", "auto", size)}
@@ -512,7 +541,8 @@ def time_step(args, T: int, backend: str, size: int) -> dict:
     step, n_tokens = distillation_step(args, T, backend)
     with distill.settled():
         ms, mib = milliseconds_in_a_row(step), peak_mib(step)
-    return dict(ms=ms, tokens_per_second=1000 * size * n_tokens / ms, gpus=size, mib=mib, gib=distill.peak_memory(args))
+    return dict(ms=ms, tokens_per_second=1000 * size * n_tokens / ms, gpus=size, mib=mib,
+                gib=distill.peak_memory(args))
 
 
 def report_step(args, T: int, name: str, backend: str, size: int) -> dict:
@@ -526,17 +556,18 @@ def report_step(args, T: int, name: str, backend: str, size: int) -> dict:
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    print(f"T {T:,} {name}: {result['ms']:.0f} ms a step, {result['tokens_per_second']:,.0f} tok/s on {size}, peak "
-          f"{result['gib']:.2f} GiB each, {result['mib'] or 0:,.0f} MiB of it above the models and the optimizer", flush=True)
+    print(f"T {T:,} {name}: {result['ms']:.0f} ms a step, {result['tokens_per_second']:,.0f} tok/s on "
+          f"{size}, peak {result['gib']:.2f} GiB each, {result['mib'] or 0:,.0f} MiB of it above the models "
+          "and the optimizer", flush=True)
     return result
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 def decode_inputs(args, S: int, B: int) -> tuple[torch.Tensor, ...]:
-    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two random walks, in
-    turn: what a step does is in no sequence quicker for another being like it."""
+    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two
+    random walks, in turn: no sequence's step is quicker because another is like it."""
     options = dict(dtype=args.dtype, device=args.device)
     k, v = (torch.zeros(B, args.heads, S + ROOM, args.d_head, **options) for _ in range(2))
     q = k.new_zeros(B, args.heads, min(PROMPT, S - 1) + 1, args.d_head)
@@ -551,7 +582,8 @@ def decode_inputs(args, S: int, B: int) -> tuple[torch.Tensor, ...]:
 
 
 def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea.SEAOutput]:
-    """A step of SEA, again and again, whose state is that of a prefill of q's first tokens, told that they were S - 1."""
+    """A step of SEA, again and again, whose state is that of a prefill of q's first tokens, told that
+    they were S - 1."""
     module, prompt = stretched(args, layer, S + ROOM, stride), q[:, :, :-1]
     n = prompt.shape[2]
     state = module(prompt, k[:, :, :n], v[:, :, :n], kv_cached=True, rows_at_once=TRAINED).state
@@ -569,20 +601,22 @@ def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea
 
 @torch.no_grad()
 def decode(args, layer, S: int, B: int) -> dict[str, dict]:
-    """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on average and at
-    most."""
-    gib = args.heads * S * args.d_head * (2 * B * args.dtype.itemsize + 8 * 4) / 2**30  # keys and values, and the walks
+    """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on
+    average and at most."""
+    n_bytes = 2 * B * args.dtype.itemsize + 8 * 4  # of keys and values, and of the walks
+    gib = args.heads * S * args.d_head * n_bytes / 2**30
     free = torch.cuda.mem_get_info()[0] / 2**30 if args.device == "cuda" else gib
     if gib > free:
         return {"all": dict(error=f"skipped, needs {gib:.0f} GiB of the {free:.0f} that are free")}
     q, k, v = decode_inputs(args, S, B)
-    keys, values = k[:, :, :S], v[:, :, :S]
-    runs = {name: functools.partial(sdpa, backend, q[:, :, -1:], keys, values, causal=False)  # one query sees all keys
-            for name, backend in dense_contestants(args).items()}
-    runs |= {f"SEA stride {stride}": decoding_step(args, layer, S, stride, q, k, v) for stride in args.strides}
-    results = {}
+    inputs = q[:, :, -1:], k[:, :, :S], v[:, :, :S]
+    runs, results = {}, {}
+    for name, backend in dense_contestants(args).items():
+        runs[name] = functools.partial(sdpa, backend, *inputs, causal=False)  # one query sees all keys
+    for stride in args.strides:
+        runs[f"SEA stride {stride}"] = decoding_step(args, layer, S, stride, q, k, v)
     for name, run in runs.items():
-        results[name] = measured(lambda: dict(ms=milliseconds(run)))
+        results[name] = measured(lambda run=run: dict(ms=milliseconds(run)))
         if name.startswith("SEA") and "ms" in results[name]:
             results[name] |= keys_visited(run(), args.width)
     return results
@@ -618,11 +652,12 @@ def decoding_line(result: dict, dense: list[float]) -> str:
     return line
 
 
-# -- prefill -----------------------------------------------------------------------------------------------------------
+# -- prefill ---------------------------------------------------------------------------------------
 
 
 def prefill(args) -> dict[int, dict]:
-    """A prompt of T tokens, its keys and values kept, logits of the last token only: time, and memory above the weights."""
+    """A prompt of T tokens, its keys and values kept, logits of the last token only: time, and memory
+    above the weights."""
     import convert
 
     rows = {}
@@ -630,7 +665,8 @@ def prefill(args) -> dict[int, dict]:
         chunk = convert.ROWS_AT_ONCE if args.device == "cuda" else T // 2
         found = {"SDPA": (None, None)}
         for stride in args.strides:
-            found |= {f"SEA stride {stride}, chunks": (stride, chunk), f"SEA stride {stride}, one call": (stride, T)}
+            found[f"SEA stride {stride}, chunks"] = stride, chunk
+            found[f"SEA stride {stride}, one call"] = stride, T
         rows[T] = {}
         for name, (stride, rows_at_once) in found.items():
             with mock.patch.object(convert, "ROWS_AT_ONCE", rows_at_once):
@@ -645,7 +681,8 @@ def prefill_of(args, T: int, stride: int | None) -> dict:
 
     model = opt(args, T, args.device).to(args.dtype).eval()
     if stride is not None:
-        convert.attach(model, width=args.width, topk=args.topk, query_stride=stride, cell_keys=args.cell_keys)
+        convert.attach(model, width=args.width, topk=args.topk, query_stride=stride,
+                       cell_keys=args.cell_keys)
     x = torch.randint(5, 50000, (1, T), device=args.device)
 
     @torch.no_grad()
@@ -660,14 +697,15 @@ def prefill_of(args, T: int, stride: int | None) -> dict:
 def prefill_line(result: dict, dense: dict) -> str:
     if "error" in result:
         return result["error"]
-    line = f"{result['ms']:.1f} ms, {result['mib'] or 0:,.0f} MiB above the weights' {result['weights_mib']:,.0f}"
+    line = (f"{result['ms']:.1f} ms, {result['mib'] or 0:,.0f} MiB above the weights' "
+            f"{result['weights_mib']:,.0f}")
     if result is not dense and "ms" in dense:
         line += f", {result['ms'] / dense['ms']:.2f}x SDPA's time"
         line += f" and {result['mib'] / dense['mib']:.2f}x its memory" if result["mib"] else ""
     return line
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def pyplot():
@@ -688,9 +726,10 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
     for axis, (kind, field, label, unit) in zip(axes, panels):
-        for name in sorted({name for row in rows.values() for name in row if name.endswith(f"| {kind}")}):
-            style = ":" if name.startswith(("random", "plain")) else "-"
-            plot_line(axis, rows, name, field, label=name.split(" |")[0], linestyle=style)
+        for name in sorted({name for row in rows.values() for name in row}):
+            if name.endswith(f"| {kind}"):
+                style = ":" if name.startswith(("random", "plain")) else "-"
+                plot_line(axis, rows, name, field, label=name.split(" |")[0], linestyle=style)
         axis.set(xlabel="tokens", ylabel=unit, title=label)
         axis.grid(alpha=0.3, which="both")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -698,16 +737,18 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str, xlabel: str) -> None:
+def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str,
+               xlabel: str) -> None:
     """A log-log panel for each field, a line for each name; `fields` name their axes."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(fields), figsize=(4 + 4 * len(fields), 4.8), layout="constrained", squeeze=False)
+    plt, n = pyplot(), len(fields)
+    figure, axes = plt.subplots(1, n, figsize=(4 + 4 * n, 4.8), layout="constrained", squeeze=False)
     for axis, (field, label) in zip(axes[0], fields.items()):
         for name in dict.fromkeys(name for row in rows.values() for name in row):
             plot_line(axis, rows, name, field, label=name, linestyle="-" if "SEA" in name else "--")
         axis.set(xlabel=xlabel, ylabel=label)
         axis.grid(alpha=0.3, which="both")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
@@ -718,7 +759,7 @@ def plot_line(axis, rows: dict[int, dict], name: str, field: str, **style) -> No
         axis.loglog(*zip(*points), marker="o", **style)
 
 
-# -- the job -----------------------------------------------------------------------------------------------------------
+# -- the job ---------------------------------------------------------------------------------------
 
 
 def describe(args, argv: list[str] | None) -> dict:
@@ -737,8 +778,8 @@ def describe(args, argv: list[str] | None) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     print(f"{command}\n{device}, {versions}, commit {commit or 'unknown'}\n{args.dtype}, B "
-          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width {args.width}, topk "
-          f"{args.topk}, causal")
+          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width "
+          f"{args.width}, topk {args.topk}, causal")
     if not cuda:
         print("no GPU: this measures the plain PyTorch path")
     shown = {name: value for name, value in vars(args).items() if name != "dtype"}

@@ -566,8 +566,8 @@ def redraw_features(student, step: int, args) -> None:
 
 
 class Clock:
-    """Milliseconds a step and tokens a second. The first 10 steps, which warm up, do not count, nor does
-    the time up to resume()."""
+    """Milliseconds a step and tokens a second. The first 10 steps, which warm up, do not count, nor
+    does the time up to resume()."""
 
     def __init__(self, skip: int = 10):
         self.skip, self.steps, self.tokens, self.seconds = skip, 0, 0, 0.0
@@ -869,8 +869,8 @@ def add_common_options(p: argparse.ArgumentParser) -> None:
         "weights stay from the forward to the backward pass. Each process needs CPU memory for both "
         "models in fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
-        "autocast on cuda")
-    add("--out", default="out", help="folder for what is written")
+        "autocast on cuda (default: %(default)s)")
+    add("--out", default="out", help="folder for what is written (default: %(default)s)")
 
 
 def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -890,15 +890,14 @@ def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_common_options(p)
     add = p.add_argument
     add("--method", nargs="+", choices=METHODS, default=("sea", "performer", "dense"),
-        help="students to train, one after the other")
+        help="students to train, one after the other (default: sea performer dense)")
     add("--load", metavar="DIR", help="train this saved student further, instead of --method")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: "
-        "all, or only the new ones")
+        "all, or only the new ones (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps" + by_job("steps"))
     add("--batch", type=int, help="sequences a step, over all processes" + by_job("batch"))
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
@@ -919,8 +918,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are "
         "any. Options that change what is learned must be those of the run that wrote them; the number of "
         "processes, --shard, --micro-batch and how it is evaluated need not")
-    add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher")
-    add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features")
+    add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher "
+        "(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
+        "features (default: %(default)s)")
     args = p.parse_args(argv)
     check_common_options(p, args)
     read_groups(p, args)

@@ -38,14 +38,13 @@ def layer_and_head(text: str) -> tuple[int, int]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     distill.add_common_options(p)
     add = p.add_argument
     add("--students", nargs="+", metavar="DIR", help="saved students of --model (none: without --model "
         "those in --out, else none)")
     add("--split", choices=("validation", "test"), default="validation", help="of WikiText-2: the "
-        "paper's, or the usual one")
+        "paper's, or the usual one (default: %(default)s)")
     add("--topk", type=int, nargs="+", default=[], metavar="K", help="numbers of keys to measure SEA "
         "students with, besides their own")
     add("--backend", choices=sea.BACKENDS, help="of the students' attention, see sea.SEAConfig (none: "
@@ -53,7 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--look", type=layer_and_head, nargs="+", default=[], metavar="LAYER.HEAD", help="heads to "
         "draw, counted from 0 (none: a median one)")
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue, greedily")
-    add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by")
+    add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by "
+        "(default: %(default)s)")
     args = p.parse_args(argv)
     distill.check_common_options(p, args)
     if any(k < 1 for k in args.topk):

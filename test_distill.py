@@ -2,10 +2,12 @@
 What measures it is in test_evaluate.py."""
 
 import gc
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import weakref
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 
+import ablate
 import convert
 import distill
 import evaluate
@@ -808,6 +811,19 @@ def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
 
 
 # -- README.md ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_documented_commands_have_the_options_that_there_are(file, monkeypatch):
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(python|torchrun) ([^`\n]*?)\b(distill|evaluate|bench|ablate)\.py([^`\n#|&]*)", text)
+    assert commands
+    for launcher, _, script, options in commands:
+        monkeypatch.setenv("WORLD_SIZE", "2" if launcher == "torchrun" else "1")
+        argv = [option for option in shlex.split(options) if option != "..."]
+        parsed = importlib.import_module(script).parse(argv)
+        if script == "ablate":
+            distill.parse([*ablate.BASE, *parsed[1]])
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
