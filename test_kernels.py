@@ -813,7 +813,7 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
         student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=topk, backend=backend, query_stride=stride,
                                  cell_keys=cell_keys)
         with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
-            terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.Weights(score=1.0))
+            terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.LossWeights(score=1.0))
         sum(terms.values()).backward()
         modules = student.named_modules() if topk > SEQ else [("all", student)]
         grads = {name: [p.grad.flatten() for p in module.parameters(topk <= SEQ)] for name, module in modules}
