@@ -201,7 +201,8 @@ def load_teacher(model: str | Path, seq_len: int):
     load = AutoModelForCausalLM.from_pretrained
     teacher = hub(what, instead, lambda: load(name, dtype=torch.float32))
     if hasattr(teacher.config, "sea"):
-        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}")
+        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
+                 "--load of distill.py and --students of evaluate.py are for students")
     longest = teacher.config.max_position_embeddings
     if seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
@@ -422,7 +423,8 @@ def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
         with autocast(args):
             logits = model(x, use_cache=False).logits
         parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
-        losses = [F.cross_entropy(z.float().mT, y, reduction="none") for z, y in parts]
+        losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+                  for z, y in parts]
         total += torch.cat(losses, dim=1).sum(0).cpu()
     total = over_processes(total.tolist(), args)
     return torch.tensor(total, dtype=torch.float64) / len(data)
