@@ -15,8 +15,7 @@
 
 One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png, --decode,
 --prefill and --distill OUT/bench_decode.json and so on; --break-even and --profile only print. Without
-a GPU it measures the plain PyTorch path at small T and says so. evaluate.py times models with the tools
-here.
+a GPU it measures the plain PyTorch path at small T and says so.
 
 Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side
 by side, windows one after the other until T is reached, so that a longer sequence has the local
@@ -42,7 +41,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import evaluate
 import sea
 
 TRAINED = 2048
@@ -218,86 +217,6 @@ def opt(args, T: int, device: str) -> torch.nn.Module:
 # -- timing tools ----------------------------------------------------------------------------------
 
 
-def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda") -> float:
-    """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device,
-    not Python; without `graph` as it is, for a run that checkpoints and so cannot be captured."""
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        run()
-        return sorted(wall_milliseconds(run) for _ in range(3))[1]
-    warm_up(run, 3 if graph else 1)
-    run = captured(run) if graph else run
-    run()
-    times = []
-    while len(times) < repeats and sum(times) <= 2000:
-        times.append(gpu_milliseconds(run))
-    return sorted(times)[len(times) // 2]
-
-
-def wall_milliseconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - start)
-
-
-def gpu_milliseconds(run) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def warm_up(run, times: int) -> None:
-    """On a stream of its own, as a CUDA graph's capture wants it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(times):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def captured(run) -> Callable[[], None]:
-    """The replay of a CUDA graph of one run."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def milliseconds_in_a_row(run) -> float:
-    """Mean time of runs one after the other, Python included. Their number is fixed, since processes run
-    together."""
-    n = 10 if torch.cuda.is_available() else 1
-    for _ in range(3):
-        run()
-
-    def all_of_them():
-        for _ in range(n):
-            run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return wall_milliseconds(all_of_them) / n
-
-
-def peak_mib(run) -> float | None:
-    """Peak memory above what was held before, MiB."""
-    if not torch.cuda.is_available():
-        return None
-    run()  # what libraries allocate once is not this run's
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
 def measured(measure: Callable[[], dict]) -> dict:
     """What measure() gives, or the first line of the error that ended it: some run out of memory."""
     try:
@@ -387,7 +306,7 @@ def measure(args, layer, inputs, T: int) -> dict[str, dict]:
 
     def time_and_memory(make, attention, graph: bool) -> dict:
         run = make(attention, q, k, v)  # forward_backward needs memory for it already
-        return dict(ms=milliseconds(run, graph=graph), mib=peak_mib(run))
+        return dict(ms=evaluate.milliseconds(run, graph=graph), mib=evaluate.peak_mib(run))
 
     for name, attention in contestants(args, layer, T).items():
         for kind, make in kinds.items():
@@ -432,8 +351,8 @@ def break_even(args, layer, inputs) -> None:
         q, k, v = (x[:, :, :T].to(args.dtype) for x in inputs)
         sea_layer = stretched(args, layer, T, stride)
         dense = [functools.partial(sdpa, backend) for backend in dense_contestants(args).values()]
-        fastest = min(milliseconds(forward(attention, q, k, v)) for attention in dense)
-        return milliseconds(forward(sea_layer, q, k, v)) < fastest
+        fastest = min(evaluate.milliseconds(forward(attention, q, k, v)) for attention in dense)
+        return evaluate.milliseconds(forward(sea_layer, q, k, v)) < fastest
 
     for stride in args.strides:
         low, high = 1, max(args.lengths)
@@ -498,13 +417,13 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
                    cell_keys=args.cell_keys, backend=backend).train()
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher, student = distill.place(teacher, args), distill.place(student, args)
+    teacher, student = evaluate.place(teacher, args), evaluate.place(student, args)
     optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
     run = distill.data_parallel(student, args)
     x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
 
     def step():
-        with distill.autocast(args):
+        with evaluate.autocast(args):
             terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(), run)
         sum(terms.values()).backward()
         distill.clip_gradients(student, 1.0)
@@ -540,7 +459,7 @@ def time_step(args, T: int, backend: str, size: int) -> dict:
 
     step, n_tokens = distillation_step(args, T, backend)
     with distill.settled():
-        ms, mib = milliseconds_in_a_row(step), peak_mib(step)
+        ms, mib = evaluate.milliseconds_in_a_row(step), evaluate.peak_mib(step)
     return dict(ms=ms, tokens_per_second=1000 * size * n_tokens / ms, gpus=size, mib=mib,
                 gib=distill.peak_memory(args))
 
@@ -616,7 +535,7 @@ def decode(args, layer, S: int, B: int) -> dict[str, dict]:
     for stride in args.strides:
         runs[f"SEA stride {stride}"] = decoding_step(args, layer, S, stride, q, k, v)
     for name, run in runs.items():
-        results[name] = measured(lambda run=run: dict(ms=milliseconds(run)))
+        results[name] = measured(lambda run=run: dict(ms=evaluate.milliseconds(run)))
         if name.startswith("SEA") and "ms" in results[name]:
             results[name] |= keys_visited(run(), args.width)
     return results
@@ -690,7 +609,7 @@ def prefill_of(args, T: int, stride: int | None) -> dict:
         model(x, use_cache=True, logits_to_keep=1)
 
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    result = measured(lambda: dict(ms=milliseconds(run, repeats=5, graph=False), mib=peak_mib(run)))
+    result = measured(lambda: dict(ms=evaluate.milliseconds(run, repeats=5, graph=False), mib=evaluate.peak_mib(run)))
     return result | dict(weights_mib=weights)
 
 
@@ -708,22 +627,13 @@ def prefill_line(result: dict, dense: dict) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot(rows: dict[int, dict], path: Path, title: str) -> None:
     """A panel for each kind of pass, and one for memory."""
     kinds = [kind for kind in ("forward", "forward+backward")
              if any(name.endswith(f"| {kind}") for row in rows.values() for name in row)]
     panels = [(kind, "ms", kind, "ms") for kind in kinds]
     panels.append(("forward", "mib", "forward, peak memory", "MiB above the inputs"))
-    plt = pyplot()
+    plt = evaluate.pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
     for axis, (kind, field, label, unit) in zip(axes, panels):
         for name in sorted({name for row in rows.values() for name in row}):
@@ -740,7 +650,7 @@ def plot(rows: dict[int, dict], path: Path, title: str) -> None:
 def plot_lines(rows: dict[int, dict], fields: dict[str, str], path: Path, title: str,
                xlabel: str) -> None:
     """A log-log panel for each field, a line for each name; `fields` name their axes."""
-    plt, n = pyplot(), len(fields)
+    plt, n = evaluate.pyplot(), len(fields)
     figure, axes = plt.subplots(1, n, figsize=(4 + 4 * n, 4.8), layout="constrained", squeeze=False)
     for axis, (field, label) in zip(axes[0], fields.items()):
         for name in dict.fromkeys(name for row in rows.values() for name in row):
@@ -795,14 +705,12 @@ def write(report: dict, args, name: str) -> Path:
 
 
 def main_distill(args, argv) -> dict:
-    import distill
-
-    rank, size = distill.start_processes(args)
+    rank, size = evaluate.start_processes(args)
     report = describe(args, argv)
     report |= dict(results=distillation(args, size))
     if rank == 0:
         write(report, args, "bench_distill")
-    distill.stop_processes()
+    evaluate.stop_processes()
     return report
 
 

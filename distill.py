@@ -34,36 +34,28 @@ import copy
 import dataclasses
 import gc
 import json
-import logging
 import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig,
-                          OPTForCausalLM, PreTrainedTokenizerFast)
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import convert
+import evaluate
 import sea
-
-HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
-METHODS = (*convert.METHODS, "dense", "oracle")
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -103,80 +95,12 @@ class OptimizerConfig:
 
 # Where the two jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
 # SEAConfig and OptimizerConfig follow as well. Without: found by trying, for two CPU cores.
-PAPER = dict(steps=10_000, batch=32, micro_batch=1, seq_len=2048, eval_every=500, sea={}, optimizer={})
-TINY = dict(steps=120, batch=8, micro_batch=8, seq_len=256, eval_every=60,
-            sea=dict(width=64, topk=16), optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
+PAPER = dict(steps=10_000, batch=32, eval_every=500, sea={}, optimizer={})
+TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
+            optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
 
 
 # -- data ------------------------------------------------------------------------------------------
-
-
-def load_texts(args, split: str = "validation") -> tuple[list[str], list[str]]:
-    """Training and validation documents. split: of WikiText-2, to validate on."""
-    valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
-    if args.data:
-        documents = read_documents("--data", args.data)
-    elif args.model:
-        splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
-                     "give a text file with --data FILE instead", load_wikitext)
-        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits[split]["text"])]
-    else:
-        from pydoc_data.topics import topics  # comes with Python, differs a little with its version
-
-        documents = [topics[name] for name in sorted(topics)]
-    return (documents, valid) if valid else last_tenth_apart(documents)
-
-
-def load_wikitext():
-    from datasets import load_dataset  # here, since --data does without
-
-    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-
-
-def read_documents(option: str, file: str) -> list[str]:
-    try:
-        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
-
-
-def hub(what: str, instead: str, load: Callable):
-    """Run `load`, which may need the network; say in one sentence what was missing and what to give
-    instead."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
-    print(f"loading {what}", flush=True)
-    try:
-        return load()
-    except (OSError, ConnectionError, ImportError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"This needed {what} and could not get it ({reason}); {instead}.")
-
-
-def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Cut between documents, or within the last one if that alone is more than a tenth."""
-    total, size = sum(map(len, documents)), 0
-    for i, document in enumerate(documents[:-1], start=1):
-        size += len(document)
-        if size >= 0.9 * total:
-            return documents[:i], documents[i:]
-    cut = int(0.9 * len(documents[-1]))
-    return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
-
-
-def tokenize(documents: list[str], tokenizer) -> Tensor:
-    """One stream of token ids, an end-of-text token before each document if there are several."""
-    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
-    several = len(documents) > 1 and tokenizer.eos_token_id is not None
-    start = [tokenizer.eos_token_id] if several else []
-    return torch.tensor([i for document in ids for i in start + document])
-
-
-def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
-    """Windows without overlap, remainder dropped: (n, seq_len)."""
-    n = len(tokens) // seq_len
-    if n == 0:
-        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
-    return tokens[: n * seq_len].view(n, seq_len)[:most]
 
 
 def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
@@ -189,42 +113,21 @@ def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> 
 # -- teacher ---------------------------------------------------------------------------------------
 
 
-def load_teacher(model: str | Path, seq_len: int):
-    """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
-    often in half precision."""
-    name = HUB.get(str(model), str(model))
-    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
-    instead = "give a local folder with --model DIR instead"
-    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
-    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
-        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-    load = AutoModelForCausalLM.from_pretrained
-    teacher = hub(what, instead, lambda: load(name, dtype=torch.float32))
-    if hasattr(teacher.config, "sea"):
-        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
-                 "--load of distill.py and --students of evaluate.py are for students")
-    longest = teacher.config.max_position_embeddings
-    if seq_len > longest:
-        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
-    teacher.set_attn_implementation("sea_teacher")  # convert.record sees what it computes
-    return teacher.eval().requires_grad_(False), tokenizer
-
-
 def train_tiny_teacher(args, log: "Log") -> Path:
     """Train a tiny OPT from scratch on the job's text, unless there is one to resume with; returns its
     folder."""
     folder, steps = Path(args.out) / "teacher", args.teacher_steps
-    if rank_and_size()[0] == 0 and not (args.resume and folder.exists()):
-        documents, _ = load_texts(args)
+    if evaluate.rank_and_size()[0] == 0 and not (args.resume and folder.exists()):
+        documents, _ = evaluate.load_texts(args)
         tokenizer = tiny_tokenizer(documents)
-        tokens = tokenize(documents, tokenizer)
-        windows(tokens, args.seq_len)  # at least one
+        tokens = evaluate.tokenize(documents, tokenizer)
+        evaluate.windows(tokens, args.seq_len)  # at least one
         model = tiny_model(len(tokenizer), args.seq_len, args.seed).to(args.device)
         optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
         for step in range(1, steps + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, steps, "linear", warmup=50))
             x = batch_of(step, tokens, args.seq_len, 4, args.seed).to(args.device)
-            with autocast(args):
+            with evaluate.autocast(args):
                 loss = model(x, labels=x).loss
             loss.backward()
             clip_gradients(model, 1.0)
@@ -275,67 +178,8 @@ def new_student(name: str, original, teacher, args):
     if name != "dense":
         convert.attach(student, method="sea" if name == "oracle" else name, **args.sea)
     if name == "oracle":
-        follow_teacher(student, teacher)
+        evaluate.follow_teacher(student, teacher)
     return student
-
-
-def load_student(option: str, folder: str, original, teacher, **changes):
-    """Which of METHODS an earlier run saved in `folder`, and the student, in fp32. changes: fields of
-    SEAConfig that no weight depends on."""
-    try:
-        config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
-        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-            found, wanted = getattr(config.get_text_config(), field), getattr(expected, field)
-            if found != wanted:
-                sys.exit(f"{option}: expected a student of --model, {field} {wanted}, got {found} "
-                         f"in {folder}")
-        if not hasattr(config, "sea"):
-            student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            student.set_attn_implementation("sea_teacher")
-            return "dense", student
-        student = convert.load(folder, dtype=torch.float32)
-        convert.set_option(student, **changes)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({reason})")
-    if getattr(config, "sea_oracle", False):
-        follow_teacher(student, teacher)
-        return "oracle", student
-    return config.sea.get("method", "sea"), student
-
-
-def follow_teacher(student, teacher) -> None:
-    """The oracle: from now on the student's cells are chosen by the teacher's own attention to the same
-    tokens."""
-    records = []
-
-    def look(model, args, kwargs):
-        with torch.no_grad(), convert.record(teacher) as found:
-            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
-        records[:] = found
-
-    def follow(layer: int, attention: sea.SEAttention):
-        estimate_attention = attention.estimate_attention
-
-        def follow_layer(ops, q, k, v, rows, softmax_scale, past):
-            scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
-            of_teacher, width = records[layer], attention.config.width
-            pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, width, of_teacher.scale)
-            best = rows.of(best_scores(pooled, rows.seen))
-            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
-
-        attention.estimate_attention = follow_layer
-
-    student.config.sea_oracle = True
-    student.register_forward_pre_hook(look, with_kwargs=True)
-    for i, module in enumerate(convert.attention_modules(student)):
-        follow(i, module.sea)
-
-
-def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
-    """The best estimate of the attention, scores (B, H, T, width): the log of its mean in each cell."""
-    n_keys = sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None]  # (B, 1, T, width)
-    return (pooled.cells / n_keys.clamp(min=1)).clamp(min=1e-30).log()
 
 
 # -- losses, section 6 of the method ---------------------------------------------------------------
@@ -405,52 +249,6 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
 # -- validation ------------------------------------------------------------------------------------
 
 
-def perplexity(model, data: Tensor, args) -> float:
-    """exp of the mean negative log likelihood; windows data (n, T) predict all tokens but the first."""
-    return token_losses(model, data, args).mean().exp().item()
-
-
-@torch.no_grad()
-def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
-    """Negative log likelihood at each place of a window but the first, the mean over windows data
-    (n, T), which processes share: (T - 1,).
-
-    `chunk` tokens at a time: a large vocabulary's logits of a long window are too many for fp32.
-    """
-    model.eval()
-    total = torch.zeros(data.shape[1] - 1, dtype=torch.float64)
-    for x, n in batches_of_process(data, args):
-        with autocast(args):
-            logits = model(x, use_cache=False).logits
-        parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
-        losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-                  for z, y in parts]
-        total += torch.cat(losses, dim=1).sum(0).cpu()
-    total = over_processes(total.tolist(), args)
-    return torch.tensor(total, dtype=torch.float64) / len(data)
-
-
-def batches_of_process(data: Tensor, args) -> Iterator[tuple[Tensor, int]]:
-    """This process's windows, a micro-batch at a time, and how many of a batch count: all processes
-    have as many batches, since with --shard each pass gathers weights from all."""
-    rank, size = rank_and_size()
-    mine = data[rank::size]
-    for i in range(0, -(-len(data) // size), args.micro_batch):
-        x = mine[i : i + args.micro_batch]
-        yield (x if len(x) else data[:1]).to(args.device), len(x)
-
-
-@torch.no_grad()
-def keys_per_query(model, data: Tensor, args) -> float:
-    """Mean keys that a query attends to, over layers, heads and the queries of one window."""
-    with autocast(args), convert.record(model) as records:
-        model(data[:1].to(args.device), use_cache=False)
-    if records[0].sea is None or records[0].sea.cells is None:  # dense, or a control without cells
-        return (data.shape[1] + 1) / 2
-    n_keys = sea.keys_per_cell(records[0].sea.seen, records[0].config.width)[:, None]
-    return torch.stack([(r.sea.mask * n_keys).sum(-1) for r in records]).float().mean().item()
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -469,7 +267,7 @@ class Job:
 
 
 def train(name: str, student, job: Job) -> tuple[float, float | None]:
-    """Distil the teacher into `student`, both as place() left them. Returns the validation perplexity
+    """Distil the teacher into `student`, both as evaluate.place() left them. Returns the validation perplexity
     at the end and the tokens a second over all processes, None after too few steps to tell."""
     args, config, ppl = job.args, job.args.optimizer, None
     if args.gradient_checkpointing:
@@ -477,7 +275,7 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
     optimizer = make_optimizer(student, config.lr, config.lr_new, config.weight_decay)
     done = resume(name, student, optimizer, args)
     if done:
-        ppl = perplexity(student, job.valid, args)
+        ppl = evaluate.perplexity(student, job.valid, args)
         print(f"{name} resumes after step {done:05d}, val ppl {ppl:.2f}", flush=True)
     run, clock = data_parallel(student, args), Clock()
     for step in range(done + 1, args.steps + 1):
@@ -495,7 +293,7 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
         clock.tick(args.batch * args.seq_len)
         job.log.step(name, step, args.steps, terms, lr, clock)
         if step % args.eval_every == 0 or step == args.steps:
-            ppl = perplexity(student, job.valid, args)
+            ppl = evaluate.perplexity(student, job.valid, args)
             save_student(name, student, job)
             write_checkpoint(name, student, optimizer, step, args)
             print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {job.teacher_ppl:.2f}) | "
@@ -508,18 +306,18 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
 def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
     """Forward and backward through this step's batch, a micro-batch at a time; returns the terms of the
     loss, of all processes."""
-    args, (rank, size) = job.args, rank_and_size()
+    args, (rank, size) = job.args, evaluate.rank_and_size()
     torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
     mine = batch_of(step, job.tokens, args.seq_len, args.batch, args.seed)[rank::size]
     parts, total = mine.split(args.micro_batch), {}
     for i, x in enumerate(parts, start=1):
         with exchanging(run, now=i == len(parts)):  # once a step
-            with autocast(args):
+            with evaluate.autocast(args):
                 terms = distillation_losses(student, job.teacher, x.to(args.device), args.loss, run)
             (sum(terms.values()) / len(parts)).backward()
         for name, value in terms.items():
             total[name] = total.get(name, 0.0) + value.item() / len(parts)
-    return dict(zip(total, (x / size for x in over_processes(list(total.values()), args))))
+    return dict(zip(total, (x / size for x in evaluate.over_processes(list(total.values()), args))))
 
 
 def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
@@ -592,7 +390,7 @@ class Log:
     """Lines for people on standard output, the same records for programs in OUT/log.jsonl."""
 
     def __init__(self, args):
-        path = os.devnull if rank_and_size()[0] else Path(args.out) / "log.jsonl"
+        path = os.devnull if evaluate.rank_and_size()[0] else Path(args.out) / "log.jsonl"
         self.file = open(path, "a", encoding="utf-8")
 
     def record(self, **fields) -> None:
@@ -624,7 +422,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save_student(name: str, student, job: Job) -> None:
     """All processes call this; the first writes."""
     weights = get_model_state_dict(student, options=WHOLE) if job.args.shard else None
-    if rank_and_size()[0] == 0:
+    if evaluate.rank_and_size()[0] == 0:
         convert.save(student, Path(job.args.out) / name, job.tokenizer, weights)
 
 
@@ -632,7 +430,7 @@ def write_checkpoint(name: str, student, optimizer, step: int, args) -> None:
     """All that a step depends on, whole, however many processes there are. All of them call this; the
     first writes, beside the old one, and then renames, so that a kill leaves the old or the new."""
     model, state = get_state_dict(student, optimizer, options=WHOLE)
-    if rank_and_size()[0]:
+    if evaluate.rank_and_size()[0]:
         return
     path = Path(args.out) / f"{name}.ckpt"
     new = path.with_name(path.name + ".new")
@@ -646,14 +444,14 @@ def write_checkpoint(name: str, student, optimizer, step: int, args) -> None:
 def resume(name: str, student, optimizer, args) -> int:
     """With --resume, give the student the state in its checkpoint and return the steps behind it; 0 if
     there is none. Without, remove an earlier run's."""
-    rank, size = rank_and_size()
+    rank, size = evaluate.rank_and_size()
     path, saved = Path(args.out) / f"{name}.ckpt", None
     if args.resume and path.exists():
         saved = read_checkpoint(path, args)
     elif rank == 0:
         path.unlink(missing_ok=True)
     done = saved["step"] if saved else 0
-    if over_processes([float(done)], args)[0] != done * size:
+    if evaluate.over_processes([float(done)], args)[0] != done * size:
         sys.exit(f"--out: expected one folder that all processes share, got {path} of step {done} in "
                  "one of them, others in others")
     if saved:
@@ -695,81 +493,6 @@ def fingerprint(tokens: Tensor, teacher) -> list[float]:
 # -- several processes -----------------------------------------------------------------------------
 
 
-def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
-    """Join the other processes, make --out, print and return what runs: command, versions, device."""
-    _, size = start_processes(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.disable_progress_bar()  # logs are files
-    launcher, device = "python", f"CPU, {torch.get_num_threads()} threads"
-    if args.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    if size > 1:
-        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
-        device = f"{size} x {device}"
-    header = dict(command=" ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)]),
-                  versions=f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers "
-                           f"{transformers.__version__}", device=device)
-    print("\n".join(header.values()), flush=True)
-    return header
-
-
-def start_processes(args) -> tuple[int, int]:
-    """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints
-    and writes."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl", device_id=torch.device(args.device))
-        else:
-            dist.init_process_group("gloo")
-    elif args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank, size
-
-
-def rank_and_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def stop_processes() -> None:
-    """Wait for all processes, the first of which may still be writing."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[float]:
-    """The sum of each number over all processes, or their `op`."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=args.device)
-    dist.all_reduce(total, op)
-    return total.tolist()
-
-
-def place(model, args):
-    """Move `model` to the device, in place; with --shard, this process's shard of each weight.
-
-    FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the
-    device. Which weights are trained has to be settled before.
-    """
-    if not args.shard:
-        return model.to(args.device)
-    # OPT's layers do so; nothing writes to it
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
-    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = [layer for stack in stacks for layer in stack if convert.attention_modules(layer)]
-    # Outside the layers, too, weights are shards between passes, as optimizer and checkpoints want.
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    return model
-
-
 def data_parallel(student, args):
     """What calls `student` in training: its DistributedDataParallel, or itself if it is sharded or the
     only process's."""
@@ -788,14 +511,6 @@ def exchanging(run, now: bool):
     if isinstance(run, DistributedDataParallel) and not now:
         return run.no_sync()
     return contextlib.nullcontext()
-
-
-def autocast(args, **options):
-    """bf16 on a GPU."""
-    if not args.device.startswith("cuda"):
-        return contextlib.nullcontext()
-    # With --shard the cache would keep a bf16 copy of every weight, whole, through a forward pass.
-    return torch.autocast("cuda", torch.bfloat16, **{"cache_enabled": not args.shard, **options})
 
 
 @contextlib.contextmanager
@@ -820,7 +535,7 @@ def peak_memory(args) -> float:
         except ImportError:  # Windows
             return math.nan
         gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return over_processes([gib], args, dist.ReduceOp.MAX)[0]
+    return evaluate.over_processes([gib], args, dist.ReduceOp.MAX)[0]
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -848,62 +563,19 @@ def settings(config: type) -> Callable[[str], tuple[str, object]]:
     return setting
 
 
-def by_job(name: str) -> str:
-    return f" (none: {PAPER[name]} with --model, {TINY[name]} without)"
-
-
-def add_common_options(p: argparse.ArgumentParser) -> None:
-    """Those of distill.py and evaluate.py alike."""
-    add = p.add_argument
-    add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder "
-        "(none: the tiny OPT that distill.py trains, in --out)")
-    add("--data", help="text file, UTF-8; documents are separated by three newlines (none: WikiText-2 "
-        "with --model, else Python's documentation)")
-    add("--valid-data", help="validation text file (none: the validation split, or the last tenth of "
-        "--data)")
-    add("--seq-len", type=int, help="tokens a sequence" + by_job("seq_len"))
-    add("--micro-batch", type=int, help="sequences in memory at once, of each process"
-        + by_job("micro_batch"))
-    add("--eval-windows", type=int, help="validation windows to use (none: all)")
-    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the "
-        "optimizer over the processes (FSDP2), which otherwise hold all of them each (DDP). For models "
-        "that do not fit one GPU; with --gradient-checkpointing, without which bf16 copies of all "
-        "weights stay from the forward to the backward pass. Each process needs CPU memory for both "
-        "models in fp32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
-        "autocast on cuda (default: %(default)s)")
-    add("--out", default="out", help="folder for what is written (default: %(default)s)")
-
-
-def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in the job's defaults, and refuse numbers that nothing can be done with."""
-    for name, value in (PAPER if args.model else TINY).items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
-    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "eval_windows",
-                 "teacher_steps", "new_tokens"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
-    if args.seq_len < 2:
-        p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        p.error("--shard: expected several processes to spread over, under torchrun, got one")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_common_options(p)
+    evaluate.add_common_options(p)
     add = p.add_argument
-    add("--method", nargs="+", choices=METHODS, default=("sea", "performer", "dense"),
+    add("--method", nargs="+", choices=evaluate.METHODS, default=("sea", "performer", "dense"),
         help="students to train, one after the other (default: sea performer dense)")
     add("--load", metavar="DIR", help="train this saved student further, instead of --method")
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: "
         "all, or only the new ones (default: %(default)s)")
-    add("--steps", type=int, help="optimizer steps" + by_job("steps"))
-    add("--batch", type=int, help="sequences a step, over all processes" + by_job("batch"))
+    add("--steps", type=int, help="optimizer steps" + evaluate.by_job("steps", PAPER, TINY))
+    add("--batch", type=int, help="sequences a step, over all processes" + evaluate.by_job("batch", PAPER, TINY))
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
-        + by_job("eval_every"))
+        + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
         "query_stride, nbf, cell_keys (true or false), group, backend; without --model, width=64 "
@@ -925,7 +597,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
         "features (default: %(default)s)")
     args = p.parse_args(argv)
-    check_common_options(p, args)
+    for name in ("steps", "batch", "eval_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, (PAPER if args.model else TINY)[name])
+    evaluate.check_common_options(p, args)
     read_groups(p, args)
     if not 0 <= args.seed < 2**20:
         p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
@@ -979,19 +654,19 @@ def distil(name: str, job: Job) -> list[Row]:
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     if args.load:
-        name, student = load_student("--load", args.load, job.original, job.teacher, **args.sea)
+        name, student = evaluate.load_student("--load", args.load, job.original, job.teacher, **args.sea)
     else:
         student = new_student(name, job.original, job.teacher, args)
     if name == "sea" and args.train == "sea":
         new = set(convert.sea_parameters(student))
         for key, parameter in student.named_parameters():
             parameter.requires_grad_(key in new)
-    place(student, args)
-    ppl, keys = perplexity(student, valid, args), keys_per_query(student, valid, args)
+    evaluate.place(student, args)
+    ppl, keys = evaluate.perplexity(student, valid, args), evaluate.keys_per_query(student, valid, args)
     before = Row(f"{name} before", ppl, keys)
     with settled():
         ppl, speed = train(name, student, job)
-    keys, seconds = keys_per_query(student, valid, args), time.perf_counter() - began
+    keys, seconds = evaluate.keys_per_query(student, valid, args), time.perf_counter() - began
     after = Row(name, ppl, keys, seconds, peak_memory(args), speed)
     job.log.record(**vars(after))
     return [before, after]
@@ -1010,19 +685,19 @@ def print_table(rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Returns the perplexities of the table."""
     args, began = parse(argv), time.perf_counter()
-    header = start("distill.py", argv, args)
+    header = evaluate.start("distill.py", argv, args)
     log = Log(args)
 
     model = args.model or train_tiny_teacher(args, log)
-    original, tokenizer = load_teacher(model, args.seq_len)
-    texts = load_texts(args)
-    tokens, valid_tokens = (tokenize(documents, tokenizer) for documents in texts)
-    windows(tokens, args.seq_len)  # at least one
-    valid = windows(valid_tokens, args.seq_len, args.eval_windows)
+    original, tokenizer = evaluate.load_teacher(model, args.seq_len)
+    texts = evaluate.load_texts(args)
+    tokens, valid_tokens = (evaluate.tokenize(documents, tokenizer) for documents in texts)
+    evaluate.windows(tokens, args.seq_len)  # at least one
+    valid = evaluate.windows(valid_tokens, args.seq_len, args.eval_windows)
     args.fingerprint = fingerprint(tokens, original)
 
-    teacher = place(copy.deepcopy(original) if args.shard else original, args)
-    teacher_ppl, n = perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
+    teacher = evaluate.place(copy.deepcopy(original) if args.shard else original, args)
+    teacher_ppl, n = evaluate.perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
     print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} "
           f"windows of {args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(**header, args=vars(args), parameters=n, teacher_ppl=teacher_ppl)
@@ -1037,7 +712,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     log.record(results=results, seconds=seconds)
     print(f"\n{seconds / 60:.1f} minutes, peak memory {max(row.gib for row in rows):.2f} GiB of a "
           f"process, written to {args.out}/")
-    stop_processes()
+    evaluate.stop_processes()
     return results
 
 

@@ -15,21 +15,417 @@ OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in th
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
+import logging
+import os
 import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import bench
 import convert
-import distill
 import sea
+
+HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
+METHODS = (*convert.METHODS, "dense", "oracle")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def load_texts(args, split: str = "validation") -> tuple[list[str], list[str]]:
+    """Training and validation documents. split: of WikiText-2, to validate on."""
+    valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
+    if args.data:
+        documents = read_documents("--data", args.data)
+    elif args.model:
+        splits = hub("the dataset Salesforce/wikitext (wikitext-2-raw-v1) from the Hugging Face hub",
+                     "give a text file with --data FILE instead", load_wikitext)
+        return ["\n\n".join(splits["train"]["text"])], valid or ["\n\n".join(splits[split]["text"])]
+    else:
+        from pydoc_data.topics import topics  # comes with Python, differs a little with its version
+
+        documents = [topics[name] for name in sorted(topics)]
+    return (documents, valid) if valid else last_tenth_apart(documents)
+
+
+def load_wikitext():
+    from datasets import load_dataset  # here, since --data does without
+
+    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+def read_documents(option: str, file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
+
+
+def hub(what: str, instead: str, load: Callable):
+    """Run `load`, which may need the network; say in one sentence what was missing and what to give
+    instead."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
+    print(f"loading {what}", flush=True)
+    try:
+        return load()
+    except (OSError, ConnectionError, ImportError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"This needed {what} and could not get it ({reason}); {instead}.")
+
+
+def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Cut between documents, or within the last one if that alone is more than a tenth."""
+    total, size = sum(map(len, documents)), 0
+    for i, document in enumerate(documents[:-1], start=1):
+        size += len(document)
+        if size >= 0.9 * total:
+            return documents[:i], documents[i:]
+    cut = int(0.9 * len(documents[-1]))
+    return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
+
+
+def tokenize(documents: list[str], tokenizer) -> Tensor:
+    """One stream of token ids, an end-of-text token before each document if there are several."""
+    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
+    several = len(documents) > 1 and tokenizer.eos_token_id is not None
+    start = [tokenizer.eos_token_id] if several else []
+    return torch.tensor([i for document in ids for i in start + document])
+
+
+def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
+    """Windows without overlap, remainder dropped: (n, seq_len)."""
+    n = len(tokens) // seq_len
+    if n == 0:
+        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
+    return tokens[: n * seq_len].view(n, seq_len)[:most]
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def load_teacher(model: str | Path, seq_len: int):
+    """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
+    often in half precision."""
+    name = HUB.get(str(model), str(model))
+    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+    instead = "give a local folder with --model DIR instead"
+    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
+    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    load = AutoModelForCausalLM.from_pretrained
+    teacher = hub(what, instead, lambda: load(name, dtype=torch.float32))
+    if hasattr(teacher.config, "sea"):
+        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
+                 "--load of distill.py and --students of evaluate.py are for students")
+    longest = teacher.config.max_position_embeddings
+    if seq_len > longest:
+        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
+    teacher.set_attn_implementation("sea_teacher")  # convert.record sees what it computes
+    return teacher.eval().requires_grad_(False), tokenizer
+
+
+def load_student(option: str, folder: str, original, teacher, **changes):
+    """Which of METHODS an earlier run saved in `folder`, and the student, in fp32. changes: fields of
+    SEAConfig that no weight depends on."""
+    try:
+        config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
+        for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+            found, wanted = getattr(config.get_text_config(), field), getattr(expected, field)
+            if found != wanted:
+                sys.exit(f"{option}: expected a student of --model, {field} {wanted}, got {found} "
+                         f"in {folder}")
+        if not hasattr(config, "sea"):
+            student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            student.set_attn_implementation("sea_teacher")
+            return "dense", student
+        student = convert.load(folder, dtype=torch.float32)
+        convert.set_option(student, **changes)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({reason})")
+    if getattr(config, "sea_oracle", False):
+        follow_teacher(student, teacher)
+        return "oracle", student
+    return config.sea.get("method", "sea"), student
+
+
+def follow_teacher(student, teacher) -> None:
+    """The oracle: from now on the student's cells are chosen by the teacher's own attention to the same
+    tokens."""
+    records = []
+
+    def look(model, args, kwargs):
+        with torch.no_grad(), convert.record(teacher) as found:
+            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
+        records[:] = found
+
+    def follow(layer: int, attention: sea.SEAttention):
+        estimate_attention = attention.estimate_attention
+
+        def follow_layer(ops, q, k, v, rows, softmax_scale, past):
+            scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
+            of_teacher, width = records[layer], attention.config.width
+            pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, width, of_teacher.scale)
+            best = rows.of(best_scores(pooled, rows.seen))
+            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
+
+        attention.estimate_attention = follow_layer
+
+    student.config.sea_oracle = True
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    for i, module in enumerate(convert.attention_modules(student)):
+        follow(i, module.sea)
+
+
+def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
+    """The best estimate of the attention, scores (B, H, T, width): the log of its mean in each cell."""
+    n_keys = sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None]  # (B, 1, T, width)
+    return (pooled.cells / n_keys.clamp(min=1)).clamp(min=1e-30).log()
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
+    """Join the other processes, make --out, print and return what runs: command, versions, device."""
+    _, size = start_processes(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # logs are files
+    launcher, device = "python", f"CPU, {torch.get_num_threads()} threads"
+    if args.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    if size > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
+        device = f"{size} x {device}"
+    header = dict(command=" ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)]),
+                  versions=f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers "
+                           f"{transformers.__version__}", device=device)
+    print("\n".join(header.values()), flush=True)
+    return header
+
+
+def start_processes(args) -> tuple[int, int]:
+    """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints
+    and writes."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl", device_id=torch.device(args.device))
+        else:
+            dist.init_process_group("gloo")
+    elif args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, size
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def stop_processes() -> None:
+    """Wait for all processes, the first of which may still be writing."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[float]:
+    """The sum of each number over all processes, or their `op`."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=args.device)
+    dist.all_reduce(total, op)
+    return total.tolist()
+
+
+def place(model, args):
+    """Move `model` to the device, in place; with --shard, this process's shard of each weight.
+
+    FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the
+    device. Which weights are trained has to be settled before.
+    """
+    if not args.shard:
+        return model.to(args.device)
+    # OPT's layers do so; nothing writes to it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack if convert.attention_modules(layer)]
+    # Outside the layers, too, weights are shards between passes, as optimizer and checkpoints want.
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def autocast(args, **options):
+    """bf16 on a GPU."""
+    if not args.device.startswith("cuda"):
+        return contextlib.nullcontext()
+    # With --shard the cache would keep a bf16 copy of every weight, whole, through a forward pass.
+    return torch.autocast("cuda", torch.bfloat16, **{"cache_enabled": not args.shard, **options})
+
+
+# -- timing ----------------------------------------------------------------------------------------
+
+
+def milliseconds(run, repeats: int = 20, graph: bool = True, device: str = "cuda") -> float:
+    """Median time of one run; on a GPU, of a replayed CUDA graph, so that what is timed is the device,
+    not Python; without `graph` as it is, for a run that checkpoints and so cannot be captured."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        run()
+        return sorted(wall_milliseconds(run) for _ in range(3))[1]
+    warm_up(run, 3 if graph else 1)
+    run = captured(run) if graph else run
+    run()
+    times = []
+    while len(times) < repeats and sum(times) <= 2000:
+        times.append(gpu_milliseconds(run))
+    return sorted(times)[len(times) // 2]
+
+
+def wall_milliseconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
+def gpu_milliseconds(run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def warm_up(run, times: int) -> None:
+    """On a stream of its own, as a CUDA graph's capture wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(run) -> Callable[[], None]:
+    """The replay of a CUDA graph of one run."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def milliseconds_in_a_row(run) -> float:
+    """Mean time of runs one after the other, Python included. Their number is fixed, since processes run
+    together."""
+    n = 10 if torch.cuda.is_available() else 1
+    for _ in range(3):
+        run()
+
+    def all_of_them():
+        for _ in range(n):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return wall_milliseconds(all_of_them) / n
+
+
+def peak_mib(run) -> float | None:
+    """Peak memory above what was held before, MiB."""
+    if not torch.cuda.is_available():
+        return None
+    run()  # what libraries allocate once is not this run's
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+# Where the two jobs of distill.py differ, with --model and without.
+PAPER = dict(seq_len=2048, micro_batch=1)
+TINY = dict(seq_len=256, micro_batch=8)
+
+
+def by_job(name: str, paper: dict = PAPER, tiny: dict = TINY) -> str:
+    return f" (none: {paper[name]} with --model, {tiny[name]} without)"
+
+
+def add_common_options(p: argparse.ArgumentParser) -> None:
+    """Those of distill.py and evaluate.py alike."""
+    add = p.add_argument
+    add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder "
+        "(none: the tiny OPT that distill.py trains, in --out)")
+    add("--data", help="text file, UTF-8; documents are separated by three newlines (none: WikiText-2 "
+        "with --model, else Python's documentation)")
+    add("--valid-data", help="validation text file (none: the validation split, or the last tenth of "
+        "--data)")
+    add("--seq-len", type=int, help="tokens a sequence" + by_job("seq_len"))
+    add("--micro-batch", type=int, help="sequences in memory at once, of each process"
+        + by_job("micro_batch"))
+    add("--eval-windows", type=int, help="validation windows to use (none: all)")
+    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the "
+        "optimizer over the processes (FSDP2), which otherwise hold all of them each (DDP). For models "
+        "that do not fit one GPU; with --gradient-checkpointing, without which bf16 copies of all "
+        "weights stay from the forward to the backward pass. Each process needs CPU memory for both "
+        "models in fp32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
+        "autocast on cuda (default: %(default)s)")
+    add("--out", default="out", help="folder for what is written (default: %(default)s)")
+
+
+def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the job's defaults, and refuse numbers that nothing can be done with."""
+    for name, value in (PAPER if args.model else TINY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "eval_windows",
+                 "teacher_steps", "new_tokens"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
+    if args.seq_len < 2:
+        p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--shard: expected several processes to spread over, under torchrun, got one")
 
 
 def layer_and_head(text: str) -> tuple[int, int]:
@@ -39,7 +435,7 @@ def layer_and_head(text: str) -> tuple[int, int]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    distill.add_common_options(p)
+    add_common_options(p)
     add = p.add_argument
     add("--students", nargs="+", metavar="DIR", help="saved students of --model (none: without --model "
         "those in --out, else none)")
@@ -55,15 +451,64 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by "
         "(default: %(default)s)")
     args = p.parse_args(argv)
-    distill.check_common_options(p, args)
+    check_common_options(p, args)
     if any(k < 1 for k in args.topk):
         p.error(f"--topk: expected integers >= 1, got {args.topk}")
     if not args.model and not (Path(args.out) / "teacher").exists():
         p.error(f"--model: expected a teacher, or one that distill.py trained in --out, got {args.out}")
     if args.students is None:
-        saved = [Path(args.out) / method for method in distill.METHODS]
+        saved = [Path(args.out) / method for method in METHODS]
         args.students = [] if args.model else [str(path) for path in saved if path.exists()]
     return args
+
+
+# -- perplexity ------------------------------------------------------------------------------------
+
+
+def perplexity(model, data: Tensor, args) -> float:
+    """exp of the mean negative log likelihood; windows data (n, T) predict all tokens but the first."""
+    return token_losses(model, data, args).mean().exp().item()
+
+
+@torch.no_grad()
+def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
+    """Negative log likelihood at each place of a window but the first, the mean over windows data
+    (n, T), which processes share: (T - 1,).
+
+    `chunk` tokens at a time: a large vocabulary's logits of a long window are too many for fp32.
+    """
+    model.eval()
+    total = torch.zeros(data.shape[1] - 1, dtype=torch.float64)
+    for x, n in batches_of_process(data, args):
+        with autocast(args):
+            logits = model(x, use_cache=False).logits
+        parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
+        losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+                  for z, y in parts]
+        total += torch.cat(losses, dim=1).sum(0).cpu()
+    total = over_processes(total.tolist(), args)
+    return torch.tensor(total, dtype=torch.float64) / len(data)
+
+
+def batches_of_process(data: Tensor, args) -> Iterator[tuple[Tensor, int]]:
+    """This process's windows, a micro-batch at a time, and how many of a batch count: all processes
+    have as many batches, since with --shard each pass gathers weights from all."""
+    rank, size = rank_and_size()
+    mine = data[rank::size]
+    for i in range(0, -(-len(data) // size), args.micro_batch):
+        x = mine[i : i + args.micro_batch]
+        yield (x if len(x) else data[:1]).to(args.device), len(x)
+
+
+@torch.no_grad()
+def keys_per_query(model, data: Tensor, args) -> float:
+    """Mean keys that a query attends to, over layers, heads and the queries of one window."""
+    with autocast(args), convert.record(model) as records:
+        model(data[:1].to(args.device), use_cache=False)
+    if records[0].sea is None or records[0].sea.cells is None:  # dense, or a control without cells
+        return (data.shape[1] + 1) / 2
+    n_keys = sea.keys_per_cell(records[0].sea.seen, records[0].config.width)[:, None]
+    return torch.stack([(r.sea.mask * n_keys).sum(-1) for r in records]).float().mean().item()
 
 
 Records = list[convert.Record]  # one a layer
@@ -83,8 +528,8 @@ class Setting:
 def load_documents(args) -> list[str]:
     """Those to measure on."""
     if args.valid_data:
-        return distill.read_documents("--valid-data", args.valid_data)
-    return distill.load_texts(args, args.split)[1]
+        return read_documents("--valid-data", args.valid_data)
+    return load_texts(args, args.split)[1]
 
 
 def check_against_model(args, teacher, tokenizer) -> None:
@@ -112,8 +557,8 @@ def check_against_model(args, teacher, tokenizer) -> None:
 
 def measure(model, setting: Setting) -> dict:
     args, valid = setting.args, setting.valid
-    losses = distill.token_losses(model, valid, args)
-    return dict(ppl=losses.mean().exp().item(), keys=distill.keys_per_query(model, valid, args),
+    losses = token_losses(model, valid, args)
+    return dict(ppl=losses.mean().exp().item(), keys=keys_per_query(model, valid, args),
                 by_position=by_position(losses))
 
 
@@ -151,11 +596,11 @@ def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
 
     def run():
         # autocast's cache would keep copies of weights in half precision, of trainable ones only
-        with distill.autocast(args, cache_enabled=False):
+        with autocast(args, cache_enabled=False):
             model(x, use_cache=False, logits_to_keep=1)
 
-    return dict(pass_ms=bench.milliseconds(run, graph=False, device=args.device),
-                pass_mib=bench.peak_mib(run) if args.device.startswith("cuda") else None)
+    return dict(pass_ms=milliseconds(run, graph=False, device=args.device),
+                pass_mib=peak_mib(run) if args.device.startswith("cuda") else None)
 
 
 @torch.no_grad()
@@ -164,7 +609,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     student's modules, their weights in the dtype of q, or PyTorch's SDPA. clock: how it was timed; on a
     GPU all of it is one replayed CUDA graph, where a graph can hold it."""
     model.eval()
-    with distill.autocast(args), convert.record(model) as records:
+    with autocast(args), convert.record(model) as records:
         model(x.to(args.device), use_cache=False)
     inputs = [(r.q, r.k, r.v, r.scale) for r in records]
     del records  # a student's hold its scores
@@ -187,7 +632,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     clock = "wall clock"
     if args.device.startswith("cuda"):
         clock = "replayed CUDA graph" if graph else "launched from Python"
-    return dict(attention_ms=bench.milliseconds(run, graph=graph, device=args.device), clock=clock)
+    return dict(attention_ms=milliseconds(run, graph=graph, device=args.device), clock=clock)
 
 
 @torch.no_grad()
@@ -196,7 +641,7 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
     there is."""
     model.eval()
     x = tokenizer(prompt, return_tensors="pt").to(args.device)
-    with distill.autocast(args):
+    with autocast(args):
         # of one sequence no padding is needed, but not to name a token for it is warned of
         ids = model.generate(x.input_ids, attention_mask=x.attention_mask, do_sample=False,
                              pad_token_id=0, max_new_tokens=args.new_tokens, synced_gpus=args.shard)
@@ -210,8 +655,8 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
     """Rows of the table: the student's, and one for each of --topk."""
     args, teacher = setting.args, setting.teacher
     options = {} if args.backend is None else dict(backend=args.backend)
-    method, student = distill.load_student("--students", folder, setting.original, teacher, **options)
-    distill.place(student, args)
+    method, student = load_student("--students", folder, setting.original, teacher, **options)
+    place(student, args)
     row = measure(student, setting)
     if method != "oracle":  # whose cells come from a whole pass of the teacher
         row |= measure_use(student, setting)
@@ -245,7 +690,7 @@ def layer_report(student, teacher, data: Tensor, args) -> list[dict[str, float]]
 
 def both_records(student, teacher, x: Tensor, args) -> tuple[Records, Records]:
     """What each attention layer of both models sees and gives on token ids x (B, T)."""
-    with distill.autocast(args):
+    with autocast(args):
         with convert.record(teacher) as of_teacher:
             teacher(x.to(args.device), use_cache=False)
         with convert.record(student) as of_student:
@@ -260,7 +705,7 @@ def estimate_report(student: convert.Record, teacher: convert.Record) -> Tensor:
     config, result, seen = student.config, student.sea, student.sea.seen
     ops = sea.operations(config, teacher.q)
     pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale)
-    best = distill.best_scores(pooled, seen)
+    best = best_scores(pooled, seen)
     best_cells = sea.topk_mask(best.softmax(-1), seen, config.topk, config.group)
 
     def kl(scores, row=None):  # what L_estimate gains by its weight
@@ -287,10 +732,10 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     """Panels of each head of --look for one sequence x (T,). Without --look one head: the median by the
     share of the teacher's attention that the keys attended hold."""
     students, teachers = both_records(student, teacher, x[None], args)
-    if distill.rank_and_size()[0]:
+    if rank_and_size()[0]:
         return
     heads = args.look or [median_head(students, teachers)]
-    plt = bench.pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained",
                                 squeeze=False)
     for row, (layer, head) in zip(axes, heads):
@@ -369,7 +814,7 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) ->
               for name in dict.fromkeys(row["student"] for row in swept)}
     lines = {name: row for name, row in rows.items()
              if name not in points and "topk" not in row and "attention_ms" in row}
-    plt = bench.pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_curve(left, points, lines, "ppl", "validation perplexity")
     draw_curve(right, points, lines, "attention_ms", "ms a sequence, attention alone")
@@ -454,12 +899,12 @@ def name_students(folders: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Returns what is known of each model, by the names in the table."""
     args = parse(argv)
-    header = distill.start("evaluate.py", argv, args)
-    original, tokenizer = distill.load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
+    header = start("evaluate.py", argv, args)
+    original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
     check_against_model(args, original, tokenizer)
-    tokens = distill.tokenize(load_documents(args), tokenizer)
-    valid = distill.windows(tokens, args.seq_len, args.eval_windows)
-    teacher = distill.place(copy.deepcopy(original) if args.shard else original, args)
+    tokens = tokenize(load_documents(args), tokenizer)
+    valid = windows(tokens, args.seq_len, args.eval_windows)
+    teacher = place(copy.deepcopy(original) if args.shard else original, args)
 
     setting = Setting(args, original, teacher, tokenizer, valid)
     print(f"{len(valid)} windows of {args.seq_len}, no overlap", flush=True)
@@ -472,13 +917,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     print_positions(rows)
     print_layers(rows)
     print_continuations(rows, args.prompt)
-    if distill.rank_and_size()[0] == 0:
+    if rank_and_size()[0] == 0:
         if args.topk and not args.shard:
             draw_curves(rows, Path(args.out) / "topk", args.seq_len, header["device"])
         report = json.dumps(dict(**header, args=vars(args), models=rows), indent=1)
         (Path(args.out) / "evaluate.json").write_text(report)
     print(f"\nwritten to {args.out}/")
-    distill.stop_processes()
+    stop_processes()
     return rows
 
 

@@ -467,7 +467,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     """2 + resume + 2 steps equal 4, bit for bit, though the kill comes in the middle of the third; dropout, schedule, redraws and
     data included. Other numbers in the options are refused, a later evaluation is not."""
     options = ["--steps", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "warmup=2", "redraw_every=3"]
-    monkeypatch.setattr(distill, "load_teacher", lambda *args, load=distill.load_teacher: with_dropout(load(*args)))
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *args, load=evaluate.load_teacher: with_dropout(load(*args)))
     whole, steps = run_steps(home, tmp_path / "whole", *options, "--eval-every", "1")  # of which nothing depends
     assert [r["lr"] for r in steps] == pytest.approx([1e-2 * x for x in (0.5, 1, 0.75, 0.25)], rel=1e-5)
     clip = torch.nn.utils.clip_grad_norm_
@@ -486,7 +486,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*sea.ckpt, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
     with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
-        changed.setattr(distill, "tokenize", lambda *x, tokenize=distill.tokenize: tokenize(*x)[:-1])  # the same file, edited
+        changed.setattr(evaluate, "tokenize", lambda *x, tokenize=evaluate.tokenize: tokenize(*x)[:-1])  # the same file, edited
         run_steps(home, tmp_path / "parts", *options, "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert terms_of(resumed) == terms_of(steps)
@@ -671,7 +671,7 @@ def test_keys_per_query_counts_keys():
     with convert.record(student) as records:
         student(x[:1])
     keys = [sea.expand_mask(r.sea.mask, r.sea.seen, SEQ).sum(-1).float().mean() for r in records]
-    assert math.isclose(distill.keys_per_query(student, x, args), torch.stack(keys).mean(), rel_tol=1e-6)
+    assert math.isclose(evaluate.keys_per_query(student, x, args), torch.stack(keys).mean(), rel_tol=1e-6)
 
 
 def test_a_student_that_is_the_teacher_has_only_the_label_loss():
@@ -690,9 +690,9 @@ def test_perplexity_is_of_windows_without_overlap(home):
     for layer in model.get_decoder().layers:
         layer.dropout = 0.5  # off while measuring
     model.train()
-    data = distill.windows(torch.arange(2, 61), 16)
+    data = evaluate.windows(torch.arange(2, 61), 16)
     assert data.shape == (3, 16)  # the remainder is dropped
-    measured = distill.perplexity(model, data, args)
+    measured = evaluate.perplexity(model, data, args)
     model.eval()
     nll = [torch.nn.functional.cross_entropy(model(w[None]).logits[0, :-1], w[1:]) for w in data]
     assert math.isclose(measured, math.exp(torch.stack(nll).mean()), rel_tol=1e-5)
@@ -717,7 +717,7 @@ def test_model_names_mean_the_hub(monkeypatch, tmp_path):
         asked.append(name)
         raise OSError("We couldn't connect to the hub\nand a long explanation")
 
-    monkeypatch.setattr(distill.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(evaluate.AutoTokenizer, "from_pretrained", offline)
     for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "someone/model"):
         with pytest.raises(SystemExit, match=f"needed the model .*{name}.*couldn't connect to the hub\\); give a local folder with --model DIR"):
             distill.main(["--model", name, "--device", "cpu", "--out", str(tmp_path)])

@@ -42,7 +42,7 @@ def test_a_teacher_alone_is_measured(home, tmp_path, capsys):
 def test_topk_measures_one_student_at_each(home, student, tmp_path, capsys, monkeypatch):
     """Perplexity, and the time of the attention alone, of the same student."""
     timed = []
-    monkeypatch.setattr(evaluate.bench, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
+    monkeypatch.setattr(evaluate, "milliseconds", lambda run, **_: timed.append(run()) or float(len(timed)))
     monkeypatch.setattr(evaluate, "pass_cost", lambda *_: dict(pass_ms=123.4, pass_mib=5678.9))
     results = evaluate.main(arguments(home, "--students", student, "--topk", 1, 4, 16, "--look", "0.1", "1.0", "--out", tmp_path))
     at = [results[f"sea, topk {k}"] for k in (1, 4, 16)]
@@ -76,14 +76,14 @@ def test_perplexity_by_position_adds_up():
     """Each block is its tokens' mean, and all of them together are the perplexity, however many windows, chunks and blocks."""
     args, model, data = distill.parse([*SMALL, "--micro-batch", "2"]), tiny("opt"), tokens(3)
     nll = -torch.stack([model(w[None]).logits[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in data])
-    losses = distill.token_losses(model, data, args, chunk=5)
+    losses = evaluate.token_losses(model, data, args, chunk=5)
     torch.testing.assert_close(losses, nll.mean(0).double(), rtol=1e-5, atol=1e-5)
     blocks = evaluate.by_position(losses, first=4)
     assert [(b["first"], b["last"]) for b in blocks] == [(1, 4), (5, 8), (9, 16), (17, 24)]  # the first token is given
     for b, part in zip(blocks, nll.split([3, 4, 8, 8], dim=1), strict=True):
         assert math.isclose(b["ppl"], part.mean().exp(), rel_tol=1e-5)
     mean = sum(math.log(b["ppl"]) * (b["last"] - max(b["first"], 2) + 1) for b in blocks) / (SEQ - 1)
-    assert math.isclose(math.exp(mean), distill.perplexity(model, data, args), rel_tol=1e-5)
+    assert math.isclose(math.exp(mean), evaluate.perplexity(model, data, args), rel_tol=1e-5)
     assert [(b["first"], b["last"]) for b in evaluate.by_position(losses)] == [(1, 24)]
 
 
@@ -120,7 +120,7 @@ def llama(home) -> Path:
 def test_a_grouped_query_rotary_model_end_to_end(home, llama, tmp_path, capsys, monkeypatch):
     """With all that a real one needs, in half precision as on a GPU: checkpointing and new weights only; then from its files
     positions, prompts, times and pictures."""
-    monkeypatch.setattr(distill, "autocast", lambda args, **options: torch.autocast("cpu", torch.bfloat16, **options))
+    monkeypatch.setattr(evaluate, "autocast", lambda args, **options: torch.autocast("cpu", torch.bfloat16, **options))
     own = ["--model", str(llama), "--data", str(home / "text.txt"), "--seq-len", "16", "--device", "cpu", "--eval-windows", "6"]
     results = distill.main([*own, "--sea", "width=8", "topk=4", "--batch", "2", "--steps", "2", "--train", "sea", "--gradient-checkpointing",
                             "--method", "sea", "performer", "dense", "--out", str(tmp_path / "a")])
@@ -164,7 +164,7 @@ def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
         model.set_attn_implementation("sea_teacher")
     else:
         convert.attach(model, width=8, topk=3, method=method)
-    monkeypatch.setattr(evaluate.bench, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
+    monkeypatch.setattr(evaluate, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
     assert evaluate.attention_time(model, x, distill.parse(SMALL)) == dict(attention_ms=7.0, clock="wall clock")
     with convert.record(model) as records:
         model(x, use_cache=False)
@@ -189,13 +189,13 @@ def test_an_oracle_keeps_the_best_cells(home, tmp_path, stride):
 def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatch):
     students = []
 
-    def load(*args, do=distill.load_student, **options):
+    def load(*args, do=evaluate.load_student, **options):
         assert all(earlier() is None for earlier in students)
         method, model = do(*args, **options)
         students.append(weakref.ref(model))
         return method, model
 
-    monkeypatch.setattr(distill, "load_student", load)
+    monkeypatch.setattr(evaluate, "load_student", load)
     convert.save(convert.load(student), tmp_path / "other")
     evaluate.main(arguments(home, "--students", student, tmp_path / "other", "--topk", 2, "--out", tmp_path))
     assert len(students) == 2
@@ -269,7 +269,7 @@ def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: splits))
     args = evaluate.parse(["--model", "opt-125m", "--split", split])
     assert evaluate.load_documents(args) == [f" {split} \n\n\n\n\n = A title = \n"]
-    assert distill.load_texts(args, split) == ([" train \n\n\n\n\n = A title = \n"], evaluate.load_documents(args))
+    assert evaluate.load_texts(args, split) == ([" train \n\n\n\n\n = A title = \n"], evaluate.load_documents(args))
 
 
 # -- ablate.py ---------------------------------------------------------------------------------------------------------
