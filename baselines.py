@@ -1,10 +1,10 @@
-"""The controls that SEA is measured against: attention that replaces a model's as SEAttention does.
+"""The controls: attention that replaces a model's as SEAttention does, to measure SEA against.
 
-    performer   linear attention alone (Choromanski et al., ICLR 2021): SEA's context without positions is
-                the output. What SEA's estimate is worth beside the linear attention it is made of.
+    performer   linear attention alone (Choromanski et al., ICLR 2021), as in SEA but without
+                positions: beside it one sees what the estimated mask adds
 
-Each is a module of a SEAConfig with SEAttention's forward, so that convert.attach and distill.py treat
-them alike.
+Each is a module built from a SEAConfig, with SEAttention's forward, so that convert.attach and
+distill.py treat them alike.
 """
 
 from dataclasses import replace
@@ -19,7 +19,8 @@ from sea import (SEAConfig, SEAOutput, SEAState, all_rows, at_least_fp32, causal
 
 
 class PerformerAttention(nn.Module):
-    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)): nothing in it learns, the model around it does.
+    """out = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)). It has no parameters of its own; the model
+    around it learns.
 
     Of the config it uses n_head, n_kv_head, d_head, causal, nbf and seed.
     """
@@ -36,40 +37,43 @@ class PerformerAttention(nn.Module):
         self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
-                softmax_scale: float | None = None, state: SEAState | None = None, topk: int | None = None,
-                kv_cached: bool = False, rows_at_once: int | None = None) -> SEAOutput:
+                softmax_scale: float | None = None, state: SEAState | None = None,
+                topk: int | None = None, kv_cached: bool = False,
+                rows_at_once: int | None = None) -> SEAOutput:
         """As SEAttention.forward; topk has no meaning here. The result has no scores and no cells."""
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
         scale = scale_or_default(softmax_scale, self.config.d_head)
         if rows_at_once is not None and q.shape[2] > rows_at_once:
             return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached, softmax_scale=scale)
         past = self.empty_state(q) if state is None else state
-        new = to_front(q, k, v, valid, past, kv_cached)
+        tokens = to_front(q, k, v, valid, past, kv_cached)
         if self.config.causal:
-            seen, _, _, place, _, _, count = choose_rows(past.count, new.n_new, q.shape[2], 1, 0)
+            seen, _, _, place, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
         else:
-            seen, _, _, place, _, _, count = all_rows(new.n_new, q.shape[2])
-        out, sums = self.context(new.q, new.k, new.v, scale, new.n_new, past.sums, place)
+            seen, _, _, place, _, _, count = all_rows(tokens.n_new, q.shape[2])
+        out, sums = self.context(tokens.q, tokens.k, tokens.v, scale, tokens.n_new, past.sums, place)
         state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2], sums=sums)
-        state.k, state.v = (None, None) if kv_cached else (new.keys, new.values)
-        out = (out * is_token(out, new.n_new)).to(q.dtype)
-        return new.back(SEAOutput(out, seen, state if self.config.causal else None))
+        state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
+        out = (out * is_token(out, tokens.n_new)).to(q.dtype)
+        return tokens.back(SEAOutput(out, seen, state if self.config.causal else None))
 
     def empty_state(self, q: Tensor) -> SEAState:
-        """Of a Performer's state, count and sums (B, Hkv, m, D+1) change; it has no use for the rest."""
+        """Only count and sums (B, Hkv, m, D+1) are used."""
         state = SEAState.empty(self.config, q)
         return replace(state, sums=state.sums[..., : q.shape[-1] + 1].contiguous())
 
     def context(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, n_new: Tensor,
                 past: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Linear attention over v, (B, H, T, D), and the sums after the new tokens if causal."""
-        tokens = is_token(k, n_new)
+        is_key = is_token(k, n_new)
         q, k = scaled_qk(q, k, softmax_scale)
         with no_autocast(q):
             if not self.config.causal:
-                k_feat = softmax_features(k, self.projection, tokens) * tokens
-                return linear_attention(softmax_features(q, self.projection), k_feat, at_least_fp32(v)), past
-            q_feat, k_feat = relu_features(q, self.projection), relu_features(k, self.projection) * tokens
+                q_feat = softmax_features(q, self.projection)
+                k_feat = softmax_features(k, self.projection, is_key) * is_key
+                return linear_attention(q_feat, k_feat, at_least_fp32(v)), past
+            q_feat = relu_features(q, self.projection)
+            k_feat = relu_features(k, self.projection) * is_key
         return causal_linear_attention(q_feat, k_feat, at_least_fp32(v), past, place)
 
 

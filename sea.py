@@ -3,21 +3,22 @@
 Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained
 transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
 keeps the best cells by a grouped top-k, attends only to the keys under them, and learns all this by
-distilling the teacher's attention. A layer, SEAttention.forward, is these lines:
+distilling the teacher's attention. One layer, SEAttention.forward, computes:
 
-    new     valid tokens of q, k, v to the front, padding behind them               border
-    rows    the queries whose attention is estimated: all, or every stride-th       border
-    c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))              steps 1, 2
-    z       GELU(LayerNorm(Linear([c ; v]))), of which come image and gates         step 3
-    scores  CNN(image)                                                              step 4
-            + gain * q . (mean key of each cell)                                    step 5, ours
-    cells   the best of softmax(scores), `topk` keys a query and head on average    step 6
-    sparse  softmax(q k^T * softmax_scale) v over the keys under those cells        steps 7, 8
-    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v                    step 9
-    back    each token to where it came from                                        border
+    tokens  valid tokens of q, k, v at the front, padding behind them                    border
+    rows    the queries whose attention is estimated: all, or every stride-th            border
+    c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))         steps 1, 2  |
+    z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates        step 3  | estimate_
+    scores  CNN(image)                                                             step 4  | attention
+            + gain * q . (cell key), ours, causal only                             step 5  |
+    cells   the best of softmax(scores), `topk` keys a query and head on average         step 6
+    sparse  softmax(q k^T * softmax_scale) v over the keys under those cells             steps 7, 8
+    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v, gates after a sigmoid  step 9
+    back    each query to where it came from, and the state that the next call needs     border
 
-This file is the readable reference: a function for each step, in that order, for every dtype and
-device, with autograd. Copy it away and it works: it needs torch and einops only. Its sparse
+This file is the readable reference: a function for each step, in that order, then state, border and
+module, for every dtype and device, with autograd. Steps take what they need of the past as tensors;
+SEAState holds these. Copy the file away and it works: it needs torch and einops only. Its sparse
 attention looks at all keys and masks them, which is easy to check and not fast; kernels.py has the
 same operations in Triton and takes over on a GPU.
 
@@ -29,12 +30,13 @@ same operations in Triton and takes over on a GPU.
     topk       k       budget: keys per query and head, on average
     cell       pixel   one of `width` equal slices of the keys that a query sees
     seen       t       number of keys that a query sees; 0 marks padding
-    row        -       a query whose attention is estimated; R rows for T queries
-    cell key   -       mean of the keys in the middle of a cell, from bins of keys (not in the paper)
+    cell key   -       mean of the keys around the middle of a cell, from bins of keys; ours
+    row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
+                       R rows for T queries, or R + 1 with the last one of the call before
+    place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
+    rank       -       number of a token in its sequence: count + place, after count (B,) earlier ones
     m          -       random features of the linear attention
-    count      -       (B,) tokens of each sequence before this call
-    n_new      -       (B,) new tokens: places 0 ... n_new-1 of the call, padding behind them
-    rank       -       number of a token in its sequence; the token at place i has rank count + i
+    P          -       columns of the CNN's image, about width / 4 (bidirectional: width / 2)
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
 whatever the input is. "Differs" marks where we leave the paper or its authors' code.
@@ -68,11 +70,11 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
 
 
 class Group(NamedTuple):
-    """What cells compete with each other for a place in the mask, see topk_mask."""
+    """Which cells compete to be kept, see topk_mask."""
 
     layout: str  # the axes of (b, h, t, p) ranked together, in einops' words
     causal: bool  # no query competes with a later one
-    budget: Callable  # (H, topk * width, keys seen) -> cells to keep of those ranked together
+    n_kept: Callable  # (H, topk * width, keys seen) -> cells to keep of those ranked together
 
 
 def _rounded(a, b):
@@ -81,10 +83,10 @@ def _rounded(a, b):
 
 
 GROUPS = {
-    "causal_batch": Group("b t (h p)", True, lambda H, cells, seen: _rounded(H * cells, seen)),
-    "query": Group("b t h p", True, lambda H, cells, seen: _rounded(cells, seen)),
-    "head": Group("b h (t p)", False, lambda H, cells, seen: cells),
-    "batch": Group("b (h t p)", False, lambda H, cells, seen: H * cells),
+    "causal_batch": Group("b t (h p)", True, lambda H, budget, seen: _rounded(H * budget, seen)),
+    "query": Group("b t h p", True, lambda H, budget, seen: _rounded(budget, seen)),
+    "head": Group("b h (t p)", False, lambda H, budget, seen: budget),
+    "batch": Group("b (h t p)", False, lambda H, budget, seen: H * budget),
 }
 
 
@@ -143,23 +145,23 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor):
-    """Autocast would run the matmuls of fp32 sums in half precision."""
+    """Switches autocast off, which would run the matmuls of fp32 sums in half precision."""
     enabled = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, C, N, E) at index (B, M), each batch entry by its own: (B, C, M, E)."""
+    """Entries of x (B, C, N, E) at index (B, M), each sequence by its own: (B, C, M, E)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def extend(past: Tensor, x: Tensor) -> Tensor:
-    """x (B, C, N, E) after the rows of the past; x itself, not a copy, if there are none."""
+    """x (B, C, N, E) after the entries of the past; x itself, not a copy, if there are none."""
     return torch.cat([past.to(x.dtype), x], dim=2) if past.shape[2] else x
 
 
 def is_token(x: Tensor, n: Tensor) -> Tensor:
-    """Which rows of x (B, C, T, E) are among the first n (B,): (B, 1, T, 1)."""
+    """Which entries of x (B, C, T, E) are among the first n (B,): (B, 1, T, 1)."""
     return (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
 
 
@@ -168,7 +170,7 @@ def scale_or_default(softmax_scale: float | None, d_head: int) -> float:
 
 
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
-    """(B, Hkv, S, D) -> (B, H, S, D): each key/value head serves H/Hkv neighbouring query heads."""
+    """(B, Hkv, S, D) -> (B, H, S, D): each key/value head serves H/Hkv adjacent query heads."""
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
@@ -214,10 +216,15 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
 
 def scaled_qk(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """q and k such that phi(q) phi(k)^T stands for exp(q k^T * softmax_scale). Both are scaled by
-    D**-0.25, and q also by what softmax_scale differs from D**-0.5, since some models scale q
-    before they call us."""
+    D**-0.25, and q additionally by softmax_scale / D**-0.5, since some models scale q before they
+    call us."""
     D = q.shape[-1]
     return at_least_fp32(q) * (softmax_scale * D**0.25), at_least_fp32(k) * D**-0.25
+
+
+def _quotient(c: Tensor) -> Tensor:
+    """(..., E+1) -> (..., E): divided by the last column, 0 where that is 0."""
+    return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1)
 
 
 def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor) -> Tensor:
@@ -247,19 +254,14 @@ def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Ten
     slots = slots.scatter(2, place[:, None, :, None].expand_as(q_feat), q_feat)
     pad = (0, 0, 0, -T % chunk)
     with no_autocast(v):
+        v = F.pad(v, (0, 1), value=1.0)  # as above
         q = rearrange(F.pad(slots, pad), "b (h g) (n c) m -> b h n g c m", g=n_group, c=chunk)
-        k = rearrange(F.pad(k_feat, pad), "b h (n c) m -> b h n c m", c=chunk)
-        v = rearrange(F.pad(F.pad(v, (0, 1), value=1.0), pad), "b h (n c) e -> b h n c e", c=chunk)
-        sums = torch.cat([past[:, :, None], k.mT @ v], dim=2).cumsum(2)  # before each chunk, and all
-        same_chunk = (q @ k[:, :, :, None].mT).tril() @ v[:, :, :, None]
-        c = q @ sums[:, :, :-1, None] + same_chunk
+        k = rearrange(F.pad(k_feat, pad), "b h (n c) m -> b h n 1 c m", c=chunk)
+        v = rearrange(F.pad(v, pad), "b h (n c) e -> b h n 1 c e", c=chunk)
+        sums = torch.cat([past[:, :, None, None], k.mT @ v], dim=2).cumsum(2)  # (b, h, n+1, 1, m, e)
+        c = q @ sums[:, :, :-1] + (q @ k.mT).tril() @ v  # earlier chunks, same chunk
     c = take(rearrange(c, "b h n g c e -> b (h g) (n c) e"), place)
-    return _quotient(c), sums[:, :, -1]
-
-
-def _quotient(c: Tensor) -> Tensor:
-    """(..., E+1) -> (..., E): divided by the last column, 0 where that is 0."""
-    return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1)
+    return _quotient(c), sums[:, :, -1, 0]
 
 
 # -- 2. context: values with their position, mixed by linear attention -----------------------------
@@ -274,17 +276,24 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
     since a causal sequence grows; count, n_new (B,); past and the second result (B, Hkv, m, 2D+1) as
     in causal_linear_attention. Returns (B, H, R, 2D).
     """
-    i = torch.arange(k.shape[2], device=k.device)
-    rank = (count[:, None] + i).clamp(max=len(position) - 1)
-    place = (-count % stride)[:, None] + stride * i[: q.shape[2]]
+    T = k.shape[2]
+    rank = count[:, None] + torch.arange(T, device=k.device)
+    place = row_places(count, T, stride).clamp(max=T - 1)
     q, k_scaled = scaled_qk(q, k, softmax_scale)
     with no_autocast(q):
         q_feat = relu_features(q, projection)
         k_feat = relu_features(k_scaled, projection) * is_token(k, n_new)
     v = at_least_fp32(v)
-    pos = F.embedding(rank, position).to(v.dtype)[:, None].expand_as(v)
-    return causal_linear_attention(q_feat, k_feat, torch.cat([pos, v], dim=-1), past,
-                                   place.clamp(max=k.shape[2] - 1))
+    pos = F.embedding(rank.clamp(max=len(position) - 1), position)  # (B, T, D)
+    v_cat = torch.cat([pos.to(v.dtype)[:, None].expand_as(v), v], dim=-1)
+    return causal_linear_attention(q_feat, k_feat, v_cat, past, place)
+
+
+def row_places(count: Tensor, T: int, stride: int) -> Tensor:
+    """The places of the tokens of rank 0, stride, 2 * stride, ... in a call of T queries after count
+    (B,) tokens: (B, R), R = ceil(T / stride), the last of which may lie behind the call's end."""
+    first = -count % stride
+    return first[:, None] + stride * torch.arange((T - 1) // stride + 1, device=count.device)
 
 
 def bidirectional_context(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, softmax_scale: float,
@@ -303,8 +312,8 @@ def bidirectional_context(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, s
 def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
     """Bidirectional positions: the D x D identity, stretched linearly over each sequence's `seen`
     (B,) rows. Returns (B, n_rows, D) fp64."""
-    row = torch.arange(n_rows, device=seen.device, dtype=torch.float64)
-    x = row * (d - 1) / (seen[:, None] - 1).clamp(min=1)  # (B, n_rows)
+    i = torch.arange(n_rows, device=seen.device, dtype=torch.float64)
+    x = i * (d - 1) / (seen[:, None] - 1).clamp(min=1)  # (B, n_rows)
     return F.relu(1 - (x[..., None] - torch.arange(d, device=seen.device)).abs())
 
 
@@ -315,8 +324,9 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
                 cnn: nn.Module, gate: nn.Linear) -> tuple[Tensor, Tensor]:
     """z = GELU(LayerNorm(Linear([c ; v]))), shared by all heads; of z the CNN's image and the gates.
 
-    context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, channels * H, R, P),
-    normed as the CNN wants it, and the gates (B, H, R, 2), s_prob and s_mix before their sigmoid.
+    context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, H * channels, R, P), all
+    channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob and
+    s_mix before their sigmoid.
     """
     autocast = torch.is_autocast_enabled(v.device.type)
     x = torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1)  # (B, H, R, 3D)
@@ -340,7 +350,7 @@ class CausalCNN(nn.Module):
 
     def __init__(self, n_head: int, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(self.image_width(width))
+        self.norm = nn.LayerNorm(self.image_width(width))  # applied in encode_rows
         self.conv1 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
         self.conv2 = nn.Conv2d(2 * n_head, 2 * n_head, 3, dilation=2, padding=(0, 2))
         self.up = nn.Conv2d(2 * n_head, 4 * n_head, 1)
@@ -356,9 +366,9 @@ class CausalCNN(nn.Module):
         """past: the rows that entered each convolution before, (B, 2H, n, P), n = 0 at the start of a
         sequence, else HISTORY; the second result: the HISTORY rows before row n_rows (B,)."""
         x, last_rows = image, []
-        for conv, rows in zip((self.conv1, self.conv2), past):
-            rows = F.pad(rows.to(x.dtype), (0, 0, HISTORY - rows.shape[2], 0))
-            x = torch.cat([rows, x], dim=2)
+        for conv, before in zip((self.conv1, self.conv2), past):
+            before = F.pad(before.to(x.dtype), (0, 0, HISTORY - before.shape[2], 0))
+            x = torch.cat([before, x], dim=2)
             last_rows.append(take(x, n_rows[:, None] + torch.arange(HISTORY, device=x.device)))
             x = F.relu(conv(x))
         scores = rearrange(self.up(x), "b (h s) t p -> b h t (p s)", s=4)
@@ -367,7 +377,7 @@ class CausalCNN(nn.Module):
 
 class BidirectionalCNN(nn.Module):
     """Image (B, 4H, R, P), P = width / 2, -> scores (B, H, R, width), at half the rows, doubled by
-    nearest. Differs: the last convolution gives 2 cells a place, as CausalCNN's gives 4."""
+    nearest. Differs: the last convolution gives 2 cells a column, as CausalCNN's gives 4."""
 
     channels = 4
 
@@ -396,15 +406,15 @@ class BidirectionalCNN(nn.Module):
 
 def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
                n_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """CausalCNN as an operation that kernels.py has too."""
+    """Calls the CNN; a function, so that kernels.py can stand in for it."""
     return cnn(image, past, n_rows)
 
 
-# -- 5. cell keys, ours: each query's product with the mean key of every cell ----------------------
+# -- 5. cell keys, ours: each query's product with a mean key for every cell -----------------------
 #
 # Random features do not tell single keys apart: without this step the estimate is little more than a
-# mean over all texts. It is linear attention too, with the identity for phi and one-hot places for
-# values, q sum_j k_j onehot(bin(j))^T, so it is causal, linear in T and needs a constant state.
+# mean over all texts. It is linear attention too, with the identity for phi and one-hot numbers of
+# bins for values, q sum_j k_j onehot(bin(j))^T, so it is causal, linear in T and its state constant.
 
 
 def bin_level(seen, n_bins: int):
@@ -415,7 +425,7 @@ def bin_level(seen, n_bins: int):
 
 
 def bin_sums(k: Tensor, level: Tensor, count: Tensor, n_new: Tensor, past: Tensor) -> Tensor:
-    """Sums of keys in bins of 2**level, bin b of the keys of rank b * 2**level on: as past.
+    """Sums of keys in bins of 2**level keys, bin b from rank b * 2**level on: (B, Hkv, n_bins, D).
 
     k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_bins, D): the sums before the new
     keys, at the level of count, which is at most `level`. Keys that no bin holds are left out.
@@ -423,24 +433,27 @@ def bin_sums(k: Tensor, level: Tensor, count: Tensor, n_new: Tensor, past: Tenso
     n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
     inside = (bins < n_bins) & (i < n_new[:, None])
-    of_past = torch.arange(n_bins, device=k.device) >> (level - bin_level(count, n_bins))[:, None]
-    sums = torch.zeros_like(past)
-    for x, to in ((past, of_past), (k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))):
-        sums = sums.scatter_add(2, to[:, None, :, None].expand_as(x), x)
-    return sums
+    rise = (level - bin_level(count, n_bins))[:, None]
+    sums = _add_to_bins(torch.zeros_like(past), past, torch.arange(n_bins, device=k.device) >> rise)
+    return _add_to_bins(sums, k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))
+
+
+def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
+    """x (B, C, N, E) added to sums (B, C, n_bins, E) at bins (B, N)."""
+    return sums.scatter_add(2, bins[:, None, :, None].expand_as(x), x)
 
 
 def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float,
                     count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """What add_cell_keys adds, before its gain, at least fp32, and the sums after the new keys."""
+    """The term of add_cell_keys before its gain, at least fp32, and the sums after the new keys."""
     n_bins, t = 2 * width, row_seen[..., None]
     q, k, past = at_least_fp32(q) * softmax_scale, at_least_fp32(k), at_least_fp32(past)
     middle = (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)  # key of each cell
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
     scores, key_sums = q.new_zeros(*q.shape[:3], width), past
-    # T new keys raise the level of a sequence to that of T keys alone, or by one.
-    for up in range(bin_level(k.shape[2], n_bins) + 2):
-        level = bin_level(count, n_bins) + up  # (B,)
+    # T new keys end at most one level above the higher of bin_level(count) and bin_level(T).
+    for rise in range(bin_level(k.shape[2], n_bins) + 2):
+        level = bin_level(count, n_bins) + rise  # (B,)
         sums = bin_sums(k, level, count, n_new, past)
         means = repeat_heads(sums / 2.0 ** level[:, None, None, None], q.shape[1])
         # A cell takes the bin its middle key is in or, at the end of the row, the last full bin.
@@ -455,17 +468,18 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
                   softmax_scale: float, count: Tensor, n_new: Tensor,
                   past: Tensor) -> tuple[Tensor, Tensor]:
-    """scores + gain * softmax_scale * q . (mean key of a cell), less the row's largest product, at
-    least -32: (B, H, R, width). Differs: the paper has no such term.
+    """scores + gain * max(s - s_max, -32), s = softmax_scale * q . (cell key) and s_max the row's
+    largest: (B, H, R, width). Differs: the paper has no such term.
 
     2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
-    a cell wide. scores (B, H, R, width), gain (H,); q (B, H, R, D) of the rows, which see row_seen
-    (B, R) keys; k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D):
-    bin_sums before the new keys, at the level of count, and after them.
+    a cell wide, or one key. A cell key is the mean of a bin. scores (B, H, R, width), gain (H,);
+    q (B, H, R, D) of the rows, which see row_seen (B, R) keys; k (B, Hkv, T, D); count, n_new (B,);
+    past and the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of
+    count, and after them.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
-    dragged by this term alone. The limit of -32 keeps layers whose products lie thousands apart from
-    drowning the loss of all others.
+    trained mainly through this term. The limit of -32 keeps layers whose products lie thousands apart
+    from drowning the loss of all others.
     """
     with torch.no_grad(), no_autocast(q):
         products, key_sums = cell_key_scores(q, k, row_seen, scores.shape[-1], softmax_scale, count,
@@ -503,16 +517,18 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(isinstance(topk, int) and topk >= 1, "topk", "an integer >= 1", topk)
     _expect(group in GROUPS, "group", f"one of {tuple(GROUPS)}", repr(group))
-    layout, _, budget = GROUPS[group]
+    layout, _, n_kept = GROUPS[group]
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
     ranked = rearrange(probs.detach().masked_fill(~visible, -1), f"b h t p -> {layout}")
 
     topk = min(topk, 2**31)  # more keeps everything, and would not fit into 64 bits below
-    n = torch.as_tensor(budget(H, topk * width, seen.long().clamp(min=1)), device=probs.device)
-    n = n.clamp(min=1).view(*n.shape, *[1] * (ranked.ndim - n.ndim))  # () or (B, T), as ranked
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower
-    first_n = torch.arange(ranked.shape[-1], device=probs.device) < n
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, first_n.expand_as(order))
+    n = n_kept(H, topk * width, seen.long().clamp(min=1))  # a number, or (B, T)
+    n = torch.as_tensor(n, device=probs.device).clamp(min=1)
+    if n.ndim:
+        n = n.view(B, T, *[1] * (ranked.ndim - 2))
+    ranking = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower
+    first_n = (torch.arange(ranked.shape[-1], device=probs.device) < n).expand_as(ranking)
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranking, first_n)
     return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=width) & visible
 
 
@@ -578,7 +594,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     per key.
     """
     check_qkv(q, k, v)
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask",
             f"shape (B, H, R, width) with B, H = {(B, H)}", tuple(mask.shape))
     _expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
@@ -625,16 +641,16 @@ def running_mean(v: Tensor, seen: Tensor, past: Tensor) -> tuple[Tensor, Tensor]
 
 
 def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
-    """sum_j w_j v_j, the bidirectional average: (B, H, 1, D). w: the mean estimated row, given to the
-    keys of each cell.
+    """sum_j w_j v_j, the bidirectional average: (B, H, 1, D). w: the mean estimated row, each cell's
+    value copied to its keys, and normalised.
 
     probs (B, H, R, width) of rows that see row_seen (B, R) keys, all of them or, in a padded row,
     none. Differs: the authors do not normalise w to sum 1.
     """
     v = repeat_heads(v, probs.shape[1]).to(probs.dtype)
-    # The normalisation below makes the sum over rows a mean.
-    rows = (probs * (row_seen > 0)[:, None, :, None]).sum(2, keepdim=True)
-    w = spread_to_keys(rows, row_seen.amax(1, keepdim=True), v.shape[2], 0.0)  # (B, H, 1, S)
+    # The normalisation below makes this sum over the rows a mean.
+    total = (probs * (row_seen > 0)[:, None, :, None]).sum(2, keepdim=True)
+    w = spread_to_keys(total, row_seen.amax(1, keepdim=True), v.shape[2], 0.0)  # (B, H, 1, S)
     w = w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     with no_autocast(v):
         return w @ v
@@ -651,7 +667,7 @@ def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tenso
 
 def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
                 past: Tensor) -> tuple[Tensor, Tensor]:
-    """mix with the running mean of v, and the sum of v after the last token: arguments as there."""
+    """mix with the running mean of v, and the sum of v after the last token; arguments as in both."""
     average, v_sum = running_mean(v, seen, past)
     return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
 
@@ -673,13 +689,13 @@ class SEAState:
     """
 
     count: Tensor  # (B,) tokens so far
-    n_tokens: int  # the most of any sequence, padding included
+    n_tokens: int  # places of all calls so far, padding included, a number for the whole batch
     sums: Tensor  # (B, Hkv, m, 2D+1), sum of phi(k)^T [position ; v ; 1]
     v_sum: Tensor  # (B, Hkv, D)
-    conv_rows: tuple[Tensor, Tensor]  # the last rows that entered each convolution, (B, 2H, 4, P)
-    last_scores: Tensor  # (B, H, 1, width), the last row, for the queries that reuse it; 0 at stride 1
-    last_gates: Tensor  # (B, H, 1, 2)
-    key_sums: Tensor  # (B, Hkv, 2*width, D), of add_cell_keys
+    conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
+    last_scores: Tensor  # (B, H, 0 or 1, width), the last row, if the stride lets a query reuse it
+    last_gates: Tensor  # (B, H, 0 or 1, 2)
+    key_sums: Tensor  # (B, Hkv, 2*width or 0, D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
 
@@ -689,16 +705,17 @@ class SEAState:
         B, H, Hkv, D = len(q), config.n_head, config.kv_heads, config.d_head
         none = q.new_empty(B, Hkv, 0, D)
         rows = q.new_empty(B, 2 * H, 0, CausalCNN.image_width(config.width))
-        sums = dict(dtype=at_least_fp32(q[:0]).dtype, device=q.device)
+        n_bins = 2 * config.width if config.causal and config.cell_keys else 0
+        fp32 = dict(dtype=at_least_fp32(q[:0]).dtype, device=q.device)
         return cls(
             count=torch.zeros(B, dtype=torch.long, device=q.device),
             n_tokens=0,
-            sums=torch.zeros(B, Hkv, config.n_features, 2 * D + 1, **sums),
-            v_sum=torch.zeros(B, Hkv, D, **sums),
+            sums=torch.zeros(B, Hkv, config.n_features, 2 * D + 1, **fp32),
+            v_sum=torch.zeros(B, Hkv, D, **fp32),
             conv_rows=(rows, rows),
             last_scores=q.new_empty(B, H, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
-            key_sums=torch.zeros(B, Hkv, 2 * config.width * config.cell_keys, D, **sums),
+            key_sums=torch.zeros(B, Hkv, n_bins, D, **fp32),
             k=none,
             v=none,
         )
@@ -717,9 +734,9 @@ class SEAState:
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
-        """Overwrite this state's tensors with `other`'s, in place: the last thing in a CUDA graph of
-        one decoding step, whose replay then goes on from there. States without a KV cache only, since
-        that grows. The SEAOutput that this state came with shares some of its tensors."""
+        """Copy `other` into this state in place: the last thing in a CUDA graph of one decoding step,
+        whose replay then goes on from there. Only for states without a KV cache, since that grows. It
+        also changes those tensors of the SEAOutput that this state came with."""
         _expect(self.k is None and other.k is None, "state",
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         by_dtype = {}
@@ -729,7 +746,7 @@ class SEAState:
             mines, others = by_dtype.setdefault(mine.dtype, ([], []))
             mines.append(mine)
             others.append(theirs)
-        for mines, others in by_dtype.values():  # a launch for each dtype, not for each tensor
+        for mines, others in by_dtype.values():  # one copy a dtype, not one a tensor
             torch._foreach_copy_(mines, others)
         self.n_tokens = other.n_tokens
 
@@ -742,9 +759,10 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py):
+    # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py).
+    # R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
-    cells: Tensor | None = None  # (B, H, R, width) the kept ones: bool, or kernels.CellBits
+    cells: object = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
 
     @property
@@ -773,7 +791,7 @@ def valid_first(valid: Tensor) -> Tensor:
 
 @dataclass
 class Tokens:
-    """A call's tokens behind the border: no padding between them, each sequence from place 0 on."""
+    """A call's tokens behind the border: compact, each sequence's from place 0 on."""
 
     q: Tensor  # (B, H, T, D); like k and v, zero behind the last token
     k: Tensor  # (B, Hkv, T, D)
@@ -782,12 +800,12 @@ class Tokens:
     keys: Tensor  # (B, Hkv, S, D), those of the past and the new ones by rank, or as key_order says
     values: Tensor
     key_order: Tensor | None  # (B, S), where in keys and values the key of each rank stands
-    places: Tensor | None  # (B, T), where each token came from; None: nothing has moved
+    came_from: Tensor | None  # (B, T), the column of each token; None: nothing has moved
 
     def back(self, result: SEAOutput) -> SEAOutput:
         """The result with each query where it came from."""
-        if self.places is not None:
-            back = self.places.argsort(dim=1)
+        if self.came_from is not None:
+            back = self.came_from.argsort(dim=1)
             result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
             result.row = None if result.row is None else result.row.gather(1, back)
         return result
@@ -799,7 +817,7 @@ def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEASta
 
     Whatever padding holds, nan included, goes no further. Without padding nothing moves.
     """
-    T, S, places, key_order = q.shape[2], k.shape[2], None, None
+    T, S, came_from, key_order = q.shape[2], k.shape[2], None, None
     if valid is None:
         n_new = torch.full((len(q),), T, device=q.device)
         if T == 1 and kv_cached:  # a static buffer may go on behind the new token
@@ -809,8 +827,8 @@ def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEASta
     else:
         n_new, k_new, v_new = valid[:, -T:].sum(1), k[:, :, -T:], v[:, :, -T:]
         if T > 1:  # a single token stands at the front already
-            places = valid_first(valid[:, -T:])
-            q, k_new, v_new = take(q, places), take(k_new, places), take(v_new, places)
+            came_from = valid_first(valid[:, -T:])
+            q, k_new, v_new = (take(x, came_from) for x in (q, k_new, v_new))
         padding = ~is_token(q, n_new)
         q, k_new, v_new = (x.masked_fill(padding, 0) for x in (q, k_new, v_new))
     if kv_cached and S > T:
@@ -818,15 +836,15 @@ def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEASta
         key_order = None if valid is None else valid_first(valid)
     else:
         keys, values = append(past.k, k_new, past.count), append(past.v, v_new, past.count)
-    return Tokens(q, k_new, v_new, n_new, keys, values, key_order, places)
+    return Tokens(q, k_new, v_new, n_new, keys, values, key_order, came_from)
 
 
 def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
-    """The rows of x (B, C, T, D) behind the first count (B,) of cache (B, C, S, D)."""
+    """x (B, C, T, D) written behind the first count (B,) entries of cache (B, C, S, D)."""
     if cache.shape[2] == 0:
         return x
-    offs = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
-    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, offs.expand_as(x), x)
+    rank = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
+    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, rank.expand_as(x), x)
 
 
 @dataclass
@@ -840,10 +858,10 @@ class Rows:
     place: Tensor  # (B, R) the query that each row of this call belongs to
     n_rows: Tensor  # (B,) rows of this call
     last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
-    count: Tensor  # (B,) tokens of each sequence after this call
+    next_count: Tensor  # (B,) tokens of each sequence after this call
     n_new: Tensor  # (B,)
     stride: int
-    aligned: bool  # the first new token of every sequence begins a row
+    aligned: bool  # rows stand at places 0, stride, 2 * stride, ... of every sequence
 
     def of(self, x: Tensor) -> Tensor:
         """x (B, C, T, E) at the rows of this call: a view where it can be, (B, C, R, E)."""
@@ -857,16 +875,17 @@ def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int
     count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1.
     Query skipping is the paper's; a row is reused by later queries only, so it stays causal.
     """
-    i, first = torch.arange(T, device=count.device), (-count % stride)[:, None]  # first: row's place
-    place = first + stride * torch.arange((T - 1) // stride + 1, device=count.device)  # (B, R)
+    i, place = torch.arange(T, device=count.device), row_places(count, T, stride)
+    first = place[:, :1]
     seen = (count[:, None] + i + 1) * (i < n_new[:, None])
+    of_past = (count[:, None] + first + 1 - stride).clamp(min=0)  # keys that the row before sees
     row_seen = (count[:, None] + place + 1) * (place < n_new[:, None])
-    before = (count[:, None] + first + 1 - stride).clamp(min=0)[:, :n_before]
-    row_seen = torch.cat([before, row_seen], dim=1)
+    row_seen = torch.cat([of_past[:, :n_before], row_seen], dim=1)
     row = n_before + (i - first).div(stride, rounding_mode="floor")
     row = row.clamp(0, row_seen.shape[1] - 1)
     n_rows = (place < n_new[:, None]).sum(1)
-    last = (n_before + n_rows - 1).clamp(min=0)[:, None][:, : stride - 1]
+    last = (n_before + n_rows - 1).clamp(min=0)[:, None]
+    last = last[:, : stride - 1]  # at stride 1 no later query reuses a row
     return seen, row, row_seen, place.clamp(max=T - 1), n_rows, last, count + n_new
 
 
@@ -884,8 +903,8 @@ torch_operations = sys.modules[__name__]
 
 
 def load_kernels():
-    """kernels.py beside this file, in the same package if there is one; by its place if Hugging Face's
-    package of the same name was imported before it."""
+    """kernels.py beside this file, in the same package if there is one; by its path if Hugging Face's
+    package of the same name is imported already."""
     if __package__:
         return importlib.import_module(".kernels", __package__)
     try:
@@ -896,8 +915,8 @@ def load_kernels():
     except ImportError:
         pass
     if "sea_kernels" not in sys.modules:
-        place = Path(__file__).with_name("kernels.py")
-        spec = importlib.util.spec_from_file_location("sea_kernels", place)
+        path = Path(__file__).with_name("kernels.py")
+        spec = importlib.util.spec_from_file_location("sea_kernels", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules["sea_kernels"] = module
@@ -957,15 +976,15 @@ class SEAttention(nn.Module):
                 rows_at_once: int | None = None) -> SEAOutput:
         """q (B, H, T, D); k, v (B, Hkv, T, D), or, with kv_cached, (B, Hkv, S, D) with the past first.
 
-        valid: bool, as long as k, False where a token is padding (either side, or between); its output
-        is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state: SEAOutput.state of
-        the call before. topk: keys per query and head, the config's by default; it may differ from call
-        to call (the paper's dynamic k). kv_cached: the caller keeps the KV cache, so the state carries
-        none. For one query it may be a static buffer, longer than the tokens so far, where the new
-        token of sequence b stands at place state.count[b] and any finite numbers follow. rows_at_once:
-        compute so many queries at a time, each chunk with the state of the one before (causal only):
-        the same output and state, less memory, no scores or cells. Raises ValueError for what does not
-        fit.
+        valid: bool, as long as k, False where a token is padding (either side, or between); the output
+        there is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state:
+        SEAOutput.state of the call before. topk: keys per query and head, the config's by default; it
+        may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV cache,
+        so the state carries none. For one query k and v may be a static buffer of up to max_positions,
+        longer than the tokens so far: the new token of sequence b stands at state.count[b], and any
+        finite numbers follow. rows_at_once: compute this many queries at a time, each chunk with the
+        state of the one before (causal only): the same output and state, less memory, no scores or
+        cells. Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
@@ -976,47 +995,48 @@ class SEAttention(nn.Module):
                              softmax_scale=scale, topk=topk)
 
         past = SEAState.empty(config, q) if state is None else state
-        new = to_front(q, k, v, valid, past, kv_cached)
-        rows = self.rows(ops, new, past)
-        scores, gates, state = self.estimate_attention(ops, new.q, new.k, new.v, rows, scale, past)
+        tokens = to_front(q, k, v, valid, past, kv_cached)
+        rows = self.choose_rows(ops, tokens, past)
+        scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows, scale,
+                                                       past)
         cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-        sparse = ops.sparse_attention(new.q, new.keys, new.values, cells, rows.seen, scale,
-                                      row=rows.row, order=new.key_order)
-        out, state.v_sum = self.mix_average(ops, sparse, new.v, scores, gates, rows, past)
-        state.k, state.v = (None, None) if kv_cached else (new.keys, new.values)
+        sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, cells, rows.seen, scale,
+                                      row=rows.row, order=tokens.key_order)
+        out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
+        state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         state = state if config.causal else None
-        return new.back(SEAOutput(out.to(q.dtype), rows.seen, state, scores, cells, rows.row))
+        return tokens.back(SEAOutput(out, rows.seen, state, scores, cells, rows.row))
 
-    def rows(self, ops, new: Tokens, past: SEAState) -> Rows:
+    def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""
-        T, stride = new.q.shape[2], self.config.query_stride
+        T, stride, n_new = tokens.q.shape[2], self.config.query_stride, tokens.n_new
         if not self.config.causal:
-            return Rows(*all_rows(new.n_new, T), new.n_new, stride, aligned=True)
+            return Rows(*all_rows(n_new, T), n_new, stride, aligned=True)
         n_before = past.last_scores.shape[2]
-        chosen = ops.choose_rows(past.count, new.n_new, T, stride, n_before)
-        # A single token has one row, its own or none, and a sequence's first token begins one.
+        chosen = ops.choose_rows(past.count, n_new, T, stride, n_before)
+        # So they are in a sequence's first call; and of a single token it does not matter.
         aligned = stride == 1 or T == 1 or past.n_tokens == 0
-        return Rows(*chosen, new.n_new, stride, aligned)
+        return Rows(*chosen, n_new, stride, aligned)
 
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
 
-        Returns, for the rows, scores (B, H, R, width) and gates (B, H, R, 2) before their sigmoid,
-        and the state after the new tokens but for v_sum, k and v. With query_stride > 1 the gates come
-        per row as well, since they need its linear attention.
+        Returns, for the rows and before them that of the past, scores (B, H, R, width) and gates
+        (B, H, R, 2) before their sigmoid, and the state after the new tokens but for v_sum, k and v.
+        With query_stride > 1 the gates come per row as well, since they need its linear attention.
         """
         config, cnn, n_new = self.config, self.cnn, rows.n_new
-        q_row, v_row = rows.of(q), rows.of(v)
-        encode = (self.encoder, self.decoder, cnn, self.gate)
+        layers = self.encoder, self.decoder, cnn, self.gate
         if not config.causal:
             context = bidirectional_context(q, k, v, self.projection, softmax_scale, n_new)
-            image, gates = encode_rows(context, v, *encode)
+            image, gates = encode_rows(context, v, *layers)
             return cnn(image, rows.n_rows), gates, past
 
+        q_row, v_row = rows.of(q), rows.of(v)
         context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
                                            config.query_stride, past.count, n_new, past.sums)
-        image, gates = ops.encode_rows(context, v_row, *encode)
+        image, gates = ops.encode_rows(context, v_row, *layers)
         scores, conv_rows = ops.causal_cnn(image, cnn, past.conv_rows, rows.n_rows)
         key_sums = past.key_sums
         if config.cell_keys:
@@ -1024,13 +1044,13 @@ class SEAttention(nn.Module):
             scores, key_sums = ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
                                                  softmax_scale, past.count, n_new, key_sums)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
-        state = replace(past, count=rows.count, n_tokens=past.n_tokens + q.shape[2], sums=sums,
+        state = replace(past, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2], sums=sums,
                         conv_rows=conv_rows, key_sums=key_sums, last_scores=take(scores, rows.last),
                         last_gates=take(gates, rows.last))
         return scores, gates, state
 
-    def mix_average(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
-                    past: SEAState) -> tuple[Tensor, Tensor]:
+    def combine(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
+                past: SEAState) -> tuple[Tensor, Tensor]:
         """Step 9, and the sum of v after the new tokens."""
         if self.config.causal:
             return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
@@ -1051,7 +1071,7 @@ def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, vali
     (B, H, T, D), stride = q.shape, layer.config.query_stride
     size = max(size // stride, 1) * stride  # a chunk begins with a row where the first one does
     before = k.shape[2] - T
-    out, seen = q.new_empty(B, T, H, D).transpose(1, 2), []  # in memory as models want it
+    out, seen = q.new_empty(B, T, H, D).transpose(1, 2), []  # (B, T, H, D) in memory, as models read it
     for i in range(0, T, size):
         end = min(i + size, T)
         keys = slice(0, before + end) if kv_cached else slice(i, end)
@@ -1059,8 +1079,11 @@ def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, vali
                        valid=None if valid is None else valid[:, keys], **options)
         out[:, :, i:end], state = result.out, result.state
         seen.append(result.seen)
-        del result  # its scores, before the next chunk makes its own
+        del result  # frees its scores before the next chunk
     return SEAOutput(out, torch.cat(seen, dim=1), state)
+
+
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
@@ -1070,9 +1093,9 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
     _expect(H == config.n_head, "q", f"{config.n_head} heads", H)
     _expect(D == config.d_head, "q", f"head size {config.d_head}", D)
     _expect(k.shape[1] == config.kv_heads, "k", f"{config.kv_heads} key/value heads", k.shape[1])
-    past = 0
+    n_past = 0
     if state is not None:
-        past = state.n_tokens
+        n_past = state.n_tokens
         _expect(config.causal, "state", "None when bidirectional", "a state")
         _expect(state.count.shape == (B,), "state", f"a batch of {B}", tuple(state.count.shape))
         _expect(kv_cached or state.k is not None, "state",
@@ -1080,8 +1103,8 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
     if kv_cached:
         _expect(S >= T, "k", f"at least the {T} tokens of q", S)
         _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
-        static_buffer = T == 1 and state is not None and valid is None and S > past
-        _expect(S == past + T or static_buffer, "k", f"{past} tokens of the state and {T} of q", S)
+        static_buffer = T == 1 and state is not None and valid is None and S > n_past
+        _expect(S == n_past + T or static_buffer, "k", f"{n_past} tokens of the state and {T} of q", S)
     else:
         _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
     if valid is not None:
@@ -1187,11 +1210,11 @@ def estimate_loss(scores: Tensor, pooled: PooledAttention, seen: Tensor, *, row:
 def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen: Tensor,
                softmax_scale: float | None = None, *, kl_weight: float = 0.1,
                block: int = 256) -> Tensor:
-    """L_score = kl_weight * KL(A || S) + MSE(S, A): the student's own dense attention S against the
+    """L_score = kl_weight * KL(A || P) + MSE(P, A): the student's own dense attention P against the
     teacher's A.
 
-    Several blocks of queries are computed again in the backward pass, so that no T x S tensor is kept.
-    Means as in estimate_loss.
+    If there are several blocks of queries, each is computed again in the backward pass, so that no
+    T x S tensor is kept. Means as in estimate_loss.
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
