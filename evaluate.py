@@ -768,41 +768,40 @@ def median_head(students: Records, teachers: Records) -> tuple[int, int]:
 
 def panels(student: convert.Record, teacher: convert.Record, layer: int,
            head: int) -> dict[str, Tensor]:
-    """Title -> image (T, T) of one head, -inf where there is nothing: log10 of the teacher's attention,
-    SEA's estimate and sparse attention, and the keys attended."""
+    """Title -> image (T, T) of one head, -inf where there is nothing: log10 of attention, or bool."""
     result, (q, k), T = student.sea, (student.q, student.k), student.q.shape[2]
     kept = kept_keys(student)[head]
     scores = result.scores[:1, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
     estimate = sea.spread_to_keys(scores, result.seen, T, -torch.inf).softmax(-1)[0, 0]
     sparse = sea.attention_weights(q, k, result.mask, result.seen, student.scale)[0, head]
+    share = share_kept(student, teacher)[head].item()
     unseen = torch.ones_like(kept).triu(1)
 
     def log10(attention, hidden):
         return attention.float().clamp(min=1e-4).log10().masked_fill(hidden, -torch.inf).cpu()
 
-    share = share_kept(student, teacher)[head].item()
-    title = (f"keys attended: {kept.sum(1).float().mean():.0f} of {(T + 1) / 2:.0f} a query,\n"
-             f"holding {share:.0%} of the teacher's attention")
-    return {f"teacher, layer {layer}, head {head}": log10(attention_of(teacher)[head], unseen),
-            "SEA's estimate": log10(estimate, unseen),
-            "SEA's sparse attention": log10(sparse, unseen | ~kept),
-            title: kept.float().masked_fill(unseen, -torch.inf).cpu()}
+    return {
+        f"1. the model's attention\n(layer {layer}, head {head})":
+            log10(attention_of(teacher)[head], unseen),
+        f"2. SEA's estimate of it,\n{scores.shape[3]} cells a row": log10(estimate, unseen),
+        f"3. the keys under the cells it keeps: {kept.sum(1).float().mean():.0f} of "
+        f"{(T + 1) / 2:,.0f} a query,\nwhich hold {share:.0%} of the model's attention": kept.cpu(),
+        "4. SEA's attention\nover these keys": log10(sparse, unseen | ~kept),
+    }
 
 
 def draw_head(figure, axes, images: dict[str, Tensor]) -> None:
     for axis, (title, image) in zip(axes, images.items()):
-        last = axis is axes[-1]
-        T = len(image)
+        T, is_mask = len(image), image.dtype == torch.bool
         # What is larger than the picture: the largest of each square, so that no single key is lost.
-        small = F.max_pool2d(image[None], -(-T // 256), ceil_mode=True)[0]
+        small = F.max_pool2d(image.float()[None], -(-T // 256), ceil_mode=True)[0]
         small = small.masked_fill(small == -torch.inf, torch.nan).numpy()
-        style = dict(cmap="gray_r", vmin=0, vmax=1) if last else dict(cmap="magma", vmin=-4, vmax=0)
+        style = dict(cmap="gray_r", vmin=0, vmax=1) if is_mask else dict(cmap="magma", vmin=-4, vmax=0)
         shown = axis.imshow(small, interpolation="nearest", extent=(0, T, T, 0), **style)
         # the first key, which many heads rest on, beside the frame, not under it
         axis.set(xlabel="key", ylabel="query", title=title, xlim=(-T / 50, T))
-        axis.set_facecolor("1" if last else "0.8")
-        if axis is axes[0]:
-            figure.colorbar(shown, ax=axes[:3], label="log10 attention", shrink=0.85)
+        axis.set_facecolor("1" if is_mask else "0.8")
+    figure.colorbar(shown, ax=axes, label="log10 attention", shrink=0.85)
 
 
 def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) -> None:
