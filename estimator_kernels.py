@@ -1,12 +1,8 @@
-"""SEA's estimator in Triton: sea.py's steps from q, k, v to the scores of each row's cells, and the mix at the end.
+"""SEA's estimator in Triton: the steps of sea.py from q, k and v to the scores of each row's cells, and the
+mix at the end.
 
-These operations can be imported from kernels.py beside this file, too; to use them elsewhere, copy both files. Names,
-signatures and results are those of sea.py, whose docstrings say what each operation computes and whose glossary says
-what the letters mean. Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Norms, sums and accumulators
-are fp32 whatever the input is.
-
-One token per sequence, without gradient, is a decoding step. It takes as long as its launches and their latencies, so
-most operations have a separate kernel for it: one launch, without tiles, chunks or segments.
+kernels.py re-exports these operations. What its docstring says of signatures, dtypes, GROUP and decoding
+steps holds here, too.
 """
 
 import torch
@@ -20,9 +16,12 @@ HISTORY = 4  # rows of the past that a 3-row convolution of dilation 2 looks at
 # What fits into shared memory and registers; kernels.supports asks. Sizes are padded to powers of two.
 MAX_STRIDE = 32  # a row and its keys, in a chunk of causal_context
 MAX_FEATURES = 128
-MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64 * 64}  # m x D, of causal_context
+# m x D, of causal_context
+MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64 * 64}
 MAX_DECODER = 2**16  # 2D x P, weights of encode_rows' decoder for one of its channels
 MAX_WIDTH_CELL_KEYS = 2048  # the cells of a row
+
+DTYPES = tuple(MAX_SUMS)
 
 
 # -- tools -------------------------------------------------------------------------------------------
@@ -35,7 +34,7 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
 
 def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
-    _expect(x.dtype in MAX_SUMS, name, "float32, float16 or bfloat16", x.dtype)
+    _expect(x.dtype in DTYPES, name, "float32, float16 or bfloat16", x.dtype)
     _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
 
 
@@ -57,8 +56,8 @@ def _next_power_of_2(n: int) -> int:
 
 
 def _dot_block(n: int, dtype: torch.dtype = torch.float32) -> int:
-    """Block size for n numbers in a tl.dot. In half precision, for a tile whose rows are n long, at least 128 bytes:
-    from narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper
+    """Block size for n numbers in a tl.dot. In half precision, for a tile whose rows are n long, at least 128
+    bytes: from narrower ones Triton 3.6 and 3.7 read beyond the tile on Hopper
     (github.com/triton-lang/triton/issues/11366)."""
     return max(16 if dtype == torch.float32 else 64, _next_power_of_2(n))
 
@@ -69,7 +68,7 @@ def _new(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @triton.jit
-def _tile(ptr, row, col, row_stride, col_stride, mask):
+def _load_tile(ptr, row, col, row_stride, col_stride, mask):
     """Rows (int64) and columns of one head, 0 where masked: (rows, columns)."""
     return tl.load(ptr + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
 
@@ -86,12 +85,13 @@ ROWS = dict(BLOCK=256, num_warps=4)
 
 # Which tokens are rows, and which row each token uses.
 # One program: BLOCK tokens of one sequence, and as many rows; grid (cdiv(T, BLOCK), B).
-#   count, n_new, n_rows, next_count (B,), seen, row (B, T), row_seen (B, N_BEFORE + R), place (B, R), last (B, 1) or,
-#   with stride 1, (B, 0): int64, contiguous
+#   count, n_new, n_rows, next_count (B,), seen, row (B, T), row_seen (B, N_BEFORE + R), place (B, R), last
+#   (B, 1) or, with stride 1, (B, 0): int64, contiguous
 # One launch for what eager computes in a dozen. Reference: sea.choose_rows.
 @triton.jit
-def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, place_ptr, n_rows_ptr, last_ptr,
-                        next_count_ptr, T, R, STRIDE: tl.constexpr, N_BEFORE: tl.constexpr, BLOCK: tl.constexpr):
+def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, place_ptr, n_rows_ptr,
+                        last_ptr, next_count_ptr, T, R, STRIDE: tl.constexpr, N_BEFORE: tl.constexpr,
+                        BLOCK: tl.constexpr):
     pid_t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
     first = (STRIDE - count % STRIDE) % STRIDE
@@ -137,19 +137,19 @@ def _running_sums_tiles(E: int) -> dict:
     return dict(BLOCK_N=64 if E > 1024 else 128, BLOCK_E=16, num_warps=4)
 
 
-# out[i] = first + x[0] + ... + x[i-1] for i = 0 ... n; REVERSE: first + x[i] + ... + x[n-1].
+# out[i] = initial + x[0] + ... + x[i-1] for i = 0 ... n; REVERSE: initial + x[i] + ... + x[n-1].
 # One program: BLOCK_E columns of one group, BLOCK_N rows at a time, in order; grid (cdiv(E, BLOCK_E), N).
-#   x (N, n, E), first (N, E) -> out (N, n + 1, E): fp32, contiguous
+#   x (N, n, E), initial (N, E) -> out (N, n + 1, E): fp32, contiguous
 # Reads and writes once, where eager pads, sums, concatenates and copies. Reference: torch.cumsum.
 @triton.jit(do_not_specialize=["n"])
-def _running_sums_kernel(x_ptr, first_ptr, out_ptr, n, E, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr,
+def _running_sums_kernel(x_ptr, initial_ptr, out_ptr, n, E, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr,
                          BLOCK_E: tl.constexpr):
     pid_n = tl.program_id(1).to(tl.int64)
     offs_n, offs_e = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     x_ptr += pid_n * n * E + offs_e
     out_ptr += pid_n * (n + 1) * E + offs_e
-    total = tl.load(first_ptr + pid_n * E + offs_e, mask=mask_e, other=0.0)
+    total = tl.load(initial_ptr + pid_n * E + offs_e, mask=mask_e, other=0.0)
     if REVERSE:
         tl.store(out_ptr + n.to(tl.int64) * E, total, mask=mask_e)
     else:
@@ -161,34 +161,39 @@ def _running_sums_kernel(x_ptr, first_ptr, out_ptr, n, E, REVERSE: tl.constexpr,
         else:
             i_in, i_out = i, i + 1
         mask = (i < n)[:, None] & mask_e[None, :]
-        x = tl.load(x_ptr[None, :] + i_in[:, None].to(tl.int64) * E, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_E)
+        # (BLOCK_N, BLOCK_E)
+        x = tl.load(x_ptr[None, :] + i_in[:, None].to(tl.int64) * E, mask=mask, other=0.0)
         sums = tl.cumsum(x, axis=0) + total[None, :]
         tl.store(out_ptr[None, :] + i_out[:, None].to(tl.int64) * E, sums, mask=mask)
         total += tl.sum(x, axis=0)
 
 
-def _running_sums(x: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
-    """x (N, n, ...), first (N, ...) -> (N, n + 1, ...), fp32: sums of what comes before each place, or from it on."""
-    x, first, (N, n), E = x.contiguous(), first.float().contiguous(), x.shape[:2], x[0, 0].numel()
-    out, tiles = _new(x, N, n + 1, *x.shape[2:], dtype=torch.float32), _running_sums_tiles(E)
-    _running_sums_kernel[(_cdiv(E, tiles["BLOCK_E"]), N)](x, first, out, n, E, REVERSE=reverse, **tiles)
+def _running_sums(x: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
+    """x (N, n, ...), initial (N, ...) -> (N, n + 1, ...), fp32: sums before each place, or from it on."""
+    x, initial = x.contiguous(), initial.float().contiguous()
+    N, n = x.shape[:2]
+    E = x[0, 0].numel()
+    out = _new(x, N, n + 1, *x.shape[2:], dtype=torch.float32)
+    tiles = _running_sums_tiles(E)
+    _running_sums_kernel[(_cdiv(E, tiles["BLOCK_E"]), N)](x, initial, out, n, E, REVERSE=reverse, **tiles)
     return out
 
 
 # -- causal linear attention -------------------------------------------------------------------------
 #
-# c_i = sum_j (phi(q_i) . phi(k_j)) vcat_j / den_i over the keys j that row i sees, vcat = [pos ; v]. Keys stand at
-# places, key j at place j + lead, so that row i sees the places before (i + 1) * STRIDE: lead is STRIDE - 1 where the
-# first token is a row, and less where the first row comes later. Places are cut into chunks, chunks into segments. A
-# program walks the chunks of one segment and holds the sum of phi(k) [vcat ; 1]^T over all earlier keys, m x (2D+1)
-# numbers; keys of the same chunk enter through a product of row and key features. Backward, with g = dc / den and
-# g_den = -(g . c):
+# c_i = sum_j (phi(q_i) . phi(k_j)) vcat_j / den_i over the keys j that row i sees, vcat = [pos ; v]. Keys
+# stand at places, key j at place j + lead, so that row i sees the places before (i + 1) * STRIDE: lead is
+# STRIDE - 1 where the first token is a row, and less where the first row comes later. Places are cut into
+# chunks, chunks into segments. A program walks the chunks of one segment and holds the sum of
+# phi(k) [vcat ; 1]^T over all earlier keys, m x (2D+1) numbers; keys of the same chunk enter through a
+# product of row and key features. Backward, with g = dc / den and g_den = -(g . c):
 #
-#     dphi(q_i)  = sum_j (g_i . vcat_j + g_den_i) phi(k_j)     the same walk, with the same sums
-#     dphi(k_j)  = sum_i (g_i . vcat_j + g_den_i) phi(q_i)     the walk from the end, with sums of phi(q) [g ; g_den]^T
+#     dphi(q_i)  = sum_j (g_i . vcat_j + g_den_i) phi(k_j)
+#     dphi(k_j)  = sum_i (g_i . vcat_j + g_den_i) phi(q_i)
 #     dvcat_j    = sum_i (phi(q_i) . phi(k_j)) g_i
 #
-# so nothing is kept for it but the sums before each segment, den and c.
+# the first in the same walk, with the same sums, the others in a walk from the end, with sums of
+# phi(q) [g ; g_den]^T. So nothing is kept for them but the sums before each segment, den and c.
 
 # Places of a chunk, half as many in fp32 and for heads larger than 64; programs that fill the GPU; warps.
 CONTEXT = dict(places=64, programs=528, warps=4, warps_backward=8)
@@ -196,20 +201,21 @@ SUM_POSITIONS = dict(BLOCK_H=16, BLOCK_R=4, num_warps=4)
 
 
 def _context_tiles(q: Tensor, k: Tensor, n_features: int, stride: int, backward: bool) -> tuple[int, dict]:
-    """Segments of a head, and the sizes of a kernel that walks them. Backward, chunks are twice as long, where bf16
-    tiles are small enough, and the segments the same."""
+    """Segments of a head, and the sizes of a kernel that walks them. Backward, chunks are twice as long
+    where bf16 tiles are small enough, and the segments the same."""
     (B, Hkv, T, D), dtype, small = k.shape, q.dtype, q.shape[3] <= 64
     places = CONTEXT["places"] // (1 if dtype != torch.float32 and small else 2)
     rows, longer = max(1, places // stride), 2 if dtype == torch.bfloat16 and small else 1
-    n_long = _cdiv(T + stride - 1, rows * stride * longer)  # chunks of the backward pass, for the largest lead
+    n_long = _cdiv(T + stride - 1, rows * stride * longer)  # chunks backward, for the largest lead
     n_chunk = max(1, n_long * B * Hkv // CONTEXT["programs"])
     n_segment = _cdiv(n_long, n_chunk)
     rows, n_chunk = (rows * longer, n_chunk) if backward else (rows, n_chunk * longer)
-    dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32  # sums of features may leave the range of fp16
+    dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32  # sums of features may overflow fp16
     return n_segment, dict(
         n_chunk=n_chunk, STRIDE=stride, CHUNK=rows * stride, BLOCK_R=_dot_block(rows),
-        BLOCK_C=_dot_block(rows * stride), BLOCK_D=_dot_block(D, dtype), BLOCK_F=_dot_block(n_features, dtype),
-        DOT=dot, PRECISION="ieee" if dtype == torch.float32 else "tf32", num_stages=1,
+        BLOCK_C=_dot_block(rows * stride), BLOCK_D=_dot_block(D, dtype),
+        BLOCK_F=_dot_block(n_features, dtype), DOT=dot,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_stages=1,
         num_warps=CONTEXT["warps_backward" if backward else "warps"])
 
 
@@ -221,10 +227,10 @@ def _context_step_tiles(D: int, n_features: int) -> dict:
 @triton.jit
 def _projection(w_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
                 dtype: tl.constexpr):
-    """W as a sum of one or two (BLOCK_D, BLOCK_F) in the dtype of x: two half-precision products are as good as one
-    in fp32."""
+    """W as a sum of one or two (BLOCK_D, BLOCK_F) in the dtype of x: two half-precision products are as good
+    as one in fp32."""
     offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    w_all = _tile(w_ptr, offs_d, offs_f, M, 1, (offs_d < D)[:, None] & (offs_f < M)[None, :])
+    w_all = _load_tile(w_ptr, offs_d, offs_f, M, 1, (offs_d < D)[:, None] & (offs_f < M)[None, :])
     w = w_all.to(dtype)
     if dtype == tl.float32 or w_all.dtype == dtype:
         return (w,)
@@ -251,29 +257,30 @@ def _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides,
     w = _projection(w_ptr, D, M, BLOCK_D, BLOCK_F, k_ptr.dtype.element_ty)
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
-    return (k_ptr, v_ptr, pos_ptr + count * D, k_strides, v_strides, n_position - 1 - count, n_new, lead, w), w
+    head = (k_ptr, v_ptr, pos_ptr + count * D, k_strides, v_strides, n_position - 1 - count, n_new, lead, w)
+    return head, w
 
 
 @triton.jit
-def _keys_of_chunk(head, chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
+def _keys_of_chunk(head, chunk, k_scale, D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr):
     """The keys of a chunk: j (int64), phi(k) fp32, v and pos, which are 0 where there is no key."""
     k_ptr, v_ptr, pos_ptr, k_strides, v_strides, last_pos, n_new, lead, w = head
     offs_c, offs_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     j = chunk * CHUNK + offs_c - lead
     mask_j = (offs_c < CHUNK) & (j >= 0) & (j < n_new)
     mask_k = mask_j[:, None] & (offs_d < D)[None, :]
-    k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_k)  # (BLOCK_C, BLOCK_D)
-    v = _tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], mask_k).to(DOT)
-    pos = _tile(pos_ptr, tl.minimum(j, last_pos), offs_d, D, 1, mask_k).to(DOT)
+    k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_k)  # (BLOCK_C, BLOCK_D)
+    v = _load_tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], mask_k).to(DOT)
+    pos = _load_tile(pos_ptr, tl.minimum(j, last_pos), offs_d, D, 1, mask_k).to(DOT)
     f = tl.where(mask_j[:, None], _features(k, w, k_scale, M, BLOCK_F), 0.0)  # (BLOCK_C, BLOCK_F)
     return j, f, v, pos
 
 
 @triton.jit
-def _rows_of_chunk(chunk, R, D: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
-                   BLOCK_D: tl.constexpr):
-    """The rows of a chunk (int64), which of them there are, and which of their numbers."""
+def _rows_of_chunk(chunk, R, D: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows of a chunk (int64), and their masks (BLOCK_R,) and (BLOCK_R, BLOCK_D)."""
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     row = (chunk * (CHUNK // STRIDE) + offs_r).to(tl.int64)
     mask_r = (row < R) & (offs_r < CHUNK // STRIDE)
@@ -282,7 +289,7 @@ def _rows_of_chunk(chunk, R, D: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.co
 
 @triton.jit
 def _load_sums(sums_ptr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
-    """One (m, 2D+1) matrix of sums as its parts: of pos, of v, (BLOCK_F, BLOCK_D) each, and of ones, (BLOCK_F,)."""
+    """A matrix of sums (m, 2D+1) as its parts: of pos, of v, (BLOCK_F, BLOCK_D), and of ones, (BLOCK_F,)."""
     offs_f, offs_d = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     mask_f, sums_ptr = offs_f < M, sums_ptr + offs_f * (2 * D + 1)
     mask = mask_f[:, None] & (offs_d < D)[None, :]
@@ -304,58 +311,68 @@ def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexp
 
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
 # One program: one segment (n_chunk chunks of CHUNK places) of one key/value head; grid (n_segment, B * Hkv).
-#   k, v (B, Hkv, T, D), any strides; pos (n_position, D), w (D, m), any dtype, and count, n_new (B,) int: contiguous
+#   k, v (B, Hkv, T, D), any strides; pos (n_position, D), w (D, m), any dtype, and count, n_new (B,) int:
+#   contiguous
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
-# fp32: features and sums, which stay in registers. Reads each key once. Reference: sea.causal_context.
+# fp32: features, rounded to DOT where they enter the sums' dots, and sums, which stay in registers. Reads
+# each key once. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_strides, v_strides,
-                         n_position, HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
-                         CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-                         DOT: tl.constexpr, PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position,
-                            pid_bh // HKV, pid_bh % HKV, D, M, STRIDE, BLOCK_D, BLOCK_F)
+                         n_position, HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr,
+                         STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+                         BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
+                         PRECISION: tl.constexpr):
+    pid_s, n_segment, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    head = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
+                         n_position, pid_bkv // HKV, pid_bkv % HKV, D, M, STRIDE, BLOCK_D, BLOCK_F)[0]
     sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     norm = tl.zeros((BLOCK_F,), tl.float32)
     for i in range(0, n_chunk):
-        _, f, v, pos = _keys_of_chunk(head, pid_s * n_chunk + i, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
+        _, f, v, pos = _keys_of_chunk(head, pid_s * n_chunk + i, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D,
+                                      BLOCK_F, DOT)
         f_dot = tl.trans(f.to(DOT))
         sum_pos += tl.dot(f_dot, pos, input_precision=PRECISION)
         sum_v += tl.dot(f_dot, v, input_precision=PRECISION)
         norm += tl.sum(f, axis=0)
-    sums_ptr += (pid_bh * n_segment + pid_s) * M * (2 * D + 1)
+    sums_ptr += (pid_bkv * n_segment + pid_s) * M * (2 * D + 1)
     _store_sums(sums_ptr, sum_pos, sum_v, norm, D, M, BLOCK_D, BLOCK_F)
 
 
-# c_i = phi(q_i) sums / den_i.
-# One program: one segment of one query head, chunk by chunk, each with CHUNK // STRIDE rows; grid (n_segment, B * H).
-#   q (B, H, R, D), any strides; k ... n_new as above; sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each
+# c_i = (phi(q_i) sums + same) / den_i: sums = sum of phi(k_j)^T vcat_j over the keys j of all earlier chunks,
+# same = sum of (phi(q_i) . phi(k_j)) vcat_j over the keys of this chunk that row i sees, and den_i is the
+# numerator with 1 for vcat_j.
+# One program: one segment of one query head, chunk by chunk, each with CHUNK // STRIDE rows; grid
+# (n_segment, B * H).
+#   q (B, H, R, D), any strides; k ... n_new as above
+#   sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each segment
 #   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
-# fp32: features, sums, quotient. Reads q, k, v, pos once, writes 2D numbers per row. Reference: sea.causal_context.
+# fp32: features and sums, rounded to DOT where they enter dots; den, quotient. Reads q once, and k and v once
+# for each of the GROUP heads that share them; writes 2D numbers per row. Fast, since the sums stay on chip
+# from chunk to chunk and the segments fill the GPU. Reference: sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
 def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr,
                     q_strides, k_strides, v_strides, n_position, H, GROUP, R, n_chunk, q_scale, k_scale,
                     D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
-                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-                    DOT: tl.constexpr, PRECISION: tl.constexpr):
+                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+                    BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
-                            D, M, STRIDE, BLOCK_D, BLOCK_F)
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
+                            n_position, b, kv, D, M, STRIDE, BLOCK_D, BLOCK_F)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + pid_s) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
-    earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
+    mask_earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
     for i in range(0, n_chunk):
         chunk = pid_s * n_chunk + i
         _, f_k, v, pos = _keys_of_chunk(head, chunk, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
-        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
+        q = _load_tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
         f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         q_dot, k_dot = f_q.to(DOT), f_k.to(DOT)
         same = tl.dot(q_dot, tl.trans(k_dot), input_precision=PRECISION)  # (BLOCK_R, BLOCK_C)
-        same = tl.where(earlier, same, 0.0)
+        same = tl.where(mask_earlier, same, 0.0)
         den = tl.sum(f_q * norm[None, :], axis=1) + tl.sum(same, axis=1)
         den = tl.where(den == 0.0, 1.0, den)  # a row that sees nothing gives 0
         same = same.to(DOT)
@@ -377,46 +394,51 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
 # dq, and the sums that the keys' gradients need.
 # One program: the segment and walk of _context_kernel.
 #   context, dcontext (B, H, R, 2D), den (B, H, R): contiguous
-#   dq (B, H, R, D), g_den (B, H, R) fp32, contiguous; dsums (B * H, n_segment, m, 2D+1) fp32: the segment's sum of
-#   phi(q)^T [g ; g_den]
-# fp32: features, sums, g. Reference: autograd through sea.causal_context.
+#   dq (B, H, R, D), g_den (B, H, R) fp32, contiguous; dsums (B * H, n_segment, m, 2D+1) fp32: the segment's
+#   sum of phi(q)^T [g ; g_den]
+# fp32: features, sums and g, rounded to DOT where they enter dots. Reference: autograd through
+# sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, dcontext_ptr,
-                       den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP,
-                       R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
-                       CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr,
+                       dcontext_ptr, den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides,
+                       n_position, H, GROUP, R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr,
+                       STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
+                       PRECISION: tl.constexpr):
     pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
-                            D, M, STRIDE, BLOCK_D, BLOCK_F)
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
+                            n_position, b, kv, D, M, STRIDE, BLOCK_D, BLOCK_F)
     sums_ptr += ((b * (H // GROUP) + kv) * (n_segment + 1) + pid_s) * M * (2 * D + 1)
     sum_pos, sum_v, norm = _load_sums(sums_ptr, D, M, BLOCK_D, BLOCK_F)
     dsum_pos, dsum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     dnorm = tl.zeros((BLOCK_F,), tl.float32)
-    earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
+    mask_earlier = offs_c[None, :] < (offs_r[:, None] + 1) * STRIDE  # (BLOCK_R, BLOCK_C)
     for i in range(0, n_chunk):
         chunk = pid_s * n_chunk + i
         _, f_k, v, pos = _keys_of_chunk(head, chunk, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
-        q = _tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
+        q = _load_tile(q_ptr, row, offs_d, q_strides[2], q_strides[3], mask_q)  # (BLOCK_R, BLOCK_D)
         f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
         row += pid_bh * R
         # -- g and g_den
         den = tl.load(den_ptr + row, mask=mask_r, other=1.0)[:, None]
-        g_pos = _tile(dcontext_ptr, row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den  # (BLOCK_R, BLOCK_D)
-        g_v = _tile(dcontext_ptr + D, row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den
-        g_den = -tl.sum(g_pos * _tile(context_ptr, row, offs_d, 2 * D, 1, mask_q).to(tl.float32)
-                        + g_v * _tile(context_ptr + D, row, offs_d, 2 * D, 1, mask_q).to(tl.float32), axis=1)
+        # (BLOCK_R, BLOCK_D)
+        g_pos = _load_tile(dcontext_ptr, row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den
+        g_v = _load_tile(dcontext_ptr + D, row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den
+        g_c = g_pos * _load_tile(context_ptr, row, offs_d, 2 * D, 1, mask_q).to(tl.float32)
+        g_c += g_v * _load_tile(context_ptr + D, row, offs_d, 2 * D, 1, mask_q).to(tl.float32)
+        g_den = -tl.sum(g_c, axis=1)
         tl.store(g_den_ptr + row, g_den, mask=mask_r)
         g_pos, g_v = g_pos.to(DOT), g_v.to(DOT)
         # -- dphi(q), (BLOCK_R, BLOCK_F)
-        df = tl.dot(g_pos, tl.trans(sum_pos.to(DOT)), input_precision=PRECISION) + g_den[:, None] * norm[None, :]
+        df = tl.dot(g_pos, tl.trans(sum_pos.to(DOT)), input_precision=PRECISION)
+        df += g_den[:, None] * norm[None, :]
         df += tl.dot(g_v, tl.trans(sum_v.to(DOT)), input_precision=PRECISION)
         same = tl.dot(g_pos, tl.trans(pos), input_precision=PRECISION) + g_den[:, None]  # (BLOCK_R, BLOCK_C)
-        same = tl.where(earlier, same + tl.dot(g_v, tl.trans(v), input_precision=PRECISION), 0.0)
+        same = tl.where(mask_earlier, same + tl.dot(g_v, tl.trans(v), input_precision=PRECISION), 0.0)
         k_dot = f_k.to(DOT)
         df += tl.dot(same.to(DOT), k_dot, input_precision=PRECISION)
         df = tl.where(f_q > 1e-3, df * q_scale, 0.0)  # through relu
@@ -438,21 +460,23 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
 # One program: one segment of one key/value head, from its last chunk to its first; grid (n_segment, B * Hkv).
 #   dsums (B * Hkv, n_segment + 1, m, 2D+1) fp32: sum of phi(q)^T [g ; g_den] from each segment on
 #   dk, dv (B, Hkv, T, D), dpos the same, fp32: contiguous
-# fp32: features, sums, g. In a fixed order. Reference: autograd through sea.causal_context.
+# fp32: features, sums and g, rounded to DOT where they enter dots. In a fixed order.
+# Reference: autograd through sea.causal_context.
 @triton.jit(do_not_specialize=["n_chunk"])
-def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, dsums_ptr, dcontext_ptr, den_ptr,
-                         g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides, n_position, H, GROUP,
-                         T, R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr,
-                         CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-                         BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    b, kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, dsums_ptr, dcontext_ptr,
+                         den_ptr, g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides,
+                         n_position, H, GROUP, T, R, n_chunk, q_scale, k_scale, D: tl.constexpr,
+                         M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+                         BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+                         DOT: tl.constexpr, PRECISION: tl.constexpr):
+    pid_s, n_segment, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides, n_position, b, kv,
-                            D, M, STRIDE, BLOCK_D, BLOCK_F)
-    dsums_ptr += (pid_bh * (n_segment + 1) + pid_s + 1) * M * (2 * D + 1)
+    head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
+                            n_position, b, kv, D, M, STRIDE, BLOCK_D, BLOCK_F)
+    dsums_ptr += (pid_bkv * (n_segment + 1) + pid_s + 1) * M * (2 * D + 1)
     dsum_pos, dsum_v, dnorm = _load_sums(dsums_ptr, D, M, BLOCK_D, BLOCK_F)
-    earlier = offs_c[:, None] < (offs_r[None, :] + 1) * STRIDE  # (BLOCK_C, BLOCK_R)
+    mask_earlier = offs_c[:, None] < (offs_r[None, :] + 1) * STRIDE  # (BLOCK_C, BLOCK_R)
     for i in range(0, n_chunk):
         chunk = pid_s * n_chunk + n_chunk - 1 - i
         j, f_k, v, pos = _keys_of_chunk(head, chunk, k_scale, D, M, CHUNK, BLOCK_C, BLOCK_D, BLOCK_F, DOT)
@@ -468,18 +492,23 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
         row, mask_r, mask_q = _rows_of_chunk(chunk, R, D, STRIDE, CHUNK, BLOCK_R, BLOCK_D)
         for g in range(0, GROUP):
             h = kv * GROUP + g
-            q = _tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2], q_strides[3], mask_q)
+            q = _load_tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, offs_d, q_strides[2],
+                           q_strides[3], mask_q)
             f_q = _features(q, w, q_scale, M, BLOCK_F)  # (BLOCK_R, BLOCK_F)
             of_row = (b * H + h) * R + row
             den = tl.load(den_ptr + of_row, mask=mask_r, other=1.0)[:, None]
             g_den = tl.load(g_den_ptr + of_row, mask=mask_r, other=0.0)
-            g_pos = (_tile(dcontext_ptr, of_row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den).to(DOT)
-            g_v = (_tile(dcontext_ptr + D, of_row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den).to(DOT)
+            g_pos = _load_tile(dcontext_ptr, of_row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den
+            g_pos = g_pos.to(DOT)
+            g_v = _load_tile(dcontext_ptr + D, of_row, offs_d, 2 * D, 1, mask_q).to(tl.float32) / den
+            g_v = g_v.to(DOT)
             q_dot = f_q.to(DOT)
-            same = tl.dot(pos, tl.trans(g_pos), input_precision=PRECISION) + g_den[None, :]  # (BLOCK_C, BLOCK_R)
-            same = tl.where(earlier, same + tl.dot(v, tl.trans(g_v), input_precision=PRECISION), 0.0)
+            # (BLOCK_C, BLOCK_R)
+            same = tl.dot(pos, tl.trans(g_pos), input_precision=PRECISION) + g_den[None, :]
+            same = tl.where(mask_earlier, same + tl.dot(v, tl.trans(g_v), input_precision=PRECISION), 0.0)
             df += tl.dot(same.to(DOT), q_dot, input_precision=PRECISION)
-            same = tl.where(earlier, tl.dot(k_dot, tl.trans(q_dot), input_precision=PRECISION), 0.0).to(DOT)
+            same = tl.dot(k_dot, tl.trans(q_dot), input_precision=PRECISION)
+            same = tl.where(mask_earlier, same, 0.0).to(DOT)
             dpos += tl.dot(same, g_pos, input_precision=PRECISION)
             dv += tl.dot(same, g_v, input_precision=PRECISION)
             q_dot = tl.trans(q_dot)
@@ -489,19 +518,21 @@ def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
         df = tl.where(f_k > 1e-3, df * k_scale, 0.0)  # through relu; a key that is not there has no features
         dk = tl.dot(df.to(DOT), tl.trans(w[0]).to(DOT), input_precision=PRECISION)
         mask_k = ((offs_c < CHUNK) & (j >= 0) & (j < T))[:, None] & (offs_d < D)[None, :]
-        out = (pid_bh * T + j)[:, None] * D + offs_d[None, :]
+        out = (pid_bkv * T + j)[:, None] * D + offs_d[None, :]
         tl.store(dk_ptr + out, dk, mask=mask_k)
         tl.store(dv_ptr + out, dv, mask=mask_k)
         tl.store(dpos_ptr + out, dpos, mask=mask_k)
 
 
-# Gradient of the table of positions: row r is the sum of dpos over all heads whose sequence has a token of rank r.
+# Gradient of the table of positions: row r is the sum of dpos over all heads whose sequence has a token of
+# that rank.
 # One program: BLOCK_R rows, BLOCK_H heads at a time; grid (cdiv(n_position, BLOCK_R),).
 #   dpos (B * Hkv, T, D) fp32, count, n_new (B,) int -> dposition (n_position, D), any dtype: contiguous
 # fp32: the sum, in a fixed order. Reads dpos once. Reference: autograd through sea.causal_context.
 @triton.jit
-def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head, HKV, T, n_position, D: tl.constexpr,
-                          BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head, HKV, T, n_position,
+                          D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+                          BLOCK_D: tl.constexpr):
     rank, offs_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     acc = tl.zeros((BLOCK_H, BLOCK_R, BLOCK_D), tl.float32)
@@ -524,29 +555,30 @@ def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head,
 #   past, sums (B, Hkv, m, 2D+1) fp32; context (B, H, 1, 2D): contiguous
 # fp32: everything, no dots. Reads and writes the sums once. Reference: sea.causal_context.
 @triton.jit
-def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, past_ptr, sums_ptr, context_ptr,
-                         q_strides, k_strides, v_strides, n_position, HKV, q_scale, k_scale, GROUP: tl.constexpr,
-                         D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
-    half, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, kv = pid_bh // HKV, pid_bh % HKV
+def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, past_ptr, sums_ptr,
+                         context_ptr, q_strides, k_strides, v_strides, n_position, HKV, q_scale, k_scale,
+                         GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
+                         BLOCK_F: tl.constexpr):
+    pid_half, pid_bkv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     mask_d, mask_f = offs_d < D, offs_f < M
     mask = mask_f[:, None] & mask_d[None, :]
-    w = _tile(w_ptr, offs_f, offs_d, 1, M, mask).to(tl.float32)  # (BLOCK_F, BLOCK_D)
+    w = _load_tile(w_ptr, offs_f, offs_d, 1, M, mask).to(tl.float32)  # (BLOCK_F, BLOCK_D)
     k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
     f_k = tl.where(mask_f, tl.maximum(tl.sum(w * k[None, :], axis=1) * k_scale, 0.0) + 1e-3, 0.0)
     f_k = tl.where(tl.load(n_new_ptr + b) > 0, f_k, 0.0)
-    if half == 0:
+    if pid_half == 0:
         x = _vector(pos_ptr + tl.minimum(tl.load(count_ptr + b), n_position - 1) * D, offs_d, mask_d)
     else:
         x = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
     # -- the state before and after
-    offs_ones = pid_bh * M * (2 * D + 1) + offs_f * (2 * D + 1) + 2 * D
-    offs_half = offs_ones[:, None] - 2 * D + half * D + offs_d[None, :]
-    sums = f_k[:, None] * x[None, :] + tl.load(past_ptr + offs_half, mask=mask, other=0.0)
+    offs_ones = pid_bkv * M * (2 * D + 1) + offs_f * (2 * D + 1) + 2 * D
+    offs_sums = offs_ones[:, None] - 2 * D + pid_half * D + offs_d[None, :]
+    sums = f_k[:, None] * x[None, :] + tl.load(past_ptr + offs_sums, mask=mask, other=0.0)
     norm = f_k + tl.load(past_ptr + offs_ones, mask=mask_f, other=0.0)
-    tl.store(sums_ptr + offs_half, sums, mask=mask)
-    if half == 0:
+    tl.store(sums_ptr + offs_sums, sums, mask=mask)
+    if pid_half == 0:
         tl.store(sums_ptr + offs_ones, norm, mask=mask_f)
     # -- its rows
     for g in range(0, GROUP):
@@ -555,29 +587,33 @@ def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
         f_q = tl.where(mask_f, tl.maximum(tl.sum(w * q[None, :], axis=1) * q_scale, 0.0) + 1e-3, 0.0)
         den = tl.sum(f_q * norm, axis=0)
         c = tl.sum(f_q[:, None] * sums, axis=0) / tl.where(den == 0.0, 1.0, den)
-        c_ptr = context_ptr + ((b * HKV * GROUP + h) * 2 + half) * D + offs_d
+        c_ptr = context_ptr + ((b * HKV * GROUP + h) * 2 + pid_half) * D + offs_d
         tl.store(c_ptr, c.to(context_ptr.dtype.element_ty), mask=mask_d)
 
 
-def _causal_context_step(q, k, v, position, past, projection, count, n_new, softmax_scale, stride):
-    (B, H, _, D), Hkv, m = q.shape, k.shape[1], projection.shape[1]
-    sums, context = _new(q, B, Hkv, m, 2 * D + 1, dtype=torch.float32), _new(q, B, H, 1, 2 * D)
+def _causal_context_step(q, k, v, position, past, projection, count, n_new, softmax_scale, _stride):
+    """With the arguments of _CausalContext.apply; one token is a row or none, whatever the stride."""
+    B, H, _, D = q.shape
+    Hkv, m = k.shape[1], projection.shape[1]
+    sums = _new(q, B, Hkv, m, 2 * D + 1, dtype=torch.float32)
+    context = _new(q, B, H, 1, 2 * D)
     _context_step_kernel[(2, B * Hkv)](
-        q, k, v, position, projection, count, n_new, past.float().contiguous(), sums, context, q_strides=q.stride(),
-        k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), HKV=Hkv, q_scale=softmax_scale * D**0.25,
-        k_scale=D**-0.25, GROUP=H // Hkv, D=D, M=m, **_context_step_tiles(D, m))
+        q, k, v, position, projection, count, n_new, past.float().contiguous(), sums, context,
+        q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), HKV=Hkv,
+        q_scale=softmax_scale * D**0.25, k_scale=D**-0.25, GROUP=H // Hkv, D=D, M=m,
+        **_context_step_tiles(D, m))
     return context, sums
 
 
 def _context_launch(q, k, v, position, projection, softmax_scale, stride, backward=False):
-    """Segments of a head, and the keywords of the kernel that has keys only, and of those that have rows as well."""
-    (B, H, R, D), m = q.shape, projection.shape[1]
+    """Segments of a head, and the keywords of the kernel that has keys only and of those with rows, too."""
+    (_, H, R, D), m = q.shape, projection.shape[1]
     n_segment, tiles = _context_tiles(q, k, m, stride, backward)
     block_r = tiles.pop("BLOCK_R")
-    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), k_scale=D**-0.25,
-                   D=D, M=m)
-    of_rows = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // k.shape[1], R=R, q_scale=softmax_scale * D**0.25,
-                   BLOCK_R=block_r)
+    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position),
+                   k_scale=D**-0.25, D=D, M=m)
+    of_rows = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // k.shape[1], R=R,
+                   q_scale=softmax_scale * D**0.25, BLOCK_R=block_r)
     return n_segment, of_keys, of_rows
 
 
@@ -601,11 +637,12 @@ class _CausalContext(torch.autograd.Function):
     def backward(ctx, dcontext, dsums_out):
         q, *inputs, sums, context, den = ctx.saved_tensors
         k, v, position, projection, count, n_new = inputs
-        (B, H, R, D), (Hkv, T), m = q.shape, k.shape[1:3], projection.shape[1]
+        (B, H, _, D), (Hkv, T), m = q.shape, k.shape[1:3], projection.shape[1]
         n_segment, _, of_rows = _context_launch(q, k, v, position, projection, *ctx.constants, backward=True)
         dcontext, dq, g_den = dcontext.contiguous(), _new(q, *q.shape), torch.empty_like(den)
         dsums = _new(sums, B * H, n_segment, m, 2 * D + 1)
-        _context_dq_kernel[(n_segment, B * H)](q, *inputs, sums, context, dcontext, den, dq, g_den, dsums, **of_rows)
+        _context_dq_kernel[(n_segment, B * H)](q, *inputs, sums, context, dcontext, den, dq, g_den, dsums,
+                                               **of_rows)
         if H != Hkv:
             dsums = dsums.view(B * Hkv, H // Hkv, n_segment, m, 2 * D + 1).sum(1)
         dsums = _running_sums(dsums, dsums_out.flatten(0, 1), reverse=True)
@@ -623,17 +660,18 @@ class _CausalContext(torch.autograd.Function):
         return dq, dk, dv, dposition, dpast, *[None] * 5
 
 
-def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection: Tensor, softmax_scale: float,
-                   stride: int, count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """sea.causal_context, in the dtype of q. No gradient reaches the projection, which is drawn and not trained."""
+def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection: Tensor,
+                   softmax_scale: float, stride: int, count: Tensor, n_new: Tensor,
+                   past: Tensor) -> tuple[Tensor, Tensor]:
+    """sea.causal_context, in the dtype of q. The projection gets no gradient: it is drawn and not trained."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, heads, tokens, D)")
     R, D, n_features = (k.shape[2] - 1) // stride + 1, q.shape[3], projection.shape[1]
     _expect(stride <= MAX_STRIDE, "stride", f"at most {MAX_STRIDE}", stride)
     _expect(q.shape[2] == R, "q", f"{R} rows, for {k.shape[2]} tokens and stride {stride}", q.shape[2])
     fits = max(64, _next_power_of_2(n_features)) * max(64, _next_power_of_2(D)) <= MAX_SUMS[q.dtype]
-    _expect(fits and n_features <= MAX_FEATURES, "projection", f"features and head size that fit in {q.dtype}",
-            tuple(projection.shape))
+    _expect(fits and n_features <= MAX_FEATURES, "projection",
+            f"features and head size that fit in {q.dtype}", tuple(projection.shape))
     run = _causal_context_step if _is_step(q) and k.shape[2] == 1 else _CausalContext.apply
     position, projection, count, n_new = (x.contiguous() for x in (position, projection, count, n_new))
     with torch.cuda.device_of(q):
@@ -680,7 +718,7 @@ def _through_norm(dy, x, rstd, gain, mask, N: tl.constexpr):
 @triton.jit
 def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr):
-    """[c ; v] W1 + b1, (BLOCK_R, BLOCK_Z) fp32; W1^T (3D, 2D) in three parts, for the two halves of c and for v."""
+    """[c ; v] W1 + b1, (BLOCK_R, BLOCK_Z) fp32; W1^T (3D, 2D) in three parts: for c's halves and for v."""
     offs_d, offs_z = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z)
     mask_d, mask_z = offs_d < D, offs_z < 2 * D
     dtype = c_ptr.dtype.element_ty
@@ -688,26 +726,27 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.con
     z = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
     for i in tl.static_range(3):
         if i < 2:
-            x = _tile(c_ptr + i * D, row, offs_d, 2 * D, 1, mask_x)  # (BLOCK_R, BLOCK_D)
+            x = _load_tile(c_ptr + i * D, row, offs_d, 2 * D, 1, mask_x)  # (BLOCK_R, BLOCK_D)
         else:
-            x = _tile(v_ptr, row, offs_d, v_strides[2], v_strides[3], mask_x)
-        w1 = _tile(w1_ptr + i * D, offs_d, offs_z, 1, 3 * D, mask_d[:, None] & mask_z[None, :])  # (BLOCK_D, BLOCK_Z)
+            x = _load_tile(v_ptr, row, offs_d, v_strides[2], v_strides[3], mask_x)
+        # (BLOCK_D, BLOCK_Z)
+        w1 = _load_tile(w1_ptr + i * D, offs_d, offs_z, 1, 3 * D, mask_d[:, None] & mask_z[None, :])
         z += tl.dot(x, w1.to(dtype), input_precision=PRECISION)
     return z + _vector(b1_ptr, offs_z, mask_z)[None, :]
 
 
 # z = GELU(LayerNorm([c ; v] W1 + b1)); gates = z Wg + bg; image = LayerNorm(z W2 + b2) per channel.
 # One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R), B * H).
-#   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and vectors:
-#   b bias of a linear layer, g and e gain and bias of a norm, any dtype
+#   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and
+#   vectors: b1, b2, bg biases of linear layers, gain and bias of norms, any dtype
 #   image (B, 2H, R, P), gates (B, H, R, 2) fp32, contiguous
 # fp32: norms and GELU. Reads 3D numbers per row and writes 2P; z never leaves the registers.
 # Reference: sea.encode_rows.
 @triton.jit
-def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, e2_ptr, wg_ptr, bg_ptr,
-                   image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr,
-                   PRECISION: tl.constexpr):
+def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_ptr, b2_ptr, gain2_ptr,
+                   bias2_ptr, wg_ptr, bg_ptr, image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr,
+                   P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
+                   BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
     pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     row = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -715,9 +754,9 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
     mask_r, mask_z, mask_p = row < R, offs_z < 2 * D, offs_p < P
     dtype = context_ptr.dtype.element_ty
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
-    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R,
-                     BLOCK_D, BLOCK_Z, PRECISION)
-    z = _normed(z, _vector(g1_ptr, offs_z, mask_z), _vector(e1_ptr, offs_z, mask_z), mask_z, 2 * D)
+    z = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D,
+                     BLOCK_R, BLOCK_D, BLOCK_Z, PRECISION)
+    z = _normed(z, _vector(gain1_ptr, offs_z, mask_z), _vector(bias1_ptr, offs_z, mask_z), mask_z, 2 * D)
     z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # GELU
     # -- gates
     for i in tl.static_range(2):
@@ -727,43 +766,47 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b
     # -- row decoder and the norm before the CNN, a channel at a time
     for i in tl.static_range(2):
         # (BLOCK_Z, BLOCK_P)
-        w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_z[:, None] & mask_p[None, :]).to(dtype)
-        x = tl.dot(z.to(dtype), w2, input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, mask_p)[None, :]
-        x = _normed(x, _vector(g2_ptr, offs_p, mask_p), _vector(e2_ptr, offs_p, mask_p), mask_p, P)
+        w2 = _load_tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_z[:, None] & mask_p[None, :])
+        x = tl.dot(z.to(dtype), w2.to(dtype), input_precision=PRECISION)
+        x += _vector(b2_ptr + i * P, offs_p, mask_p)[None, :]
+        x = _normed(x, _vector(gain2_ptr, offs_p, mask_p), _vector(bias2_ptr, offs_p, mask_p), mask_p, P)
         out_ptr = image_ptr + (b * 2 * H + 2 * h + i) * R * P
         tl.store(out_ptr + row[:, None] * P + offs_p[None, :], x, mask=mask_r[:, None] & mask_p[None, :])
 
 
-# The gradients of all that: of the inputs, and what those of the weights are products and sums of.
+# The gradients of all that: of the inputs, and the factors of the weights' gradients.
 # One program: the rows of _encode_kernel, whose z is computed again.
 #   dimage, dgates: as image and gates, or None for 0
 #   dcontext (B, H, R, 2D), dv (B, H, R, D) per query head
 #   z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the gradients before the two norms
-#   sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, g1, e1 (2D), b2 (2P), g2, e2 (P)
+#   sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, gain1, bias1 (2D), b2 (2P),
+#   gain2, bias2 (P)
 # fp32: norms, GELU and sums. Reference: autograd through sea.encode_rows.
 @triton.jit
-def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_ptr, b2_ptr, g2_ptr, wg_ptr, dimage_ptr,
-                       dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr, v_strides, H, GROUP, R,
-                       D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
+def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_ptr, b2_ptr, gain2_ptr,
+                       wg_ptr, dimage_ptr, dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr,
+                       v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr,
+                       PRECISION: tl.constexpr):
     pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     row = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_d, offs_z, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
     mask_r, mask_d, mask_z, mask_p = row < R, offs_d < D, offs_z < 2 * D, offs_p < P
-    mask_rz, mask_rp, mask_rd = (mask_r[:, None] & mask_z[None, :], mask_r[:, None] & mask_p[None, :],
-                                 mask_r[:, None] & mask_d[None, :])
+    mask_rz = mask_r[:, None] & mask_z[None, :]
+    mask_rp = mask_r[:, None] & mask_p[None, :]
+    mask_rd = mask_r[:, None] & mask_d[None, :]
     dtype = context_ptr.dtype.element_ty
     of_row = pid_bh * R + row
     sums_ptr += (pid_bh * tl.num_programs(0) + pid_r) * (6 * D + 4 * P)
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
-    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D, BLOCK_R,
-                      BLOCK_D, BLOCK_Z, PRECISION)
+    z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D,
+                      BLOCK_R, BLOCK_D, BLOCK_Z, PRECISION)
     z1, rstd = _standardized(z1, mask_z, 2 * D)
-    gain = _vector(g1_ptr, offs_z, mask_z)
-    y = z1 * gain[None, :] + _vector(e1_ptr, offs_z, mask_z)[None, :]
-    half = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
-    z = (y * half).to(dtype)
+    gain = _vector(gain1_ptr, offs_z, mask_z)
+    y = z1 * gain[None, :] + _vector(bias1_ptr, offs_z, mask_z)[None, :]
+    cdf = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))  # of the normal distribution: GELU(y) = y cdf(y)
+    z = (y * cdf).to(dtype)
     tl.store(z_ptr + of_row[:, None] * 2 * D + offs_z[None, :], z, mask=mask_rz)
     # -- dz, (BLOCK_R, BLOCK_Z)
     dz = tl.zeros((BLOCK_R, BLOCK_Z), tl.float32)
@@ -774,20 +817,22 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
     if dimage_ptr is not None:
         dgain, dbias = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
         for i in tl.static_range(2):
-            w2 = _tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_z[:, None] & mask_p[None, :]).to(dtype)
+            mask_w = mask_z[:, None] & mask_p[None, :]
+            w2 = _load_tile(w2_ptr + i * P * 2 * D, offs_z, offs_p, 1, 2 * D, mask_w).to(dtype)
             x = tl.dot(z, w2, input_precision=PRECISION) + _vector(b2_ptr + i * P, offs_p, mask_p)[None, :]
             x, rstd_x = _standardized(x, mask_p, P)
-            dy = _tile(dimage_ptr + (b * 2 * H + 2 * h + i) * R * P, row, offs_p, P, 1, mask_rp).to(tl.float32)
+            dimage_ptrs = dimage_ptr + (b * 2 * H + 2 * h + i) * R * P
+            dy = _load_tile(dimage_ptrs, row, offs_p, P, 1, mask_rp).to(tl.float32)
             dgain += tl.sum(dy * x, axis=0)
             dbias += tl.sum(dy, axis=0)
-            dx = _through_norm(dy, x, rstd_x, _vector(g2_ptr, offs_p, mask_p), mask_p, P)
+            dx = _through_norm(dy, x, rstd_x, _vector(gain2_ptr, offs_p, mask_p), mask_p, P)
             tl.store(dx_ptr + of_row[:, None] * 2 * P + i * P + offs_p[None, :], dx, mask=mask_rp)
             tl.store(sums_ptr + 6 * D + i * P + offs_p, tl.sum(dx, axis=0), mask=mask_p)
             dz += tl.dot(dx.to(dtype), tl.trans(w2), input_precision=PRECISION)
         tl.store(sums_ptr + 6 * D + 2 * P + offs_p, dgain, mask=mask_p)
         tl.store(sums_ptr + 6 * D + 3 * P + offs_p, dbias, mask=mask_p)
     # -- through GELU and the norm before it
-    dy = tl.where(mask_rz, dz * (half + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)), 0.0)
+    dy = tl.where(mask_rz, dz * (cdf + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)), 0.0)
     dz1 = _through_norm(dy, z1, rstd, gain, mask_z, 2 * D)
     tl.store(sums_ptr + offs_z, tl.sum(dz1, axis=0), mask=mask_z)
     tl.store(sums_ptr + 2 * D + offs_z, tl.sum(dy * z1, axis=0), mask=mask_z)
@@ -796,7 +841,8 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
     tl.store(dz1_ptr + of_row[:, None] * 2 * D + offs_z[None, :], dz1, mask=mask_rz)
     # -- the inputs, D columns at a time
     for i in tl.static_range(3):
-        w1 = _tile(w1_ptr + i * D, offs_z, offs_d, 3 * D, 1, mask_z[:, None] & mask_d[None, :])  # (BLOCK_Z, BLOCK_D)
+        # (BLOCK_Z, BLOCK_D)
+        w1 = _load_tile(w1_ptr + i * D, offs_z, offs_d, 3 * D, 1, mask_z[:, None] & mask_d[None, :])
         dx = tl.dot(dz1, w1.to(dtype), input_precision=PRECISION)
         if i < 2:
             tl.store(dcontext_ptr + of_row[:, None] * 2 * D + i * D + offs_d[None, :], dx, mask=mask_rd)
@@ -804,7 +850,7 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, g1_ptr, e1_ptr, w2_pt
             tl.store(dv_ptr + of_row[:, None] * D + offs_d[None, :], dx, mask=mask_rd)
 
 
-def _all_rows(x: Tensor) -> Tensor:
+def _flatten_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
@@ -815,8 +861,8 @@ class _EncodeRows(torch.autograd.Function):
         weights, tiles = [w.contiguous() for w in weights], _encode_tiles(context, P, backward=False)
         image, gates = _new(context, B, 2 * H, R, P), _new(context, B, H, R, 2, dtype=torch.float32)
         _encode_kernel[(_cdiv(R, tiles["BLOCK_R"]), B * H)](
-            context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R, D=D2 // 2, P=P,
-            **tiles)
+            context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R,
+            D=D2 // 2, P=P, **tiles)
         ctx.save_for_backward(context, v, *weights)
         ctx.set_materialize_grads(False)
         return image, gates
@@ -825,47 +871,48 @@ class _EncodeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dimage, dgates):
         context, v, *weights = ctx.saved_tensors
-        w1, b1, g1, e1, w2, b2, g2, e2, wg, bg = weights
-        (B, H, R, D2), Hkv, P = context.shape, v.shape[1], g2.shape[0]
+        w1, b1, gain1, bias1, w2, b2, gain2, _, wg, _ = weights
+        (B, H, R, D2), Hkv, P = context.shape, v.shape[1], gain2.shape[0]
         D, tiles = D2 // 2, _encode_tiles(context, P, backward=True)
         dimage, dgates = (x if x is None else x.contiguous() for x in (dimage, dgates))
         dcontext, dv, z, dz1, dx = (_new(context, B, H, R, n) for n in (D2, D, D2, D2, 2 * P))
         grid = (_cdiv(R, tiles["BLOCK_R"]), B * H)
         sums = _new(context, grid[0] * grid[1], 6 * D + 4 * P, dtype=torch.float32)
         _encode_bwd_kernel[grid](
-            context, v, w1, b1, g1, e1, w2, b2, g2, wg, dimage, dgates, dcontext, dv, z, dz1, dx, sums,
-            v_strides=v.stride(), H=H, GROUP=H // Hkv, R=R, D=D, P=P, **tiles)
+            context, v, w1, b1, gain1, bias1, w2, b2, gain2, wg, dimage, dgates, dcontext, dv, z, dz1, dx,
+            sums, v_strides=v.stride(), H=H, GROUP=H // Hkv, R=R, D=D, P=P, **tiles)
         # -- weights: products over all rows
-        dz1_rows, v_rows = _all_rows(dz1), _all_rows(v if H == Hkv else v.repeat_interleave(H // Hkv, 1))
+        dz1_rows = _flatten_rows(dz1)
+        v_rows = _flatten_rows(v if H == Hkv else v.repeat_interleave(H // Hkv, 1))
         total = sums[:, : 6 * D if dimage is None else None].sum(0)
-        dw1 = torch.cat([dz1_rows.T @ _all_rows(context), dz1_rows.T @ v_rows], 1)
+        dw1 = torch.cat([dz1_rows.T @ _flatten_rows(context), dz1_rows.T @ v_rows], 1)
         grads = [dw1, *total[: 6 * D].split(2 * D), *[None] * 6]
         if dimage is not None:
-            grads[4:8] = _all_rows(dx).T @ _all_rows(z), *total[6 * D :].split((2 * P, P, P))
+            grads[4:8] = _flatten_rows(dx).T @ _flatten_rows(z), *total[6 * D :].split((2 * P, P, P))
         if dgates is not None:
-            grads[8:] = _all_rows(dgates).T.to(z.dtype) @ _all_rows(z), _all_rows(dgates).sum(0)
+            grads[8:] = _flatten_rows(dgates).T.to(z.dtype) @ _flatten_rows(z), _flatten_rows(dgates).sum(0)
         dv = dv if H == Hkv else dv.view(B, Hkv, H // Hkv, R, D).sum(2)
-        return dcontext, dv, *(g if g is None else g.to(w.dtype) for g, w in zip(grads, weights))
+        return dcontext, dv, *(dw if dw is None else dw.to(w.dtype) for dw, w in zip(grads, weights))
 
 
 def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear, cnn: nn.Module,
                 gate: nn.Linear) -> tuple[Tensor, Tensor]:
     """sea.encode_rows, in the dtype of context; gates are fp32."""
     _check_tensor("context", context, 4, "(B, H, R, 2D)")
-    weights = [w for layer in (encoder[0], encoder[1], decoder, cnn.norm, gate) for w in (layer.weight, layer.bias)]
+    layers = (encoder[0], encoder[1], decoder, cnn.norm, gate)
+    weights = [w for layer in layers for w in (layer.weight, layer.bias)]
     with torch.cuda.device_of(v):
         return _EncodeRows.apply(context, v, *weights)
 
 
 # -- the CNN -----------------------------------------------------------------------------------------
 #
-# Programs walk down the rows, so that one load of a row serves all the rows that it is a tap of. A convolution is a
-# sum of nine products, of a tap's weights (C, C) with a row's places shifted by -2, 0 or 2, taken of rows t-4, t-2
-# and t.
+# Programs walk down the rows, so that one load of a row serves all the rows that it is a tap of. A
+# convolution is a sum of nine products, of a tap's weights (C, C) with a row's places shifted by -2, 0 or 2,
+# taken of rows r-4, r-2 and r.
 
-# Programs of a kernel where rows suffice, about two per multiprocessor: each reads rows that its neighbour reads as
-# well, or leaves sums that have to be added up. A convolution's walk over more than `walk` pairs of rows is cut, so
-# that no program ends long after the others.
+# Target number of programs; more would re-read neighbours' rows and add partial sums. `walk`: the longest
+# walk, in pairs of rows.
 CONV = dict(programs=256, walk=32)
 
 
@@ -876,15 +923,16 @@ def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
 
 
 def _conv_tiles(dtype: torch.dtype, B: int, R: int, C: int, P: int, channels_last: bool) -> tuple[int, dict]:
-    """Programs per sequence, and sizes. A program walks where registers hold the sums of three pairs of rows."""
-    half, block_c = dtype != torch.float32, _dot_block(C)
-    block_p = max(_dot_block(P), 32 if half else 16)
-    walk = half and block_p * block_c <= 4096
-    block_p = max(block_p, 64) if half and not walk else block_p  # 64 places at least, see _dot_block
+    """Programs per sequence, and sizes. A program walks where registers hold three pairs of rows' sums."""
+    is_half, block_c = dtype != torch.float32, _dot_block(C)
+    block_p = max(_dot_block(P), 32 if is_half else 16)
+    walk = is_half and block_p * block_c <= 4096
+    block_p = max(block_p, 64) if is_half and not walk else block_p  # 64 places at least, see _dot_block
     n_program, n_block = _split_rows(R, B, 2) if walk else (R, 1)
     if n_block > CONV["walk"]:
         n_program, n_block = _cdiv(R, 2 * CONV["walk"]), CONV["walk"]
-    stages = 1 if not walk or block_c > 32 else 3 if channels_last else 2  # as fit into shared memory, or registers
+    # as many stages as fit into shared memory, or registers
+    stages = 1 if not walk or block_c > 32 else 3 if channels_last else 2
     return n_program, dict(n_block=n_block, WALK=walk, BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee",
                            num_stages=stages, num_warps=4 if block_p * block_c * (1 + walk) <= 4096 else 8)
 
@@ -897,23 +945,25 @@ def _up_bwd_tiles(dtype: torch.dtype, C: int, P: int) -> dict:
 def _conv_dw_tiles(dtype: torch.dtype, C: int, P: int) -> dict:
     block_c = _dot_block(C)
     block = min(32, block_c)
-    num_warps, num_stages = (4, 1) if dtype == torch.float32 else (2, 3)  # more warps would share 32 x 32 products
+    # more warps would share 32 x 32 products
+    num_warps, num_stages = (4, 1) if dtype == torch.float32 else (2, 3)
     return dict(BLOCK_P=min(64, _dot_block(P)), CHUNKS=_cdiv(P, 64), BLOCK=block, BLOCKS=block_c // block,
                 PRECISION="ieee", num_warps=num_warps, num_stages=num_stages)
 
 
 def _cnn_step_tiles(C: int, P: int) -> dict:
     block_p, block_c = _dot_block(P), _dot_block(C)
-    return dict(BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee", num_warps=4 if block_p * block_c <= 4096 else 8)
+    return dict(BLOCK_P=block_p, BLOCK_C=block_c, PRECISION="ieee",
+                num_warps=4 if block_p * block_c <= 4096 else 8)
 
 
 @triton.jit
-def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-              BLOCK_C: tl.constexpr):
-    """BLOCK_T rows from `row` (int64) on of an image whose channels lie last in memory, (n_row, P, C), or first,
-    (C, n_row, P): pointers (BLOCK_T * BLOCK_P, BLOCK_C)."""
-    offs_tp, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)[None, :]
-    place = (offs_tp // BLOCK_P * P + offs_tp % BLOCK_P)[:, None]
+def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr,
+              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_R rows from `row` (int64) on of an image whose channels lie last in memory, (n_row, P, C), or
+    first, (C, n_row, P): pointers (BLOCK_R * BLOCK_P, BLOCK_C)."""
+    offs_rp, offs_c = tl.arange(0, BLOCK_R * BLOCK_P), tl.arange(0, BLOCK_C)[None, :]
+    place = (offs_rp // BLOCK_P * P + offs_rp % BLOCK_P)[:, None]
     if LAST:
         return x_ptr + row * P * C + (place * C + offs_c)
     else:
@@ -922,7 +972,7 @@ def _row_ptrs(x_ptr, row, n_row, P, C: tl.constexpr, LAST: tl.constexpr, BLOCK_T
 
 @triton.jit
 def _tap(w_ptr, tap, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tap (BLOCK_C, BLOCK_C) of w (C, C, 3, 3) [out, in, tap]. BACK, for x's gradient: transposed, from the last."""
+    """A tap (BLOCK_C, BLOCK_C) of w (C, C, 3, 3) [out, in, tap]. BACK, for dx: mirrored, transposed."""
     m, n = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_C)[None, :]
     offs_w = (n * C + m) * 9 + 8 - tap if BACK else (m * C + n) * 9 + tap
     return tl.load(w_ptr + offs_w, mask=(m < C) & (n < C), other=0.0)
@@ -939,88 +989,95 @@ def _taps_of_row(w_ptr, i, C: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.cons
 def _add_taps(x, w_0, w_1, w_2, acc_0, acc_1, acc_2, PRECISION: tl.constexpr):
     """x (places, BLOCK_C) as a tap of three rows, whose sums are acc (BLOCK_C, places)."""
     x = tl.trans(x)
-    return (tl.dot(w_0, x, acc_0, input_precision=PRECISION), tl.dot(w_1, x, acc_1, input_precision=PRECISION),
+    return (tl.dot(w_0, x, acc_0, input_precision=PRECISION),
+            tl.dot(w_1, x, acc_1, input_precision=PRECISION),
             tl.dot(w_2, x, acc_2, input_precision=PRECISION))
 
 
 @triton.jit
-def _to_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(head and sub-cell, row and place) -> (head and row, place and sub-cell): the cells of a head's row together."""
-    x = tl.permute(tl.reshape(x, (BLOCK_H, 4, BLOCK_T, BLOCK_P)), (0, 2, 3, 1))
-    return tl.reshape(x, (BLOCK_H * BLOCK_T, 4 * BLOCK_P))
+def _to_cells(x, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(head and sub-cell, row and place) -> (head and row, place and sub-cell): a row's cells in order."""
+    x = tl.permute(tl.reshape(x, (BLOCK_H, 4, BLOCK_R, BLOCK_P)), (0, 2, 3, 1))
+    return tl.reshape(x, (BLOCK_H * BLOCK_R, 4 * BLOCK_P))
 
 
 @triton.jit
-def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    x = tl.permute(tl.reshape(x, (BLOCK_H, BLOCK_T, BLOCK_P, 4)), (0, 3, 1, 2))
-    return tl.reshape(x, (BLOCK_H * 4, BLOCK_T * BLOCK_P))
+def _from_cells(x, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    x = tl.permute(tl.reshape(x, (BLOCK_H, BLOCK_R, BLOCK_P, 4)), (0, 3, 1, 2))
+    return tl.reshape(x, (BLOCK_H * 4, BLOCK_R * BLOCK_P))
 
 
 @triton.jit
 def _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-               BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+               BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
                PRECISION: tl.constexpr):
-    """LayerNorm(1x1 conv of x to 4 cells): (BLOCK_C, BLOCK_T * BLOCK_P) -> (BLOCK_H * BLOCK_T, 4 * BLOCK_P)."""
+    """LayerNorm(1x1 conv of x to 4 cells): (BLOCK_C, BLOCK_R * BLOCK_P) -> (BLOCK_H * BLOCK_R, 4 BLOCK_P)."""
     offs_c, offs_u, offs_w = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, 4 * BLOCK_P)
     mask_u, mask_w = offs_u < 4 * H, offs_w < WIDTH
-    up = _tile(up_ptr, offs_u, offs_c, C, 1, mask_u[:, None] & (offs_c < C)[None, :]).to(x.dtype)
+    up = _load_tile(up_ptr, offs_u, offs_c, C, 1, mask_u[:, None] & (offs_c < C)[None, :]).to(x.dtype)
     y = tl.dot(up, x, input_precision=PRECISION) + _vector(up_b_ptr, offs_u, mask_u)[:, None]
-    y = _to_cells(y, BLOCK_H, BLOCK_T, BLOCK_P)
+    y = _to_cells(y, BLOCK_H, BLOCK_R, BLOCK_P)
     return _normed(y, _vector(gain_ptr, offs_w, mask_w), _vector(bias_ptr, offs_w, mask_w), mask_w, WIDTH)
 
 
 @triton.jit
-def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, row, begin, out_stride, R,
-                P, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, OUT_LAST: tl.constexpr,
-                BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """The end of _conv_kernel: acc (BLOCK_C, BLOCK_T * BLOCK_P), the sums of the taps of rows `row` on."""
-    offs_tp, offs_c = tl.arange(0, BLOCK_T * BLOCK_P), tl.arange(0, BLOCK_C)
-    mask_c, t, p = offs_c < C, row + offs_tp // BLOCK_P, offs_tp % BLOCK_P
+def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first_row, begin,
+                out_stride, R, P, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+                OUT_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """The end of _conv_kernel: acc (BLOCK_C, BLOCK_R * BLOCK_P), the taps' sums for rows `first_row` on."""
+    offs_rp, offs_c = tl.arange(0, BLOCK_R * BLOCK_P), tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    row, p = first_row + offs_rp // BLOCK_P, offs_rp % BLOCK_P
     if b_ptr is not None:
         acc = tl.maximum(acc + _vector(b_ptr, offs_c, mask_c)[:, None], 0.0)
     if up_ptr is None:
-        x, mask = tl.trans(acc), ((t < R) & (p < P))[:, None] & mask_c[None, :]
-        offs_out = _row_ptrs(b * out_stride, row.to(tl.int64), R, P, C, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C)
+        x, mask = tl.trans(acc), ((row < R) & (p < P))[:, None] & mask_c[None, :]
+        offs_out = _row_ptrs(b * out_stride, first_row.to(tl.int64), R, P, C, OUT_LAST, BLOCK_R, BLOCK_P,
+                             BLOCK_C)
         if of_relu_ptr is not None:
             of_relu = tl.load(of_relu_ptr + offs_out, mask=mask, other=0.0)
-            x = tl.where((of_relu > 0.0) | (t + begin < 0)[:, None], x, 0.0)
+            x = tl.where((of_relu > 0.0) | (row + begin < 0)[:, None], x, 0.0)
         tl.store(out_ptr + offs_out, x, mask=mask)
     else:
-        y = _to_scores(acc.to(up_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, BLOCK_T,
-                       BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
-        offs_ht, offs_w = tl.arange(0, BLOCK_H * BLOCK_T), tl.arange(0, 4 * BLOCK_P)
-        h, t = offs_ht // BLOCK_T, row + offs_ht % BLOCK_T
-        tl.store(out_ptr + ((b * H + h) * R + t)[:, None] * WIDTH + offs_w[None, :], y,
-                 mask=((h < H) & (t < R))[:, None] & (offs_w < WIDTH)[None, :])
+        y = _to_scores(acc.to(up_ptr.dtype.element_ty), up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H,
+                       BLOCK_R, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+        offs_hr, offs_w = tl.arange(0, BLOCK_H * BLOCK_R), tl.arange(0, 4 * BLOCK_P)
+        h, row = offs_hr // BLOCK_R, first_row + offs_hr % BLOCK_R
+        tl.store(out_ptr + ((b * H + h) * R + row)[:, None] * WIDTH + offs_w[None, :], y,
+                 mask=((h < H) & (row < R))[:, None] & (offs_w < WIDTH)[None, :])
 
 
-# out = relu(conv3x3(x)), of rows t, t-2, t-4 and places p-2, p, p+2; with up, LayerNorm(1x1 conv of that to 4 cells).
-# Without a bias, x is the gradient of such a convolution's sum and out that of its input: the same with mirrored
-# taps. With of_relu it goes on through the relu that gave that input, except in rows of the past, which have been
-# through theirs.
-# One program: n_block pairs of rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x and
-# holds the sums of the three pairs of rows that the pair at hand is a tap of, so that 3 loads of the pair, one for
-# each shift, serve 9 products of (C, C) with (C, 2P). Not WALK, in fp32 and for rows of more than 4096 numbers, whose
-# sums registers would not hold: one row, 9 loads; grid (R, B).
+# forward: out = relu(conv3x3(x)), of rows r, r-2, r-4 and places p-2, p, p+2; with up, LayerNorm(1x1 conv of
+#   that to 4 cells).
+# input gradient: without a bias, x is the gradient of such a convolution's sum and out that of its input: the
+#   same with mirrored taps. With of_relu it goes on through the relu that gave that input, except in rows of
+#   the past, which have been through theirs.
+# One program: n_block pairs of rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x
+#   and holds the sums of the three pairs of rows that the pair at hand is a tap of, so that 3 loads of the
+#   pair, one for each shift, serve 9 products of (C, C) with (C, 2P).
+# no WALK: one row, 9 loads; grid (R, B). In fp32 and for rows of more than 4096 numbers, whose sums registers
+#   would not hold.
 #   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (C, C, 3, 3), up (4H, C)
-#   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width); LAST, OUT_LAST: channels lie last in memory
-# fp32: accumulators and the norm. Where channels lie last, shifted loads stay aligned: 16 bytes each, to shared
-# memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once.
+#   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width)
+#   LAST, OUT_LAST: channels lie last in memory
+# fp32: accumulators and the norm. Where channels lie last, shifted loads stay aligned: 16 bytes each, to
+# shared memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once.
 # Reference: sea.causal_cnn.
 @triton.jit(do_not_specialize=["begin", "n_block"])
 def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride,
                  out_stride, N, R, P, begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
                  LAST: tl.constexpr, OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_P: tl.constexpr,
                  BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
-    BLOCK_T: tl.constexpr = 2 if WALK else 1
+    BLOCK_R: tl.constexpr = 2 if WALK else 1
     BACK: tl.constexpr = b_ptr is None
     shift: tl.constexpr = 2 * (C if LAST else 1)  # two places, in memory
-    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * n_block * BLOCK_T
-    offs_tp, mask_c = tl.arange(0, BLOCK_T * BLOCK_P), (tl.arange(0, BLOCK_C) < C)[None, :]
-    row, p = begin + first + offs_tp // BLOCK_P, offs_tp % BLOCK_P
-    x_ptrs = _row_ptrs(x_ptr + b * x_stride, (begin + first).to(tl.int64), N, P, C, LAST, BLOCK_T, BLOCK_P, BLOCK_C)
-    acc_0 = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
+    b, first_row = tl.program_id(1).to(tl.int64), tl.program_id(0) * n_block * BLOCK_R
+    offs_rp, mask_c = tl.arange(0, BLOCK_R * BLOCK_P), (tl.arange(0, BLOCK_C) < C)[None, :]
+    row, p = begin + first_row + offs_rp // BLOCK_P, offs_rp % BLOCK_P
+    x_ptrs = _row_ptrs(x_ptr + b * x_stride, (begin + first_row).to(tl.int64), N, P, C, LAST, BLOCK_R,
+                       BLOCK_P, BLOCK_C)
+    acc_0 = tl.zeros((BLOCK_C, BLOCK_R * BLOCK_P), tl.float32)
     if WALK:
         acc_1 = acc_0
         w_00, w_01, w_02 = _taps_of_row(w_ptr, 0, C, BACK, BLOCK_C)
@@ -1028,18 +1085,19 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
         w_20, w_21, w_22 = _taps_of_row(w_ptr, 2, C, BACK, BLOCK_C)
     for i in range(0, n_block + 2):
         mask_x = (row + 2 * i >= 0) & (row + 2 * i < N) & (p < P)
-        x_0 = tl.load(x_ptrs - shift, mask=(mask_x & (p >= 2))[:, None] & mask_c, other=0.0)  # (places, BLOCK_C)
+        # (places, BLOCK_C)
+        x_0 = tl.load(x_ptrs - shift, mask=(mask_x & (p >= 2))[:, None] & mask_c, other=0.0)
         x_1 = tl.load(x_ptrs, mask=mask_x[:, None] & mask_c, other=0.0)
         x_2 = tl.load(x_ptrs + shift, mask=(mask_x & (p + 2 < P))[:, None] & mask_c, other=0.0)
         if WALK:
-            acc_2 = tl.zeros((BLOCK_C, BLOCK_T * BLOCK_P), tl.float32)
+            acc_2 = tl.zeros((BLOCK_C, BLOCK_R * BLOCK_P), tl.float32)
             acc_0, acc_1, acc_2 = _add_taps(x_0, w_20, w_10, w_00, acc_0, acc_1, acc_2, PRECISION)
             acc_0, acc_1, acc_2 = _add_taps(x_1, w_21, w_11, w_01, acc_0, acc_1, acc_2, PRECISION)
             acc_0, acc_1, acc_2 = _add_taps(x_2, w_22, w_12, w_02, acc_0, acc_1, acc_2, PRECISION)
             if i >= 2:
                 _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b,
-                            first + 2 * i - 4, begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P,
-                            BLOCK_C, BLOCK_H, PRECISION)
+                            first_row + 2 * i - 4, begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_R,
+                            BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
             acc_0, acc_1 = acc_1, acc_2
         else:
             w_0, w_1, w_2 = _taps_of_row(w_ptr, i, C, BACK, BLOCK_C)
@@ -1048,48 +1106,54 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
             acc_0 = tl.dot(w_2, tl.trans(x_2), acc_0, input_precision=PRECISION)
         x_ptrs += P * shift
     if not WALK:
-        _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first, begin,
-                    out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_T, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+        _store_rows(acc_0, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, b, first_row,
+                    begin, out_stride, R, P, WIDTH, C, H, OUT_LAST, BLOCK_R, BLOCK_P, BLOCK_C, BLOCK_H,
+                    PRECISION)
 
 
-# The HISTORY rows before row n_rows, of what entered the first convolution and the second; 0 before the first row.
+# The HISTORY rows before row n_rows of what entered the first convolution and the second, 0 before row 0.
 # One program: one channel of one sequence; grid (C, B).
-#   x1, x2 (B, C, lead + R, P), any strides; n_rows (B,) int -> out1, out2 (B, C, HISTORY, P), contiguous
+#   x1, x2 (B, C, n_past + R, P), any strides; n_rows (B,) int -> out1, out2 (B, C, HISTORY, P), contiguous
 # A launch for both, where eager copies or gathers each. Reference: sea.causal_cnn.
 @triton.jit
-def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_strides, x2_strides, lead, C, P,
+def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_strides, x2_strides, n_past, C, P,
                       HISTORY: tl.constexpr, BLOCK_P: tl.constexpr):
     c, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n, offs_p = tl.arange(0, HISTORY), tl.arange(0, BLOCK_P)
-    row = tl.load(n_rows_ptr + b) + lead - HISTORY + offs_n
+    row = tl.load(n_rows_ptr + b) + n_past - HISTORY + offs_n
     mask_p = (offs_p < P)[None, :]
-    mask_x, offs_out = (row >= 0)[:, None] & mask_p, ((b * C + c) * HISTORY + offs_n[:, None]) * P + offs_p[None, :]
-    x1 = _tile(x1_ptr + b * x1_strides[0] + c * x1_strides[1], row, offs_p, x1_strides[2], x1_strides[3], mask_x)
-    x2 = _tile(x2_ptr + b * x2_strides[0] + c * x2_strides[1], row, offs_p, x2_strides[2], x2_strides[3], mask_x)
+    mask_x = (row >= 0)[:, None] & mask_p
+    offs_out = ((b * C + c) * HISTORY + offs_n[:, None]) * P + offs_p[None, :]
+    x1 = _load_tile(x1_ptr + b * x1_strides[0] + c * x1_strides[1], row, offs_p, x1_strides[2], x1_strides[3],
+                    mask_x)
+    x2 = _load_tile(x2_ptr + b * x2_strides[0] + c * x2_strides[1], row, offs_p, x2_strides[2], x2_strides[3],
+                    mask_x)
     tl.store(out1_ptr + offs_out, x1, mask=mask_p)
     tl.store(out2_ptr + offs_out, x2, mask=mask_p)
 
 
 @triton.jit
-def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexpr, BLOCK_P: tl.constexpr,
-               BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    """relu(conv3x3) of one row x (C, P) after the 4 rows of the past (C, 4, P): (BLOCK_C, BLOCK_P) fp32. next: the
-    last 4 rows with x or, where n_new is 0, without. w (C, C, 3, 3)."""
+def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexpr, HISTORY: tl.constexpr,
+               BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """relu(conv3x3) of one row x (C, P) after the rows of the past (C, HISTORY, P): (BLOCK_C, BLOCK_P) fp32.
+    next: the last HISTORY rows with x or, where n_new is 0, without. w (C, C, 3, 3)."""
     offs_c, offs_p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     mask_c, mask_p = offs_c < C, offs_p < P
-    mask, offs_past = mask_c[:, None] & mask_p[None, :], offs_c[:, None] * 4 * P + offs_p[None, :]
-    for i in tl.static_range(3):
+    mask = mask_c[:, None] & mask_p[None, :]
+    offs_past = offs_c[:, None] * HISTORY * P + offs_p[None, :]
+    for i in tl.static_range(HISTORY - 1):
         later = tl.load(past_ptr + offs_past + (i + n_new) * P, mask=mask, other=0.0)
         tl.store(next_ptr + offs_past + i * P, later, mask=mask)
     newest = tl.load(x_ptr + offs_c[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
-    last = tl.load(past_ptr + offs_past + 3 * P, mask=mask, other=0.0)
-    tl.store(next_ptr + offs_past + 3 * P, tl.where(n_new != 0, newest, last), mask=mask)
+    last = tl.load(past_ptr + offs_past + (HISTORY - 1) * P, mask=mask, other=0.0)
+    tl.store(next_ptr + offs_past + (HISTORY - 1) * P, tl.where(n_new != 0, newest, last), mask=mask)
     acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     w_ptr += (offs_c[:, None] * C + offs_c[None, :]) * 9
     mask_w = mask_c[:, None] & mask_c[None, :]
-    mask_left, mask_right = mask & (offs_p >= 2)[None, :], mask & (offs_p + 2 < P)[None, :]
+    mask_left = mask & (offs_p >= 2)[None, :]
+    mask_right = mask & (offs_p + 2 < P)[None, :]
     for i in tl.static_range(3):
-        if i < 2:  # rows t-4 and t-2, the first and third of the past
+        if i < 2:  # rows r-4 and r-2, the first and third of the past
             x = past_ptr + offs_past + i * 2 * P
         else:
             x = x_ptr + offs_c[:, None] * P + offs_p[None, :]
@@ -1107,27 +1171,29 @@ def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexp
 
 # The whole CNN for one token per sequence, where it is a row (n_rows 1); the other sequences keep their past.
 # One program: one sequence, all channels; grid (B,).
-#   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, 4, P), middle (B, C, P) scratch: contiguous
+#   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, HISTORY, P), middle (B, C, P) scratch: contiguous
 #   w1, w2 (C, C, 3, 3), up (4H, C) and the vectors: any dtype; n_rows (B,) int -> scores (B, H, 1, width)
 # fp32: accumulators and the norm. Reference: sea.causal_cnn.
 @triton.jit
-def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, past1_ptr,
-                     past2_ptr, n_rows_ptr, middle_ptr, next1_ptr, next2_ptr, scores_ptr, P, WIDTH: tl.constexpr,
-                     C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                     BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr,
+                     past1_ptr, past2_ptr, n_rows_ptr, middle_ptr, next1_ptr, next2_ptr, scores_ptr, P,
+                     WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, HISTORY: tl.constexpr,
+                     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                     PRECISION: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
-    n_new, past = tl.load(n_rows_ptr + b).to(tl.int32), b * C * 4 * P
-    x = _conv_step(past1_ptr + past, next1_ptr + past, image_ptr + b * C * P, w1_ptr, b1_ptr, n_new, P, C, BLOCK_P,
-                   BLOCK_C, PRECISION)
+    n_new, past = tl.load(n_rows_ptr + b).to(tl.int32), b * C * HISTORY * P
+    x = _conv_step(past1_ptr + past, next1_ptr + past, image_ptr + b * C * P, w1_ptr, b1_ptr, n_new, P, C,
+                   HISTORY, BLOCK_P, BLOCK_C, PRECISION)
     # -- the second convolution wants this row's neighbours, which other threads hold
     offs_c, offs_p, middle_ptr = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P), middle_ptr + b * C * P
     mask = (offs_c < C)[:, None] & (offs_p < P)[None, :]
     tl.store(middle_ptr + offs_c[:, None] * P + offs_p[None, :], x, mask=mask)
     tl.debug_barrier()
-    x = _conv_step(past2_ptr + past, next2_ptr + past, middle_ptr, w2_ptr, b2_ptr, n_new, P, C, BLOCK_P, BLOCK_C,
-                   PRECISION)
+    x = _conv_step(past2_ptr + past, next2_ptr + past, middle_ptr, w2_ptr, b2_ptr, n_new, P, C, HISTORY,
+                   BLOCK_P, BLOCK_C, PRECISION)
     x = x.to(image_ptr.dtype.element_ty)
-    y = _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, 1, BLOCK_P, BLOCK_C, BLOCK_H, PRECISION)
+    y = _to_scores(x, up_ptr, up_b_ptr, gain_ptr, bias_ptr, WIDTH, C, H, 1, BLOCK_P, BLOCK_C, BLOCK_H,
+                   PRECISION)
     offs_h, offs_w = tl.arange(0, BLOCK_H), tl.arange(0, 4 * BLOCK_P)
     mask = (offs_h < H)[:, None] & (offs_w < WIDTH)[None, :]
     tl.store(scores_ptr + (b * H + offs_h)[:, None] * WIDTH + offs_w[None, :], y, mask=mask)
@@ -1141,14 +1207,14 @@ def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr
 #   dup (programs, 4 BLOCK_H, C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width)
 # fp32: accumulators and the norm. Reference: autograd through sea.causal_cnn.
 @triton.jit(do_not_specialize=["n_block"])
-def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R, P,
-                   n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr,
+def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R,
+                   P, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr,
                    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
     b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     offs_c, offs_u, offs_h = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, BLOCK_H)
     offs_p, offs_w = tl.arange(0, BLOCK_P), tl.arange(0, 4 * BLOCK_P)
     mask_c, mask_u, mask_w = offs_c < C, offs_u < 4 * H, offs_w < WIDTH
-    up = _tile(up_ptr, offs_u, offs_c, C, 1, mask_u[:, None] & mask_c[None, :])
+    up = _load_tile(up_ptr, offs_u, offs_c, C, 1, mask_u[:, None] & mask_c[None, :])
     gain = _vector(gain_ptr, offs_w, mask_w)
     dup, dup_b = tl.zeros((4 * BLOCK_H, BLOCK_C), tl.float32), tl.zeros((4 * BLOCK_H,), tl.float32)
     dgain, dbias = tl.zeros((4 * BLOCK_P,), tl.float32), tl.zeros((4 * BLOCK_P,), tl.float32)
@@ -1163,43 +1229,48 @@ def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_p
                      mask=(offs_h < H)[:, None] & mask_w[None, :] & (row < R), other=0.0).to(tl.float32)
         dgain += tl.sum(dy * y, axis=0)
         dbias += tl.sum(dy, axis=0)
-        dy = _from_cells(_through_norm(dy, y, rstd, gain, mask_w, WIDTH), BLOCK_H, 1, BLOCK_P)  # (4 BLOCK_H, BLOCK_P)
+        # (4 BLOCK_H, BLOCK_P)
+        dy = _from_cells(_through_norm(dy, y, rstd, gain, mask_w, WIDTH), BLOCK_H, 1, BLOCK_P)
         dup_b += tl.sum(dy, axis=1)
         dy = dy.to(up.dtype)
         dup += tl.dot(dy, x, input_precision=PRECISION)
         dx = tl.trans(tl.dot(tl.trans(up), dy, input_precision=PRECISION))
         tl.store(dx_ptr + offs_x, tl.where(x > 0.0, dx, 0.0), mask=mask_x)
-    tl.store(dup_ptr + (program * 4 * BLOCK_H + offs_u[:, None]) * C + offs_c[None, :], dup, mask=mask_c[None, :])
+    tl.store(dup_ptr + (program * 4 * BLOCK_H + offs_u[:, None]) * C + offs_c[None, :], dup,
+             mask=mask_c[None, :])
     tl.store(dup_b_ptr + program * 4 * BLOCK_H + offs_u, dup_b)
     tl.store(dnorm_ptr + program * 2 * WIDTH + offs_w, dgain, mask=mask_w)
     tl.store(dnorm_ptr + (program * 2 + 1) * WIDTH + offs_w, dbias, mask=mask_w)
 
 
 # Gradients of a convolution's weights and bias: sums over all places of dout x^T.
-# One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places; grid
-# (programs, B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3 rows, that
-# they are taps of: 6 loads for 9 products. Loads go to shared memory during the products before.
-#   x (B, C, lead + R, P), dout (B, C, R, P), with channels last, and of x if LAST
+# One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places;
+# grid (programs, B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3
+# rows, that they are taps of: 6 loads for 9 products. Loads go to shared memory during the products before.
+#   x (B, C, n_past + R, P), dout (B, C, R, P), with channels last, and of x if LAST
 #   each program's share: dw (programs, 9, C, C) [tap, out, in], db (programs, C), fp32
 @triton.jit(do_not_specialize=["n_block"])
-def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_block, C: tl.constexpr,
+def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, n_past, n_block, C: tl.constexpr,
                     LAST: tl.constexpr, BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
                     BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
     b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     m_0, n_0 = tl.program_id(2) // BLOCKS * BLOCK, tl.program_id(2) % BLOCKS * BLOCK
     offs_p, offs_c = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK)
     mask_m, mask_n = (m_0 + offs_c < C)[:, None], (n_0 + offs_c < C)[None, :]
-    first, n_row = tl.program_id(0) * n_block, lead + R
+    first_row, n_row = tl.program_id(0) * n_block, n_past + R
     place: tl.constexpr = C if LAST else 1
     offs_b = b * C * n_row * P + (n_0 if LAST else n_0.to(tl.int64) * n_row * P)
-    x_ptrs = _row_ptrs(x_ptr + offs_b, first.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
-    dout_ptrs = dout_ptr + b * dout_stride + (first - lead).to(tl.int64) * P * C
+    x_ptrs = _row_ptrs(x_ptr + offs_b, first_row.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
+    dout_ptrs = dout_ptr + b * dout_stride + (first_row - n_past).to(tl.int64) * P * C
     dout_ptrs += m_0 + offs_c[:, None] + tl.trans(offs_p) * C
-    zero, ones = tl.zeros((BLOCK, BLOCK), tl.float32), tl.full((BLOCK_P, 16), 1.0, x_ptr.dtype.element_ty)
-    dw_00, dw_01, dw_02, dw_10, dw_11, dw_12, dw_20, dw_21, dw_22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    zero = tl.zeros((BLOCK, BLOCK), tl.float32)
+    ones = tl.full((BLOCK_P, 16), 1.0, x_ptr.dtype.element_ty)
+    dw_00, dw_01, dw_02 = zero, zero, zero
+    dw_10, dw_11, dw_12 = zero, zero, zero
+    dw_20, dw_21, dw_22 = zero, zero, zero
     db = tl.zeros((BLOCK, 16), tl.float32)
     for i in range(0, n_block * CHUNKS):
-        row, p = first + i // CHUNKS - lead, offs_p + i % CHUNKS * BLOCK_P  # of dout, by the last tap
+        row, p = first_row + i // CHUNKS - n_past, offs_p + i % CHUNKS * BLOCK_P  # of dout, by the last tap
         mask_x = mask_n & (p < P) & (row < R)
         x_0 = tl.load(x_ptrs - 2 * place, mask=mask_x & (p >= 2), other=0.0)  # (BLOCK_P, BLOCK)
         x_1 = tl.load(x_ptrs, mask=mask_x, other=0.0)
@@ -1219,7 +1290,8 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
         dw_21 = tl.dot(dout, x_1, dw_21, input_precision=PRECISION)
         dw_22 = tl.dot(dout, x_2, dw_22, input_precision=PRECISION)
         db = tl.dot(dout, ones, db, input_precision=PRECISION)  # cheaper than a sum across threads
-        step = BLOCK_P if i % CHUNKS + 1 < CHUNKS else P - (CHUNKS - 1) * BLOCK_P  # to the next places, or row
+        # to the next places, or row
+        step = BLOCK_P if i % CHUNKS + 1 < CHUNKS else P - (CHUNKS - 1) * BLOCK_P
         x_ptrs += step * place
         dout_ptrs += step * C
     dw_ptr += (program * 9 * C + m_0 + offs_c[:, None]) * C + n_0 + offs_c[None, :]
@@ -1234,17 +1306,33 @@ def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, lead, n_
     tl.store(dw_ptr + 7 * C * C, dw_21, mask=mask_w)
     tl.store(dw_ptr + 8 * C * C, dw_22, mask=mask_w)
     if n_0 == 0:
-        tl.store(db_ptr + program * C + m_0 + offs_c, tl.max(db, axis=1), mask=m_0 + offs_c < C)  # its columns are one
+        column = tl.max(db, axis=1)  # all are equal
+        tl.store(db_ptr + program * C + m_0 + offs_c, column, mask=m_0 + offs_c < C)
 
 
 def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, out_last=True, **constants):
-    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x. up: weights, bias, gain and bias
-    of the end."""
-    (B, C, N, P), R = x.shape, out.shape[2]
+    """_conv_kernel of x to out, whose row 0 has its first tap in row `begin` of x. up: weights, bias, gain
+    and bias of the end."""
+    B, C, N, P = x.shape
+    R = out.shape[2]
     n_program, tiles = _conv_tiles(x.dtype, B, R, C, P, last)
     _conv_kernel[(n_program, B)](
-        x, w, bias, *up, of_relu, out, x_stride=x.stride(0), out_stride=out.stride(0), N=N, R=R, P=P, begin=begin, C=C,
-        LAST=last, OUT_LAST=out_last, **tiles, **constants)
+        x, w, bias, *up, of_relu, out, x_stride=x.stride(0), out_stride=out.stride(0), N=N, R=R, P=P,
+        begin=begin, C=C, LAST=last, OUT_LAST=out_last, **tiles, **constants)
+
+
+def _conv_dw(x, dout, last):
+    """Gradients of a convolution's weights and bias from dout, that of its sum."""
+    B, C, N, P = x.shape
+    R = dout.shape[2]
+    n_program, n_block = _split_rows(N, B)
+    tiles = _conv_dw_tiles(x.dtype, C, P)
+    dw = _new(x, n_program * B, 9, C, C, dtype=torch.float32)
+    db = _new(x, n_program * B, C, dtype=torch.float32)
+    _conv_dw_kernel[(n_program, B, tiles["BLOCKS"] ** 2)](
+        x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, n_past=N - R, n_block=n_block, C=C, LAST=last,
+        **tiles)
+    return dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1), db.sum(0)
 
 
 def _image(like, rows):
@@ -1253,89 +1341,92 @@ def _image(like, rows):
     return _new(like, B, rows, P, C).permute(0, 3, 1, 2)
 
 
-def _last_rows(x1, x2, n_rows, lead):
+def _last_rows(x1, x2, n_rows, n_past):
     B, C, _, P = x1.shape
     out1, out2 = _new(x1, B, C, HISTORY, P), _new(x2, B, C, HISTORY, P)
-    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(), lead=lead,
-                              C=C, P=P, HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
+    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(),
+                              n_past=n_past, C=C, P=P, HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
     return out1, out2
 
 
-def _through_last_rows(dlast, x, n_rows, lead):
+def _through_last_rows(dlast, x, n_rows, n_past):
     """Gradient of x from that of its last rows."""
     dx = x.new_zeros(*x.shape[:2], HISTORY + x.shape[2], x.shape[3])  # with the rows before the first
-    row = n_rows[:, None] + lead + torch.arange(HISTORY, device=x.device)
+    row = n_rows[:, None] + n_past + torch.arange(HISTORY, device=x.device)
     return dx.scatter_(2, row[:, None, :, None].expand_as(dlast), dlast)[:, :, HISTORY:]
 
 
 class _CausalCNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
-        (B, C, R, P), dtype, lead = image.shape, image.dtype, past1.shape[2]
+        B, C, R, _ = image.shape
         H, width = C // 2, gain.shape[0]
+        dtype, n_past = image.dtype, past1.shape[2]
         w1, w2 = w1.to(dtype).contiguous(), w2.to(dtype).contiguous()
         ups = up.to(dtype).reshape(4 * H, C).contiguous()
         constants = dict(WIDTH=width, H=H, BLOCK_H=_next_power_of_2(max(4, H)))
-        x1, x2 = image.contiguous(), _image(image, lead + R)
-        if lead:  # without, image is not copied
+        x1 = image.contiguous()
+        x2 = _image(image, n_past + R)
+        if n_past:  # without, image is not copied
             x1 = torch.cat([past1.to(dtype), image], 2)
-            x2[:, :, :lead] = past2
-        _conv(x1, w1, x2[:, :, lead:], lead - HISTORY, bias=b1, last=False, **constants)
+            x2[:, :, :n_past] = past2
+        _conv(x1, w1, x2[:, :, n_past:], n_past - HISTORY, bias=b1, last=False, **constants)
         scores = _new(image, B, H, R, width)
-        _conv(x2, w2, scores, lead - HISTORY, bias=b2, up=(ups, up_b, gain, bias), last=True, **constants)
+        _conv(x2, w2, scores, n_past - HISTORY, bias=b2, up=(ups, up_b, gain, bias), last=True, **constants)
         ctx.save_for_backward(n_rows, x1, x2, w1, w2, b2, ups, up_b, gain)
-        ctx.constants, ctx.lead = constants, lead
+        ctx.constants, ctx.n_past = constants, n_past
         ctx.set_materialize_grads(False)
-        return scores, *_last_rows(x1, x2, n_rows, lead)
+        return scores, *_last_rows(x1, x2, n_rows, n_past)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dscores, *dlast):
+    def backward(ctx, dscores, dlast1, dlast2):
         n_rows, x1, x2, w1, w2, b2, ups, up_b, gain = ctx.saved_tensors
-        (B, C, N, P), constants, lead, dtype = x1.shape, ctx.constants, ctx.lead, torch.float32
-        H, R, width = constants["H"], N - lead, constants["WIDTH"]
+        constants, n_past = ctx.constants, ctx.n_past
+        B, C, N, P = x1.shape
+        H, R, width = constants["H"], N - n_past, constants["WIDTH"]
         dscores = x1.new_zeros(B, H, R, width) if dscores is None else dscores.contiguous()
         # -- scores to the second convolution's sum
-        x3, dout, (n_program, n_block) = _image(x1, R), _image(x1, R), _split_rows(R, B)
-        dup = _new(x1, n_program * B, 4 * constants["BLOCK_H"], C, dtype=dtype)
+        x3, dout = _image(x1, R), _image(x1, R)
+        n_program, n_block = _split_rows(R, B)
+        dup = _new(x1, n_program * B, 4 * constants["BLOCK_H"], C, dtype=torch.float32)
         dup_b, dnorm = _new(dup, *dup.shape[:2]), _new(dup, len(dup), 2, width)
-        _conv(x2, w2, x3, lead - HISTORY, bias=b2, last=True, **constants)
+        _conv(x2, w2, x3, n_past - HISTORY, bias=b2, last=True, **constants)
         _up_bwd_kernel[(n_program, B)](x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R=R, P=P,
                                        n_block=n_block, C=C, **_up_bwd_tiles(x1.dtype, C, P), **constants)
         del x3
+        dup, dup_b = dup.sum(0)[: 4 * H, :, None, None], dup_b.sum(0)[: 4 * H]
         dgain, dbias = dnorm.sum(0)
-        grads = {"up": dup.sum(0)[: 4 * H, :, None, None], "up_b": dup_b.sum(0)[: 4 * H], "gain": dgain, "bias": dbias}
-        # -- through the convolutions
-        (n_program, n_block), tiles = _split_rows(N, B), _conv_dw_tiles(x1.dtype, C, P)
-        for i, (x, w) in enumerate(((x2, w2), (x1, w1))):
-            dw, db = _new(dup, n_program * B, 9, C, C), _new(dup, n_program * B, C)
-            _conv_dw_kernel[(n_program, B, tiles["BLOCKS"] ** 2)](
-                x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, lead=lead, n_block=n_block, C=C, LAST=i == 0,
-                **tiles)
-            grads[f"w{2 - i}"] = dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1)
-            grads[f"b{2 - i}"] = db.sum(0)
-            dx = _image(x1, N) if i == 0 else _new(x1, B, C, N, P)  # the encoder reads it in its image's order
-            _conv(dout, w, dx, -lead, of_relu=x2 if i == 0 else None, last=True, out_last=i == 0, **constants)
-            if dlast[1 - i] is not None:
-                own = _through_last_rows(dlast[1 - i], x, n_rows, lead)
-                if i == 0:
-                    own[:, :, lead:] *= x[:, :, lead:] > 0
-                dx += own
-            grads[f"past{2 - i}"] = dx[:, :, :lead]
-            dout = dx[:, :, lead:]
-        names = ("w1", "b1", "w2", "b2", "up", "up_b", "gain", "bias", "past1", "past2")
-        needed = zip(names, ctx.needs_input_grad[2:])
-        return None, dout, *(grads[name] if need else None for name, need in needed)
+        # -- through the second convolution
+        dw2, db2 = _conv_dw(x2, dout, last=True)
+        dx2 = _image(x1, N)
+        _conv(dout, w2, dx2, -n_past, of_relu=x2, last=True, **constants)
+        if dlast2 is not None:
+            own = _through_last_rows(dlast2, x2, n_rows, n_past)
+            own[:, :, n_past:] *= x2[:, :, n_past:] > 0
+            dx2 += own
+        # -- through the first
+        dout = dx2[:, :, n_past:]
+        dw1, db1 = _conv_dw(x1, dout, last=False)
+        dx1 = _new(x1, B, C, N, P)  # the encoder reads it in its image's order
+        _conv(dout, w1, dx1, -n_past, last=True, out_last=False, **constants)
+        if dlast1 is not None:
+            dx1 += _through_last_rows(dlast1, x1, n_rows, n_past)
+        grads = (dw1, db1, dw2, db2, dup, dup_b, dgain, dbias, dx1[:, :, :n_past], dx2[:, :, :n_past])
+        needed = zip(grads, ctx.needs_input_grad[2:])
+        return None, dx1[:, :, n_past:], *(grad if need else None for grad, need in needed)
 
 
 def _causal_cnn_step(n_rows, image, w1, b1, w2, b2, up, up_b, gain, bias, past1, past2):
-    (B, C, _, P), H, width, dtype = image.shape, image.shape[1] // 2, gain.shape[0], image.dtype
+    B, C, _, P = image.shape
+    H, width, dtype = C // 2, gain.shape[0], image.dtype
     scores, middle = _new(image, B, H, 1, width), _new(image, B, C, P)
     next1, next2 = _new(image, B, C, HISTORY, P), _new(image, B, C, HISTORY, P)
     weights = (w.contiguous() for w in (w1, b1, w2, b2, up, up_b, gain, bias))
     _cnn_step_kernel[(B,)](
-        image.contiguous(), *weights, past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), n_rows, middle,
-        next1, next2, scores, P=P, WIDTH=width, C=C, H=H, BLOCK_H=_next_power_of_2(max(4, H)), **_cnn_step_tiles(C, P))
+        image.contiguous(), *weights, past1.to(dtype).contiguous(), past2.to(dtype).contiguous(), n_rows,
+        middle, next1, next2, scores, P=P, WIDTH=width, C=C, H=H, HISTORY=HISTORY,
+        BLOCK_H=_next_power_of_2(max(4, H)), **_cnn_step_tiles(C, P))
     return scores, next1, next2
 
 
@@ -1343,7 +1434,8 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
                tuple[Tensor, Tensor]]:
     """sea.causal_cnn, in the dtype of image."""
     _check_tensor("image", image, 4, "(B, 2H, R, P)")
-    weights = [w for layer in (cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out) for w in (layer.weight, layer.bias)]
+    layers = (cnn.conv1, cnn.conv2, cnn.up, cnn.norm_out)
+    weights = [w for layer in layers for w in (layer.weight, layer.bias)]
     run = _causal_cnn_step if _is_step(image) and past[0].shape[2] == HISTORY else _CausalCNN.apply
     with torch.cuda.device_of(image):
         scores, *last_rows = run(n_rows.contiguous(), image, *weights, *past)
@@ -1357,9 +1449,11 @@ CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more a
 
 
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
-    block_p, half = max(16, _next_power_of_2(width)), dtype != torch.float32  # fp32 dots run without tensor cores
-    return dict(BLOCK_T=16, BLOCK_B=64 if half else 32, BLOCK_P=block_p, BLOCK_D=_dot_block(D, dtype),
-                num_warps=min(max(block_p // (128 if half else 64), 1), 16), num_stages=3 if half else 1)
+    block_p = max(16, _next_power_of_2(width))
+    is_half = dtype != torch.float32  # fp32 dots run without tensor cores
+    return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=block_p, BLOCK_D=_dot_block(D, dtype),
+                num_warps=min(max(block_p // (128 if is_half else 64), 1), 16),
+                num_stages=3 if is_half else 1)
 
 
 def _cell_keys_step_tiles(D: int, width: int) -> dict:
@@ -1369,115 +1463,123 @@ def _cell_keys_step_tiles(D: int, width: int) -> dict:
 
 
 @triton.jit
-def _bin_level(t, N_BINS: tl.constexpr):
-    """sea.bin_level: the bits of (t - 1) // N_BINS, counted by a float's exponent, exact for t < 2^24 * N_BINS."""
-    x = (tl.maximum(t, 1) - 1) // N_BINS
+def _bin_level(seen, N_BINS: tl.constexpr):
+    """sea.bin_level: the bits of (seen - 1) // N_BINS, counted by a float's exponent. Exact for
+    seen < 2^24 * N_BINS."""
+    x = (tl.maximum(seen, 1) - 1) // N_BINS
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 
 @triton.jit
-def _bin_of_cell(p, t, e, WIDTH: tl.constexpr):
-    """The bin of 2^e keys that the middle key of cell p is in, t (2 p + 1) // (2 WIDTH), or the last full one. t in
-    two parts, since the product passes 2^31 at t = 1M, width 1024."""
-    middle = t // (2 * WIDTH) * (2 * p + 1) + t % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
-    return tl.minimum(middle >> e, tl.maximum(t >> e, 1) - 1)
+def _bin_of_cell(p, seen, e, WIDTH: tl.constexpr):
+    """The bin of 2^e keys that the middle key of cell p is in, seen (2 p + 1) // (2 WIDTH), or the last full
+    one. seen in two parts, since the product passes 2^31 at seen = 1M, width 1024."""
+    middle = seen // (2 * WIDTH) * (2 * p + 1) + seen % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
+    return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
-# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e from that of count to that of
-# count + n_new.
+# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e from that of count to
+# that of count + n_new.
 # One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid
 # (cdiv(N_BINS, BLOCK_B), n_level, B * Hkv). A sum is a product with ones, BLOCK_N keys at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
 #   past, sums (B, Hkv, N_BINS, D) fp32: at the levels of count and of count + n_new
 #   means (B * Hkv, n_level, N_BINS, D) in the dtype of k
-# fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key twice.
-# Reference: sea.bin_sums.
+# fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
+# twice. Reference: sea.bin_sums.
 @triton.jit
-def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, D: tl.constexpr,
-                     N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV,
+                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_D: tl.constexpr):
     pid_b, pid_e, n_level = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    pid_bh = tl.program_id(2).to(tl.int64)
-    b, kv = pid_bh // HKV, pid_bh % HKV
+    pid_bkv = tl.program_id(2).to(tl.int64)
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     lowest, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
     e = lowest + pid_e
     if e > last:
         return
     offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
+    offs_bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
     mask_d = (offs_d < D)[None, :]
     # -- the new keys of these bins
-    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bin
-    start = tl.minimum(tl.maximum(origin, 0), n_new).to(tl.int32)
+    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the start key of the start offs_bin
+    begin = tl.minimum(tl.maximum(origin, 0), n_new).to(tl.int32)
     end = tl.minimum(tl.maximum(origin + (tl.full((), BLOCK_B, tl.int64) << e), 0), n_new).to(tl.int32)
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for first in range(start, end, BLOCK_N):
-        j = (first + offs_n).to(tl.int64)
-        k = _tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], (j < end)[:, None] & mask_d)  # (BLOCK_N, BLOCK_D)
-        is_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
-        acc += tl.dot(is_in.to(k.dtype), k, input_precision="ieee")
-    # -- the past's bins that lie in these; from n_past on they are empty
-    n_past = (count + (1 << lowest) - 1) >> lowest
-    for i in range(0, tl.minimum(1 << pid_e, n_past - (pid_b * BLOCK_B << pid_e))):
-        bin_past = (bin << pid_e) + i
-        acc += _tile(past_ptr + pid_bh * N_BINS * D, bin_past, offs_d, D, 1, (bin_past < N_BINS)[:, None] & mask_d)
-    offs_out, mask_out = bin[:, None] * D + offs_d[None, :], (bin < N_BINS)[:, None] & mask_d
+    for start in range(begin, end, BLOCK_N):
+        j = (start + offs_n).to(tl.int64)
+        # (BLOCK_N, BLOCK_D)
+        k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], (j < end)[:, None] & mask_d)
+        mask_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
+        acc += tl.dot(mask_in.to(k.dtype), k, input_precision="ieee")
+    # -- the past's bins that lie in these; from n_past_bin on they are empty
+    n_past_bin = (count + (1 << lowest) - 1) >> lowest
+    for i in range(0, tl.minimum(1 << pid_e, n_past_bin - (pid_b * BLOCK_B << pid_e))):
+        bin_past = (offs_bin << pid_e) + i
+        acc += _load_tile(past_ptr + pid_bkv * N_BINS * D, bin_past, offs_d, D, 1,
+                          (bin_past < N_BINS)[:, None] & mask_d)
+    offs_out, mask_out = offs_bin[:, None] * D + offs_d[None, :], (offs_bin < N_BINS)[:, None] & mask_d
     mean = (acc * tl.exp2(-e.to(tl.float32))).to(means_ptr.dtype.element_ty)
-    tl.store(means_ptr + (pid_bh * n_level + pid_e) * N_BINS * D + offs_out, mean, mask=mask_out)
+    tl.store(means_ptr + (pid_bkv * n_level + pid_e) * N_BINS * D + offs_out, mean, mask=mask_out)
     if e == last:
-        tl.store(sums_ptr + pid_bh * N_BINS * D + offs_out, acc, mask=mask_out)
+        tl.store(sums_ptr + pid_bkv * N_BINS * D + offs_out, acc, mask=mask_out)
 
 
-# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell p); or,
-# BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
-# One program: every n-th tile of BLOCK_T rows of one head; grid (n,). For each level of its rows, nearly always one,
-# it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of those of its row.
-#   q (B, H, R, D), seen (B, R) int, any strides; means and count as above; x (B, H, R, WIDTH) contiguous, in place
-#   products (n, BLOCK_T, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell
+# p); or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
+# One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
+# always one, it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of
+# those of its row.
+#   q (B, H, R, D), seen (B, R) int, any strides; means and count as above
+#   x (B, H, R, WIDTH) contiguous, in place
+#   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
-# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and level.
-# Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a cell might be
-# in (1.5 times slower). Reference: sea.add_cell_keys.
+# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
+# level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a
+# cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr, q_strides,
-                      seen_strides, H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
-                      WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
-                      BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr,
+                      q_strides, seen_strides, H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr,
+                      D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr,
+                      BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
-    offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
     mask_d, mask_p = (offs_d < D)[None, :], (offs_p < WIDTH)[None, :]
-    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_T + offs_t)[:, None] * N_BINS
+    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r)[:, None] * N_BINS
     for tile in range(tl.program_id(0), n_tile, tl.num_programs(0)):
-        pid_bh = (tile // tl.cdiv(R, BLOCK_T)).to(tl.int64)
+        pid_bh = (tile // tl.cdiv(R, BLOCK_R)).to(tl.int64)
         b, h = pid_bh // H, pid_bh % H
-        row = (tile % tl.cdiv(R, BLOCK_T) * BLOCK_T + offs_t).to(tl.int64)
+        row = (tile % tl.cdiv(R, BLOCK_R) * BLOCK_R + offs_r).to(tl.int64)
         mask_r = row < R
         q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1]
-        q = _tile(q_ptrs, row, offs_d, q_strides[2], q_strides[3], mask_r[:, None] & mask_d)  # (BLOCK_T, BLOCK_D)
-        t = tl.load(seen_ptr + b * seen_strides[0] + row * seen_strides[1], mask=mask_r, other=0).to(tl.int32)
-        level, lowest = _bin_level(t, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
-        first = tl.maximum(tl.min(tl.where(t > 0, level, 64), axis=0), lowest)
-        end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
+        # (BLOCK_R, BLOCK_D)
+        q = _load_tile(q_ptrs, row, offs_d, q_strides[2], q_strides[3], mask_r[:, None] & mask_d)
+        seen = tl.load(seen_ptr + b * seen_strides[0] + row * seen_strides[1], mask=mask_r,
+                       other=0).to(tl.int32)
+        level, lowest = _bin_level(seen, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
+        level_begin = tl.maximum(tl.min(tl.where(seen > 0, level, 64), axis=0), lowest)
+        level_end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
         means_ptrs = means_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BINS * D
-        s = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-        for e in range(first, end):
-            mask_e = (level == e) & (t > 0)
-            for start in range(0, tl.max(tl.where(mask_e, t >> e, 0), axis=0), BLOCK_B):
-                bin = start + offs_b
-                mask_b = bin < N_BINS
-                mean = _tile(means_ptrs, (e - lowest).to(tl.int64) * N_BINS + bin, offs_d, D, 1,
+        s = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+        for e in range(level_begin, level_end):
+            mask_e = (level == e) & (seen > 0)
+            for start in range(0, tl.max(tl.where(mask_e, seen >> e, 0), axis=0), BLOCK_B):
+                offs_bin = start + offs_b
+                mask_b = offs_bin < N_BINS
+                mean = _load_tile(means_ptrs, (e - lowest).to(tl.int64) * N_BINS + offs_bin, offs_d, D, 1,
                              mask_b[:, None] & mask_d)  # (BLOCK_B, BLOCK_D)
                 products = tl.dot(q, tl.trans(mean), input_precision="ieee")
-                tl.store(products_ptr + bin[None, :], products, mask=mask_b[None, :])
+                tl.store(products_ptr + offs_bin[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
-            bin = _bin_of_cell(offs_p[None, :], t[:, None], e, WIDTH)
-            s += tl.load(products_ptr + bin, mask=mask_e[:, None] & mask_p, other=0.0)
+            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], e, WIDTH)
+            s += tl.load(products_ptr + bin_of_cell, mask=mask_e[:, None] & mask_p, other=0.0)
             tl.debug_barrier()  # before other products come
         s = tl.where(mask_p, s * softmax_scale, -float("inf"))
         s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
-        mask_x = (t > 0)[:, None] & mask_p
+        mask_x = (seen > 0)[:, None] & mask_p
         x_ptrs = x_ptr + (pid_bh * R + row[:, None]) * WIDTH + offs_p[None, :]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0).to(tl.float32)
         if BACKWARD:
@@ -1487,63 +1589,65 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
             tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask_x)
 
 
-# One token per sequence: its key added to its bin, the bins moved up a level where it begins one, its row's scores.
+# One token per sequence: its key added to its bin, the bins moved up a level where it begins one, and its
+# row's scores.
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
 #   seen (B, 1) any strides, count, n_new (B,) int; past and sums (B, Hkv, 2 * WIDTH, D) fp32 as above
 #   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
 # fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr, products_ptr,
-                           sums_ptr, q_strides, k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr,
-                           D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-                           BLOCK_D: tl.constexpr):
+def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr,
+                           products_ptr, sums_ptr, q_strides, k_strides, seen_strides, HKV, softmax_scale,
+                           GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
+                           BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
-    pid_bh = tl.program_id(0).to(tl.int64)
-    b, kv = pid_bh // HKV, pid_bh % HKV
+    pid_bkv = tl.program_id(0).to(tl.int64)
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
     mask_d, mask_p = offs_d < D, offs_p < WIDTH
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     level, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
     k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
-    of_head = pid_bh * N_BINS * D
+    of_head = pid_bkv * N_BINS * D
     for start in range(0, N_BINS, BLOCK_B):
-        bin = start + offs_b
-        mask_b = bin < N_BINS
+        offs_bin = start + offs_b
+        mask_b = offs_bin < N_BINS
         mask = mask_b[:, None] & mask_d[None, :]
-        old = (bin << (last - level))[:, None]
+        old = (offs_bin << (last - level))[:, None]
         past_ptrs = past_ptr + of_head + old * D + offs_d[None, :]
         x = tl.load(past_ptrs, mask=mask & (old < N_BINS), other=0.0)
         x += tl.load(past_ptrs + D, mask=mask & (old + 1 < N_BINS) & (last > level), other=0.0)
-        x += tl.where((bin == (count >> last))[:, None] & (n_new > 0), k[None, :], 0.0)
-        tl.store(sums_ptr + of_head + bin[:, None] * D + offs_d[None, :], x, mask=mask)
+        x += tl.where((offs_bin == (count >> last))[:, None] & (n_new > 0), k[None, :], 0.0)
+        tl.store(sums_ptr + of_head + offs_bin[:, None] * D + offs_d[None, :], x, mask=mask)
         mean = (x * tl.exp2(-last.to(tl.float32))).to(k_ptr.dtype.element_ty).to(tl.float32)
         for g in range(0, GROUP):
-            q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3], mask_d)
+            q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3],
+                        mask_d)
             products = tl.sum(mean * q[None, :], axis=1) * softmax_scale
-            tl.store(products_ptr + (pid_bh * GROUP + g) * N_BINS + bin, products, mask=mask_b)
+            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products, mask=mask_b)
     tl.debug_barrier()
-    t = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
-    bin = _bin_of_cell(offs_p, t, last, WIDTH)
+    seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
+    bin_of_cell = _bin_of_cell(offs_p, seen, last, WIDTH)
     for g in range(0, GROUP):
-        h = pid_bh * GROUP + g  # of all sequences
-        s = tl.load(products_ptr + h * N_BINS + bin, mask=mask_p, other=-float("inf"))
+        h = pid_bkv * GROUP + g  # of all sequences
+        s = tl.load(products_ptr + h * N_BINS + bin_of_cell, mask=mask_p, other=-float("inf"))
         s = tl.maximum(s - tl.max(s, axis=0), -32.0)
         x = _vector(x_ptr + h * WIDTH, offs_p, mask_p)
         x += tl.load(gain_ptr + kv * GROUP + g).to(tl.float32) * s
-        tl.store(x_ptr + h * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p & (t > 0))
+        tl.store(x_ptr + h * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p & (seen > 0))
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     (B, H, R, D), width, (n_kv, n_level, _, _) = q.shape, x.shape[-1], means.shape
     tiles = _cell_keys_tiles(q.dtype, D, width)
-    n_tile = _cdiv(R, tiles["BLOCK_T"]) * B * H
+    n_tile = _cdiv(R, tiles["BLOCK_R"]) * B * H
     n_program = min(n_tile, CELL_KEYS["programs"])
-    products = _new(q, n_program, tiles["BLOCK_T"], 2 * width, dtype=torch.float32)
+    products = _new(q, n_program, tiles["BLOCK_R"], 2 * width, dtype=torch.float32)
     _cell_keys_kernel[(n_program,)](
-        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(), seen_strides=row_seen.stride(), H=H,
-        R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale, GROUP=B * H // n_kv, D=D, WIDTH=width,
-        BACKWARD=parts is not None, **tiles)
+        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(),
+        seen_strides=row_seen.stride(), H=H, R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale,
+        GROUP=B * H // n_kv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
@@ -1562,8 +1666,8 @@ class _AddCellKeys(torch.autograd.Function):
     def backward(ctx, dscores):
         gain, q, means, row_seen, count = ctx.saved_tensors
         (B, H, R, D), dscores = q.shape, dscores.contiguous()
-        n_tile = _cdiv(R, _cell_keys_tiles(q.dtype, D, dscores.shape[-1])["BLOCK_T"])
-        parts = _new(q, B, H, n_tile, dtype=torch.float32)
+        tiles_per_head = _cdiv(R, _cell_keys_tiles(q.dtype, D, dscores.shape[-1])["BLOCK_R"])
+        parts = _new(q, B, H, tiles_per_head, dtype=torch.float32)
         _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
         return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 5
 
@@ -1571,8 +1675,9 @@ class _AddCellKeys(torch.autograd.Function):
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
                   count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
     """sea.add_cell_keys, in place. A row sees `count` keys at least, or none."""
-    for name, x in (("scores", scores), ("q", q), ("k", k)):
-        _check_tensor(name, x, 4, "(B, heads, tokens, D)")
+    _check_tensor("scores", scores, 4, "(B, H, R, width)")
+    _check_tensor("q", q, 4, "(B, H, R, D)")
+    _check_tensor("k", k, 4, "(B, Hkv, T, D)")
     (B, H, R, D), (Hkv, T), width = q.shape, k.shape[1:3], scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
             tuple(scores.shape))
@@ -1606,19 +1711,19 @@ MIX_STEP = dict(num_warps=1)
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 
-# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block, B * Hkv). v and seen as below.
+# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block, B * Hkv). v, seen as below.
 @triton.jit
 def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    b, kv = pid_bh // HKV, pid_bh % HKV
+    pid_t, n_block, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
     v_ptr += b * v_strides[0] + kv * v_strides[1]
-    v = _tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask_t[:, None] & mask_d[None, :])
+    v = _load_tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask_t[:, None] & mask_d[None, :])
     seen = tl.load(seen_ptr + b * T + offs_t, mask=mask_t, other=0)
     v = tl.where((seen > 0)[:, None], v.to(tl.float32), 0.0)
-    tl.store(sums_ptr + (pid_bh * n_block + pid_t) * D + offs_d, tl.sum(v, axis=0), mask=mask_d)
+    tl.store(sums_ptr + (pid_bkv * n_block + pid_t) * D + offs_d, tl.sum(v, axis=0), mask=mask_d)
 
 
 @triton.jit
@@ -1626,7 +1731,7 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
                   BLOCK_D: tl.constexpr):
     """Mean of v over the keys that each query of a block sees, of one head: (BLOCK_T, BLOCK_D) fp32."""
     offs_d, offs_i = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
-    v = _tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask)
+    v = _load_tile(v_ptr, offs_t, offs_d, v_strides[2], v_strides[3], mask)
     v = tl.where((seen > 0)[:, None], v, 0.0)
     triangle = (offs_i[:, None] >= offs_i[None, :]).to(v.dtype)
     sums = tl.dot(triangle, v, input_precision="ieee") + _vector(before_ptr, offs_d, offs_d < D)[None, :]
@@ -1634,16 +1739,17 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
 
 
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys seen.
-# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks before,
-# given, and a product with a triangle of ones inside the block.
-#   v (B, Hkv, T, D) any strides; sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32, gates (B, H, R, 2) before
-#   their sigmoid, seen and row (B, T) int -> out (B, H, T, D): contiguous
-# fp32: all but the product, of exact ones. Reads and writes once. Reference: sea.mix_average.
+# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks
+# before, given, and a product with a triangle of ones inside the block.
+#   v (B, Hkv, T, D) any strides; sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32
+#   gates (B, H, R, 2) before their sigmoid, seen and row (B, T) int -> out (B, H, T, D): contiguous
+# fp32 except the product, whose other operand is exact ones. Reads and writes once.
+# Reference: sea.mix_average.
 @triton.jit
-def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T, R,
-                D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T,
+                R, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
+    b, kv = pid_bh // H, pid_bh % H // GROUP
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask = mask_t[:, None] & (offs_d < D)[None, :]
@@ -1655,23 +1761,26 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
     gate_ptrs = gates_ptr + (pid_bh * R + row) * 2
     s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))[:, None]
     s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))[:, None]
-    sparse = _tile(sparse_ptr + pid_bh * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
+    sparse = _load_tile(sparse_ptr + pid_bh * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
     out = tl.where((seen > 0)[:, None], s_mix * s_prob * sparse + (1.0 - s_mix) * mean, 0.0)
     tl.store(out_ptr + (pid_bh * T + offs_t[:, None]) * D + offs_d[None, :], out, mask=mask)
 
 
-# dsparse = s_mix s_prob do, dv_j = sum over i >= j of w_i = (1 - s_mix) * do / seen, and the gates' gradients.
-# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv). Two
-# launches: the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second dv.
-#   do (B, H, T, D) any strides; dsparse (B, H, T, D), dgates (B, H, T, 2) fp32, per query, w_sums (B * Hkv, n_block, D)
-#   fp32, after (B * Hkv, n_block + 1, D) fp32: sum of w from each block on, dv (B, Hkv, T, D): contiguous
-# fp32: all but the product. Reference: autograd through sea.mix_average.
+# dsparse = s_mix s_prob do; dv_j = sum over i >= j of w_i = (1 - s_mix) * do / seen; and dgates.
+# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv).
+# Two launches: the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second
+# dv.
+#   do (B, H, T, D) any strides
+#   dsparse (B, H, T, D), dgates (B, H, T, 2) fp32, per query, w_sums (B * Hkv, n_block, D) fp32: contiguous
+#   after (B * Hkv, n_block + 1, D) fp32: sum of w from each block on; dv (B, Hkv, T, D): contiguous
+# fp32 except the product, for which w is rounded to the dtype of dv.
+# Reference: autograd through sea.mix_average.
 @triton.jit
-def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr, dgates_ptr,
-                    w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R, D: tl.constexpr,
-                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    b, kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr,
+                    dgates_ptr, w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R,
+                    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_t, n_block, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
     mask = mask_t[:, None] & mask_d[None, :]
@@ -1679,19 +1788,20 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
     row = tl.load(row_ptr + b * T + offs_t, mask=mask_t, other=0)
     if after_ptr is None:
         v_ptr += b * v_strides[0] + kv * v_strides[1]
-        before_ptr += (pid_bh * (n_block + 1) + pid_t) * D
+        before_ptr += (pid_bkv * (n_block + 1) + pid_t) * D
         mean = _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T, BLOCK_D)
     w = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for g in range(0, GROUP):
         h, of_head = kv * GROUP + g, b * H + kv * GROUP + g
-        do = _tile(do_ptr + b * do_strides[0] + h * do_strides[1], offs_t, offs_d, do_strides[2], do_strides[3], mask)
+        do = _load_tile(do_ptr + b * do_strides[0] + h * do_strides[1], offs_t, offs_d, do_strides[2],
+                        do_strides[3], mask)
         do = tl.where((seen > 0)[:, None], do.to(tl.float32), 0.0)
         gate_ptrs = gates_ptr + (of_head * R + row) * 2
         s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))
         w += (1.0 - s_mix)[:, None] * do
         if after_ptr is None:
             s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))
-            sparse = _tile(sparse_ptr + of_head * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
+            sparse = _load_tile(sparse_ptr + of_head * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
             dsparse_ptrs = dsparse_ptr + (of_head * T + offs_t)[:, None] * D + offs_d[None, :]
             tl.store(dsparse_ptrs, (s_mix * s_prob)[:, None] * do, mask=mask)
             do_sparse, do_mean = tl.sum(do * sparse, axis=1), tl.sum(do * mean, axis=1)
@@ -1700,15 +1810,15 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
             tl.store(dgate_ptrs + 1, (s_prob * do_sparse - do_mean) * s_mix * (1.0 - s_mix), mask=mask_t)
     w /= tl.maximum(seen, 1).to(tl.float32)[:, None]
     if after_ptr is None:
-        tl.store(w_sums_ptr + (pid_bh * n_block + pid_t) * D + offs_d, tl.sum(w, axis=0), mask=mask_d)
+        tl.store(w_sums_ptr + (pid_bkv * n_block + pid_t) * D + offs_d, tl.sum(w, axis=0), mask=mask_d)
     else:
         offs_i = tl.arange(0, BLOCK_T)
         dtype = dv_ptr.dtype.element_ty
         triangle = (offs_i[:, None] <= offs_i[None, :]).to(dtype)
         dv = tl.dot(triangle, w.to(dtype), input_precision="ieee")
-        dv += _vector(after_ptr + (pid_bh * (n_block + 1) + pid_t + 1) * D, offs_d, mask_d)[None, :]
+        dv += _vector(after_ptr + (pid_bkv * (n_block + 1) + pid_t + 1) * D, offs_d, mask_d)[None, :]
         dv = tl.where((seen > 0)[:, None], dv, 0.0)
-        tl.store(dv_ptr + (pid_bh * T + offs_t)[:, None] * D + offs_d[None, :], dv, mask=mask)
+        tl.store(dv_ptr + (pid_bkv * T + offs_t)[:, None] * D + offs_d[None, :], dv, mask=mask)
 
 
 # out[r] = sum of x over the queries of row r, neighbours since `row` does not fall.
@@ -1730,20 +1840,20 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
 
 
 # The same as _mix_kernel for one query per sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
-# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest as above,
-# with T = 1. fp32: everything. Reference: sea.mix_average.
+# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest
+# as above, with T = 1. fp32: everything. Reference: sea.mix_average.
 @triton.jit
-def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides, HKV, R,
-                     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_bh, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    b, kv, mask_d = pid_bh // HKV, pid_bh % HKV, offs_d < D
+def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides,
+                     HKV, R, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_bkv, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    b, kv, mask_d = pid_bkv // HKV, pid_bkv % HKV, offs_d < D
     seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b).to(tl.int64)
     v = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
-    total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bh * D, offs_d, mask_d)
-    tl.store(sums_ptr + pid_bh * D + offs_d, total, mask=mask_d)
+    total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bkv * D, offs_d, mask_d)
+    tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
     mean = total / tl.maximum(seen, 1).to(tl.float32)
     for g in range(0, GROUP):
-        h = pid_bh * GROUP + g  # of all sequences
+        h = pid_bkv * GROUP + g  # of all sequences
         s_prob = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2).to(tl.float32))
         s_mix = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2 + 1).to(tl.float32))
         out = s_mix * s_prob * _vector(sparse_ptr + h * D, offs_d, mask_d) + (1.0 - s_mix) * mean
@@ -1754,11 +1864,12 @@ def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, 
 class _MixAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sparse, v, gates, past, seen, row):
-        (B, H, T, D), Hkv, block_d = sparse.shape, v.shape[1], _dot_block(sparse.shape[3], v.dtype)
+        B, H, T, D = sparse.shape
+        Hkv, block_d = v.shape[1], _dot_block(D, v.dtype)
         n_block = _cdiv(T, MIX["BLOCK_T"])
         sums = _new(v, B * Hkv, n_block, D, dtype=torch.float32)
-        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D, BLOCK_D=block_d,
-                                               **MIX)
+        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D,
+                                               BLOCK_D=block_d, **MIX)
         before = _running_sums(sums, past.flatten(0, 1))  # what precedes each block, and all
         out = _new(sparse, B, H, T, D)
         _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H,
@@ -1770,18 +1881,22 @@ class _MixAverage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dsum):
         sparse, v, gates, before, seen, row = ctx.saved_tensors
-        (B, H, T, D), (Hkv, R), n_block = sparse.shape, (v.shape[1], gates.shape[2]), before.shape[1] - 1
-        dsparse, dv, w_sums = _new(sparse, B, H, T, D), _new(v, B, Hkv, T, D), _new(before, B * Hkv, n_block, D)
+        B, H, T, D = sparse.shape
+        Hkv, R, n_block = v.shape[1], gates.shape[2], before.shape[1] - 1
+        dsparse, dv = _new(sparse, B, H, T, D), _new(v, B, Hkv, T, D)
+        w_sums = _new(before, B * Hkv, n_block, D)
         per_query, dgates = _new(before, B, H, T, 2), _new(before, B, H, R, 2)
         after, grid = None, (n_block, B * Hkv)
         for _ in range(2):
             _mix_bwd_kernel[grid](
-                sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv, v_strides=v.stride(),
-                do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D, BLOCK_D=_dot_block(D, v.dtype), **MIX)
+                sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv,
+                v_strides=v.stride(), do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D,
+                BLOCK_D=_dot_block(D, v.dtype), **MIX)
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         rows = torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous()
         ends = torch.searchsorted(row, rows, right=True)
-        _sum_rows_kernel[(_cdiv(R, SUM_ROWS["BLOCK_R"]), B * H)](per_query, ends, dgates, H=H, T=T, R=R, **SUM_ROWS)
+        _sum_rows_kernel[(_cdiv(R, SUM_ROWS["BLOCK_R"]), B * H)](per_query, ends, dgates, H=H, T=T, R=R,
+                                                                 **SUM_ROWS)
         dpast = after[:, 0].view(dsum.shape) if ctx.needs_input_grad[3] else None
         return dsparse, dv, dgates.to(gates.dtype), dpast, None, None
 
@@ -1797,7 +1912,7 @@ def _mix_average_step(sparse, v, gates, past, seen, row):
 
 def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
                 past: Tensor) -> tuple[Tensor, Tensor]:
-    """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from one query to the next."""
+    """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from query to query."""
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
     run = _mix_average_step if _is_step(sparse) else _MixAverage.apply
     sparse, gates, seen, row = (x.contiguous() for x in (sparse, gates, seen, row))
