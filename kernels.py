@@ -1,18 +1,19 @@
 """SEA on the GPU: the operations of sea.py that cost time, in Triton, forward and backward.
 
 This file has masks as bits, the selection of cells, sparse attention and the pooled attention of a
-teacher. The estimator's operations are in estimator_kernels.py and can be imported from here, too. Names,
-signatures and results are those of sea.py, whose docstrings say what each operation computes and whose
-glossary says what the letters mean. To use the kernels elsewhere, copy both files: they need only torch
-and Triton. Layout is (B, H, T, D). Softmax statistics, sums and accumulators are fp32 whatever the
-input is; inputs are fp16, bf16 or fp32 and may be strided.
+teacher, and re-exports the estimator's operations from estimator_kernels.py. Signatures and results are
+those of sea.py; exceptions are noted. Its docstrings say what each operation computes, its glossary what
+the letters mean. To use the kernels elsewhere, copy both files: they need only torch and Triton.
 
-A mask of cells is packed into one bit per cell (CellBits): 32 bytes per query and head at width 256.
-It is never expanded.
+Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Softmax statistics, norms, sums and
+accumulators are fp32 whatever the input is. GROUP is the number of query heads that share one key/value
+head, unlike `group`, which says whose cells compete in the top-k.
 
-One query per sequence, without gradient, is a decoding step. It takes as long as its launches and
-their latencies, so most operations have a separate kernel for it: one launch, without tiles, chunks
-or segments.
+A mask of cells is packed into one bit per cell (CellBits): 32 bytes per query and head at width 256. It
+is never expanded.
+
+A decoding step, one query per sequence without gradient, is bound by launch overhead and latency. So
+most operations have a separate kernel for it: one launch, without tiles, chunks or segments.
 """
 
 import functools
@@ -30,13 +31,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .estimator_kernels import (MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv,
-                                    _check_tensor, _expect, _is_step, _next_power_of_2, _vector, add_cell_keys,
-                                    causal_cnn, causal_context, choose_rows, encode_rows, mix_average)
+    from .estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
+                                    MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
+                                    _next_power_of_2, _vector, add_cell_keys, causal_cnn, causal_context,
+                                    choose_rows, encode_rows, mix_average)
 else:
-    from estimator_kernels import (MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv,
-                                   _check_tensor, _expect, _is_step, _next_power_of_2, _vector, add_cell_keys,
-                                   causal_cnn, causal_context, choose_rows, encode_rows, mix_average)
+    from estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
+                                   MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
+                                   _next_power_of_2, _vector, add_cell_keys, causal_cnn, causal_context,
+                                   choose_rows, encode_rows, mix_average)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
@@ -150,19 +153,19 @@ def _bisect(x, n, count, low, high):
     return _order_to_float(low), count
 
 
-# The n = round(HEADS * topk * width / seen) largest of the HEADS x width cells of one query, as bits;
-# of equal cells those of lower index. budget = 2 * HEADS * topk * width.
+# x (B, H, R, width), any strides: probabilities, or scores if SOFTMAX; seen (B, R) int
+#   -> bits (B, H, R, words) int32:
+# the n = round(HEADS * topk * width / seen) largest of the HEADS x width cells of one query; of equal cells
+# those of lower index. budget = 2 * HEADS * topk * width.
 # One program: the cells that compete, all in registers; grid (R, B * H / HEADS).
-#   x (B, H, R, width), any strides: probabilities, or scores if SOFTMAX; seen (B, R) int
-#   bits (B, H, R, words) int32
 # Floats order as their bits do, read as integers, so bisection over integers finds the n-th largest:
 # exact, without a sort. SOFTMAX ranks log-probabilities, which bisection finds in fewer steps.
 # Reads x once and writes a bit per cell, where eager writes the softmax, sorts it and keeps an int64
 # index per cell. Limits: MAX_RANKED. Reference: sea.topk_mask, bit for bit given the same
 # probabilities; SOFTMAX works in fp32 and may swap cells that are closer than its rounding.
 @triton.jit
-def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-                   SOFTMAX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
+def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl.constexpr,
+                   WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
     WORDS: tl.constexpr = (WIDTH + 31) // 32
     pid_r, pid_group = tl.program_id(0), tl.program_id(1)
     b, h = (pid_group * HEADS // H).to(tl.int64), pid_group * HEADS % H
@@ -282,9 +285,9 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # MAX_WINDOW_KEYS work key by key instead.
 
 UNIT = tl.constexpr(8)  # keys
-GAP = tl.constexpr(2)  # units; gaps up to this are walked through, as a run's last block is half empty on average
-MAX_WINDOW_KEYS = tl.constexpr(2**20)  # up to here the fp32 error of real_cell + i width / t is less than 1/(4t)
-MAX_D_HEAD = 256  # tiles of queries, keys and accumulators have to fit into registers
+GAP = tl.constexpr(2)  # units. Gaps up to this are walked through: a run's last block is half empty anyway
+MAX_WINDOW_KEYS = tl.constexpr(2**20)  # up to here the fp32 error of real_cell + i width / t is below 1/(4t)
+MAX_D_HEAD = 256  # tiles of queries, keys and accumulators must fit into registers
 MAX_WIDTH = 16384  # its square has to fit into 32 bits
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants; BLOCK_N <= 32, as windows are.
@@ -304,7 +307,7 @@ def _attention_tiles(dtype: torch.dtype, d_head: int) -> dict:
 
 
 def _dkdv_tiles(dtype: torch.dtype, d_head: int) -> dict:
-    """Of the dk, dv kernel: the forward's tiles, with more warps for two accumulators where heads are wide."""
+    """Of the dk, dv kernel: the forward's, with more warps for two accumulators where heads are wide."""
     tiles = _attention_tiles(dtype, d_head)
     return dict(tiles, num_warps=max(tiles["num_warps"], tiles["BLOCK_D"] // 64), num_stages=1)
 
@@ -318,18 +321,12 @@ def _plan_tiles(n_word: int) -> dict:
 def _step_tiles(n_word: int, d_head: int) -> dict:
     """Of a decoding step: blocks of 8,192 numbers, as many as registers hold, since the longest list of
     a head (H * topk keys, or a single wide cell) decides how long a step takes."""
-    block_d = max(32, _next_power_of_2(d_head))  # Triton 3.6 computes wrong addresses if two threads read a head
-    return dict(BLOCK_W=_next_power_of_2(n_word), BLOCK_N=min(8192 // block_d, 256), BLOCK_D=block_d, num_warps=8)
+    block_d = max(32, _next_power_of_2(d_head))  # Triton 3.6: wrong addresses if two threads read a head
+    block_n = min(8192 // block_d, 256)
+    return dict(BLOCK_W=_next_power_of_2(n_word), BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8)
 
 
-@triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
-def _max(a, b):
-    return tl.maximum(a, b)
+# -- cells and keys inside a kernel
 
 
 @triton.jit
@@ -358,7 +355,7 @@ def _cell_of_key(t, j, WIDTH: tl.constexpr):
 
 @triton.jit
 def _is_kept(words_ptr, t, j, n_key, WIDTH: tl.constexpr):
-    """Whether a query that sees t keys keeps key j: bit cell(j) of its mask row at words_ptr. Shapes broadcast."""
+    """Whether a query that sees t keys keeps key j: bit cell(j) of its mask row. Shapes broadcast."""
     cell, _ = _cell_of_key(t, j, WIDTH)
     word = tl.load(words_ptr + (cell >> 5), mask=(j < t) & (j < n_key), other=0)
     return ((word >> (cell & 31)) & 1) != 0
@@ -373,7 +370,7 @@ def _has_windows(t, WIDTH: tl.constexpr):
 
 @triton.jit
 def _window(words_ptr, t, j, cells_per_key, WIDTH: tl.constexpr):
-    """Mask bits of the 32 cells from cell(j) on, 0 past the last cell, and real_cell, both as derived above."""
+    """Mask bits of the 32 cells from cell(j) on, 0 past the last cell, and real_cell, as derived above."""
     WORDS: tl.constexpr = (WIDTH + 31) // 32
     cell, rest = _cell_of_key(t, j, WIDTH)
     word = cell >> 5
@@ -410,6 +407,17 @@ def _head_rows(ptr, strides, b, h, offs_row, offs_d):
 
 # -- sparse attention: the plan
 
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
+
+
 # The keys that each tile of queries visits.
 # One program: one tile; grid (n_tile, B * H), n_tile = cdiv(T, BLOCK_M).
 #   bits (B, H, R, words) int32; seen (B, T) int; row (B, T) int or None: query i uses row i
@@ -419,8 +427,10 @@ def _head_rows(ptr, strides, b, h, offs_row, offs_d):
 #   union (B * H * n_tile, words + 2) int32, or None: the words of the tile's union of cells, its smallest
 #   t > 0 and its largest
 # A cell p of the union covers keys lo(p) of the smallest t to lo(p+1) of the largest. Adjacent cells
-# always join, so max_runs = cdiv(width, 2) is enough: 8 bytes of runs per 2 cells of a tile. Reads the
-# bits once.
+# always join, so there are at most cdiv(width, 2) runs. A run and the gap after it take GAP + 2 units or
+# more, so there are at most cdiv(n_key, UNIT * (GAP + 2)). max_runs is the smaller of the two.
+# Cost: loads the bits twice, as they are and shifted by a word (from the cache), scans the cells, padded
+# to a power of two, whatever is kept, and writes at most 8 bytes of runs per 2 cells of a tile.
 @triton.jit
 def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H, T, R, n_key, max_runs,
                  WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -505,15 +515,15 @@ def _tile_of_queries(pid_tile, seen_ptr, row_ptr, bits_ptr, H, T, R, n_tile, WID
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
-    t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=b, pid_bh=pid_bh, offs_m=offs_m, mask_m=mask_m,
-                                   T=T, R=R, WIDTH=WIDTH)
+    t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=b, pid_bh=pid_bh, offs_m=offs_m,
+                                   mask_m=mask_m, T=T, R=R, WIDTH=WIDTH)
     return pid_bh, b, h, offs_m, mask_m, t, words_ptr
 
 
 @triton.jit
 def _first_block(ptr, strides, b, h, offs_n, offs_d, ROW: tl.constexpr):
     """Pointers to a head's first block of keys or values, (BLOCK_N, BLOCK_D). ROW is strides[2] as a
-    constant, so that all rows of a block share one address."""
+    constant, so that a block's addresses are one base plus constant offsets."""
     return ptr + (b * strides[0] + h * strides[1] + offs_n[:, None] * ROW + offs_d[None, :] * strides[3])
 
 
@@ -533,7 +543,7 @@ def _next_block(runs_ptr, unit, end, words_ptr, t, cells_per_key, WIDTH: tl.cons
     """A step of the walk over a tile's runs, without a branch.
 
     Returns the pointer to the run, the next block's first unit, the run's end, and the block's window,
-    whose loads end while other programs work.
+    loaded a step ahead.
     """
     jump = unit + BLOCK_N // UNIT >= end
     runs_ptr += tl.where(jump, 2, 0)
@@ -547,7 +557,7 @@ def _next_block(runs_ptr, unit, end, words_ptr, t, cells_per_key, WIDTH: tl.cons
 @triton.jit
 def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_scale, K_ROW: tl.constexpr,
             V_ROW: tl.constexpr, WINDOWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Over a tile's blocks: maximum and sum of the softmax, (BLOCK_M,), and the product with v, (BLOCK_M, BLOCK_D)."""
+    """Over a tile's blocks: the softmax's maximum and sum, (BLOCK_M,), and sums of v, (BLOCK_M, BLOCK_D)."""
     offs_n = tl.arange(0, BLOCK_N)
     m_i = tl.full((q.shape[0],), LOWEST, tl.float32)
     l_i = tl.zeros((q.shape[0],), tl.float32)
@@ -581,8 +591,9 @@ def _attend(q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step, n_key, mask_d, qk_s
 # One program: one tile of BLOCK_M queries, walking its key blocks; grid (B * H * n_tile,).
 #   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bits, seen, row, runs, steps as in _plan_kernel
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
-# fp32: scores, m_i, l_i, acc. Moves the visited blocks of k and v, where eager writes T x S scores and
-# probabilities. Limits: MAX_D_HEAD, padded to a power of two >= 16. Reference: sea.sparse_attention.
+# fp32: scores, m_i, l_i, acc; p until the dot, whose operands have the dtype of v. Moves the visited
+# blocks of k and v, where eager writes T x S scores and probabilities.
+# Limits: MAX_D_HEAD, padded to a power of two >= 16. Reference: sea.sparse_attention.
 @triton.jit
 def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, o_ptr,
                                  lse_ptr, q_strides, k_strides, v_strides, H, T, R, n_key, n_tile, max_runs,
@@ -604,12 +615,12 @@ def _sparse_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_pt
     n_step = tl.load(steps_ptr + pid_tile)
     if _has_windows(t, WIDTH):
         m_i, l_i, acc = _attend(
-            q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d, qk_scale=qk_scale,
-            K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=True, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
+            q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d,
+            qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=True, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
     else:
         m_i, l_i, acc = _attend(
-            q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d, qk_scale=qk_scale,
-            K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=False, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
+            q, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d,
+            qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=False, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
     # -- write back
     mask_empty = l_i == 0
     l_i = tl.where(mask_empty, 1.0, l_i)
@@ -625,7 +636,8 @@ def _attention_sizes(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, softmax_scal
     (_, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     n_tile = _cdiv(T, _attention_tiles(q.dtype, D)["BLOCK_M"])
     return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, T=T, R=bits.shape[2],
-                n_key=S, n_tile=n_tile, qk_scale=softmax_scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width)
+                n_key=S, n_tile=n_tile, qk_scale=softmax_scale * LOG2_E.value, GROUP=H // Hkv, D=D,
+                WIDTH=width)
 
 
 def _sparse_attention_fwd(q, k, v, bits, seen, row, softmax_scale, width):
@@ -635,8 +647,8 @@ def _sparse_attention_fwd(q, k, v, bits, seen, row, softmax_scale, width):
     o = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     _sparse_attention_fwd_kernel[(len(steps),)](
-        q, k, v, bits, seen, row, runs, steps, o, lse, max_runs=max_runs, K_ROW=k.stride(2), V_ROW=v.stride(2),
-        **_attention_sizes(q, k, v, bits, softmax_scale, width), **tiles)
+        q, k, v, bits, seen, row, runs, steps, o, lse, max_runs=max_runs, K_ROW=k.stride(2),
+        V_ROW=v.stride(2), **_attention_sizes(q, k, v, bits, softmax_scale, width), **tiles)
     return o, lse
 
 
@@ -680,14 +692,15 @@ def _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step,
 # One program: the tile and the walk of the forward kernel.
 #   o (B, H, T, D) contiguous, do (B, H, T, D) any strides, lse (B, H, T) fp32; the others as there
 #   delta (B, H, T) fp32, dq (B, H, T, D) contiguous
-# fp32: p, dp, ds, delta, dq. Reference: autograd through sea.sparse_attention.
+# fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
+# Reference: autograd through sea.sparse_attention.
 @triton.jit
 def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr,
                                 steps_ptr, lse_ptr, delta_ptr, dq_ptr, q_strides, k_strides, v_strides,
                                 do_strides, H, T, R, n_key, n_tile, max_runs, qk_scale, softmax_scale,
-                                K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                                WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                BLOCK_D: tl.constexpr):
+                                K_ROW: tl.constexpr, V_ROW: tl.constexpr, GROUP: tl.constexpr,
+                                D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+                                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_tile = tl.program_id(0)
     pid_bh, b, h, offs_m, mask_m, t, words_ptr = _tile_of_queries(
         pid_tile, seen_ptr, row_ptr, bits_ptr, H=H, T=T, R=R, n_tile=n_tile, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
@@ -709,12 +722,14 @@ def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, se
     n_step = tl.load(steps_ptr + pid_tile)
     if _has_windows(t, WIDTH):
         dq = _attend_bwd(
-            q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d,
-            qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=True, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
+            q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key,
+            mask_d=mask_d, qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=True, WIDTH=WIDTH,
+            BLOCK_N=BLOCK_N)
     else:
         dq = _attend_bwd(
-            q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key, mask_d=mask_d,
-            qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=False, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
+            q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step=n_step, n_key=n_key,
+            mask_d=mask_d, qk_scale=qk_scale, K_ROW=K_ROW, V_ROW=V_ROW, WINDOWS=False, WIDTH=WIDTH,
+            BLOCK_N=BLOCK_N)
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offs_bhm[:, None] * D + offs_d[None, :], dq, mask=mask_md)
 
@@ -731,15 +746,17 @@ def _visits(union_ptr, offs_tile, mask_tile, pid_n, n_key, WIDTH: tl.constexpr, 
     t_min = tl.load(union_ptr + WORDS, mask=mask_tile, other=0)
     t_max = tl.load(union_ptr + WORDS + 1, mask=mask_tile, other=0)
     mask_tile &= pid_n * BLOCK_N < t_max
-    first, _ = _cell_of_key(t_max, pid_n * BLOCK_N, WIDTH)
-    last, _ = _cell_of_key(t_min, tl.minimum(pid_n * BLOCK_N + BLOCK_N, n_key) - 1, WIDTH)
-    last = tl.minimum(last, WIDTH - 1)
-    # -- the cells from `first` to `last`, if they fit into 32 bits, shifted out of two words
-    mask_look = mask_tile & (last - first < 32)
-    low = tl.load(union_ptr + (first >> 5), mask=mask_look, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    high = tl.load(union_ptr + (last >> 5), mask=mask_look & (last >> 5 > first >> 5), other=0).to(tl.int64)
-    cells = (((high << 32) | low) >> (first & 31)) << (63 - (last - first))
-    return mask_tile & ((last - first >= 32) | (mask_look & (cells != 0)))
+    first_cell, _ = _cell_of_key(t_max, pid_n * BLOCK_N, WIDTH)
+    last_cell, _ = _cell_of_key(t_min, tl.minimum(pid_n * BLOCK_N + BLOCK_N, n_key) - 1, WIDTH)
+    last_cell = tl.minimum(last_cell, WIDTH - 1)
+    # -- the cells from `first_cell` to `last_cell`, if they fit into 32 bits, shifted out of two words
+    mask_look = mask_tile & (last_cell - first_cell < 32)
+    low = tl.load(union_ptr + (first_cell >> 5), mask=mask_look, other=0)
+    low = low.to(tl.uint32, bitcast=True).to(tl.int64)
+    high_ptr = union_ptr + (last_cell >> 5)
+    high = tl.load(high_ptr, mask=mask_look & (last_cell >> 5 > first_cell >> 5), other=0).to(tl.int64)
+    cells = (((high << 32) | low) >> (first_cell & 31)) << (63 - (last_cell - first_cell))
+    return mask_tile & ((last_cell - first_cell >= 32) | (mask_look & (cells != 0)))
 
 
 # How many tiles visit each key block, and which is the first.
@@ -749,36 +766,36 @@ def _visits(union_ptr, offs_tile, mask_tile, pid_n, n_key, WIDTH: tl.constexpr, 
 # Looks at every tile: quadratic in T, but BLOCK_M * BLOCK_N (query, key) pairs cost one look at four words.
 @triton.jit
 def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP: tl.constexpr,
-                         WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    pid_n, pid_bhkv, n_group_tile = tl.program_id(0), tl.program_id(1), GROUP * n_tile
+                         WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILE: tl.constexpr):
+    pid_n, pid_bkv, n_group_tile = tl.program_id(0), tl.program_id(1), GROUP * n_tile
     count, first = 0, n_group_tile
-    for start in range(0, n_group_tile, BLOCK_T):
-        offs_tile = start + tl.arange(0, BLOCK_T)
-        mask_visit = _visits(union_ptr, pid_bhkv * n_group_tile + offs_tile, offs_tile < n_group_tile, pid_n,
+    for start in range(0, n_group_tile, BLOCK_TILE):
+        offs_tile = start + tl.arange(0, BLOCK_TILE)
+        mask_visit = _visits(union_ptr, pid_bkv * n_group_tile + offs_tile, offs_tile < n_group_tile, pid_n,
                              n_key, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
         count += tl.sum(mask_visit.to(tl.int32), axis=0)
         first = tl.minimum(first, tl.min(tl.where(mask_visit, offs_tile, n_group_tile), axis=0))
-    i_list = pid_bhkv * tl.num_programs(0) + pid_n
+    i_list = pid_bkv * tl.num_programs(0) + pid_n
     tl.store(counts_ptr + i_list, count)
     tl.store(firsts_ptr + i_list, first)
 
 
 @triton.jit
-def _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                  q_strides, do_strides, b, H, T, R, n_key, n_tile, pid_n, mask_d, qk_scale,
+def _add_visitors(dk, dv, visitors_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr,
+                  delta_ptr, q_strides, do_strides, b, H, T, R, n_key, n_tile, pid_n, mask_d, qk_scale,
                   WINDOWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
     """dk / softmax_scale and dv of key block pid_n, (BLOCK_N, BLOCK_D), with the shares of n listed tiles."""
     offs_n, offs_d = tl.arange(0, k.shape[0]), tl.arange(0, k.shape[1])
     j = pid_n * k.shape[0] + offs_n
     for i in range(0, n):
-        pid_tile = tl.load(tiles_ptr + i)
+        pid_tile = tl.load(visitors_ptr + i)
         pid_bh, h = pid_tile // n_tile, (pid_tile // n_tile % H).to(tl.int64)
         offs_m = pid_tile % n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < T
         mask_md = mask_m[:, None] & mask_d[None, :]
         offs_bhm = pid_bh.to(tl.int64) * T + offs_m
-        t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=b, pid_bh=pid_bh, offs_m=offs_m, mask_m=mask_m,
-                                       T=T, R=R, WIDTH=WIDTH)
+        t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=b, pid_bh=pid_bh, offs_m=offs_m,
+                                       mask_m=mask_m, T=T, R=R, WIDTH=WIDTH)
         # (BLOCK_M, BLOCK_D)
         q = tl.load(_head_rows(q_ptr, q_strides, b, h, offs_m, offs_d), mask=mask_md, other=0.0)
         do = tl.load(_head_rows(do_ptr, do_strides, b, h, offs_m, offs_d), mask=mask_md, other=0.0)
@@ -802,74 +819,80 @@ def _add_visitors(dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr,
 
 
 # dk = ds^T q * softmax_scale, dv = p^T do, summed over the tiles that visit a key block, in their order.
-# One program: one key block and at most `per_program` of its visitors; grid (upper bound on the programs,).
-# A program writes a block with few visitors at once. Several share one with many (every query visits a
-# sink): they write to `part`, and _sum_parts_kernel adds up.
-#   counts, firsts (lists,) as above; list number (b * Hkv + hkv) * n_block + pid_n is that of one key block
+# One program: one key block and at most `per_program` of its visitors; grid (n_list + n_extra,); surplus
+# programs return. A key block with few visitors has one program, which writes dk and dv. One with many
+# (every query visits a sink) has several: they write to `part`, and _sum_parts_kernel adds up. Each of
+# them looks through the tiles from `firsts` on until it has passed all of its own visitors, so the
+# later ones repeat the looks, though not the products, of those before.
+#   q, do (B, H, T, D), k, v (B, Hkv, S, D), any strides; lse, delta (B, H, T) fp32 contiguous
+#   bits, seen, row, union as in _plan_kernel
+#   counts, firsts (lists,) as above; list number (b * Hkv + kv) * n_block + pid_n is that of one key block
 #   list_of (programs,) int64: the list that a program works on
 #   part_ends (lists,) int64: running sum of the programs of each list; slots (lists,) int64: the same, of
-#   lists shared by several; per_program () int64; tiles (programs, BLOCK_T) int32: scratch
+#   lists shared by several; per_program () int64; visitors (programs, BLOCK_TILE) int32: scratch
 #   part (slots, 2, BLOCK_N, BLOCK_D) fp32; dk, dv (B, Hkv, S, D) contiguous
-# fp32: p, dp, ds, accumulators. Deterministic; no count has to reach the CPU, so a CUDA graph can hold
-# it. Reference: autograd through sea.sparse_attention.
+# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Deterministic; no
+# count has to reach the CPU, so a CUDA graph can hold it.
+# Reference: autograd through sea.sparse_attention.
 @triton.jit
-def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
-                                  union_ptr, counts_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr,
-                                  per_program_ptr, tiles_ptr, part_ptr, dk_ptr, dv_ptr, q_strides, k_strides,
-                                  v_strides, do_strides, H, T, R, n_key, n_tile, n_block, n_list, qk_scale,
-                                  softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                                  BLOCK_T: tl.constexpr):
+def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr,
+                                  delta_ptr, union_ptr, counts_ptr, firsts_ptr, list_of_ptr, part_ends_ptr,
+                                  slots_ptr, per_program_ptr, visitors_ptr, part_ptr, dk_ptr, dv_ptr,
+                                  q_strides, k_strides, v_strides, do_strides, H, T, R, n_key, n_tile,
+                                  n_block, n_list, qk_scale, softmax_scale, GROUP: tl.constexpr,
+                                  D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+                                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TILE: tl.constexpr):
     pid = tl.program_id(0)
     i_list = tl.load(list_of_ptr + pid)
     if i_list >= n_list:  # the grid is an upper bound
         return
-    pid_bhkv, pid_n = (i_list // n_block).to(tl.int32), (i_list % n_block).to(tl.int32)
-    b, hkv = (pid_bhkv // (H // GROUP)).to(tl.int64), (pid_bhkv % (H // GROUP)).to(tl.int64)
+    pid_bkv, pid_n = (i_list // n_block).to(tl.int32), (i_list % n_block).to(tl.int32)
+    b, kv = (pid_bkv // (H // GROUP)).to(tl.int64), (pid_bkv % (H // GROUP)).to(tl.int64)
     # -- visitors number begin ... end - 1 are this program's, which is number pid_part of n_part
     per_program, count = tl.load(per_program_ptr).to(tl.int32), tl.load(counts_ptr + i_list)
     n_part = tl.maximum((count + per_program - 1) // per_program, 1)
     pid_part = (pid - (tl.load(part_ends_ptr + i_list) - n_part)).to(tl.int32)
     begin, end = pid_part * per_program, tl.minimum((pid_part + 1) * per_program, count)
-    tiles_ptr += pid.to(tl.int64) * BLOCK_T
+    visitors_ptr += pid.to(tl.int64) * BLOCK_TILE
 
     offs_d = tl.arange(0, BLOCK_D)
     j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_d = offs_d < D
     mask_nd = (j < n_key)[:, None] & mask_d[None, :]
     # (BLOCK_N, BLOCK_D)
-    k = tl.load(_head_rows(k_ptr, k_strides, b, hkv, j, offs_d), mask=mask_nd, other=0.0)
-    v = tl.load(_head_rows(v_ptr, v_strides, b, hkv, j, offs_d), mask=mask_nd, other=0.0)
+    k = tl.load(_head_rows(k_ptr, k_strides, b, kv, j, offs_d), mask=mask_nd, other=0.0)
+    v = tl.load(_head_rows(v_ptr, v_strides, b, kv, j, offs_d), mask=mask_nd, other=0.0)
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     start, n_before = tl.load(firsts_ptr + i_list), 0
     windows = (pid_n * BLOCK_N >= WIDTH) & (n_key <= MAX_WINDOW_KEYS)  # of all queries that see this block
     while (start < GROUP * n_tile) & (n_before < end):
-        # -- list the visitors among the next BLOCK_T tiles
-        offs_tile = start + tl.arange(0, BLOCK_T)
-        pid_tile = pid_bhkv * GROUP * n_tile + offs_tile
+        # -- list the visitors among the next BLOCK_TILE tiles
+        offs_tile = start + tl.arange(0, BLOCK_TILE)
+        pid_tile = pid_bkv * GROUP * n_tile + offs_tile
         mask_visit = _visits(union_ptr, pid_tile, offs_tile < GROUP * n_tile, pid_n, n_key, WIDTH=WIDTH,
                              BLOCK_N=BLOCK_N)
         i_visit = n_before + tl.cumsum(mask_visit.to(tl.int32), axis=0) - 1
         skip = tl.maximum(begin, n_before)
         tl.debug_barrier()  # all threads have read the previous list
-        tl.store(tiles_ptr + i_visit - skip, pid_tile, mask=mask_visit & (i_visit >= skip) & (i_visit < end))
+        own_ptrs = visitors_ptr + i_visit - skip
+        tl.store(own_ptrs, pid_tile, mask=mask_visit & (i_visit >= skip) & (i_visit < end))
         tl.debug_barrier()
-        start, n_before = start + BLOCK_T, n_before + tl.sum(mask_visit.to(tl.int32), axis=0)
+        start, n_before = start + BLOCK_TILE, n_before + tl.sum(mask_visit.to(tl.int32), axis=0)
         n = tl.minimum(n_before, end) - skip
         if windows:
             dk, dv = _add_visitors(
-                dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
+                dk, dv, visitors_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
                 q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile,
                 pid_n=pid_n, mask_d=mask_d, qk_scale=qk_scale, WINDOWS=True, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
         else:
             dk, dv = _add_visitors(
-                dk, dv, tiles_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
+                dk, dv, visitors_ptr, n, q_ptr, k, v, do_ptr, bits_ptr, seen_ptr, row_ptr, lse_ptr, delta_ptr,
                 q_strides=q_strides, do_strides=do_strides, b=b, H=H, T=T, R=R, n_key=n_key, n_tile=n_tile,
                 pid_n=pid_n, mask_d=mask_d, qk_scale=qk_scale, WINDOWS=False, WIDTH=WIDTH, BLOCK_M=BLOCK_M)
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
-        offs_kv = (pid_bhkv.to(tl.int64) * n_key + j[:, None]) * D + offs_d[None, :]
+        offs_kv = (pid_bkv.to(tl.int64) * n_key + j[:, None]) * D + offs_d[None, :]
         tl.store(dk_ptr + offs_kv, dk.to(dk_ptr.dtype.element_ty), mask=mask_nd)
         tl.store(dv_ptr + offs_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_nd)
     else:
@@ -910,23 +933,25 @@ def _sparse_attention_dkdv(q, k, v, do, bits, seen, row, lse, delta, union, soft
     counts, firsts = (torch.empty(n_list, dtype=torch.int32, device=q.device) for _ in range(2))
     _count_visits_kernel[(n_block, B * Hkv)](
         union, counts, firsts, n_tile=n_tile, n_key=S, GROUP=H // Hkv, WIDTH=width, BLOCK_N=tiles["BLOCK_N"],
-        BLOCK_T=VISITORS)
+        BLOCK_TILE=VISITORS)
 
-    # -- a program per list, and up to n_extra more for the lists with many visitors, in at most 2 n_extra parts
+    # -- a program per list, and up to n_extra more for lists with many visitors, in at most 2 n_extra parts
     n_extra = min(MAX_EXTRA_PROGRAMS, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
-    per_program = (counts.sum() + n_extra - 1).div(n_extra, rounding_mode="floor").clamp(min=PAIRS_PER_PROGRAM)
+    per_program = (counts.sum() + n_extra - 1).div(n_extra, rounding_mode="floor")
+    per_program = per_program.clamp(min=PAIRS_PER_PROGRAM)
     n_part = ((counts + per_program - 1) // per_program).clamp(min=1)
     part_ends, slots = n_part.cumsum(0), (n_part * (n_part > 1)).cumsum(0)
     n_program = n_list + n_extra
     list_of = torch.searchsorted(part_ends, torch.arange(n_program, device=q.device), right=True)
 
-    part = torch.empty(2 * n_extra, 2, tiles["BLOCK_N"], tiles["BLOCK_D"], dtype=torch.float32, device=q.device)
-    scratch = torch.empty(n_program, VISITORS, dtype=torch.int32, device=q.device)
+    part = torch.empty(2 * n_extra, 2, tiles["BLOCK_N"], tiles["BLOCK_D"], dtype=torch.float32,
+                       device=q.device)
+    visitors = torch.empty(n_program, VISITORS, dtype=torch.int32, device=q.device)
     dk, dv = (torch.empty(B, Hkv, S, D, dtype=k.dtype, device=k.device) for _ in range(2))
     _sparse_attention_dkdv_kernel[(n_program,)](
-        q, k, v, do, bits, seen, row, lse, delta, union, counts, firsts, list_of, part_ends, slots, per_program,
-        scratch, part, dk, dv, do_strides=do.stride(), n_block=n_block, n_list=n_list, softmax_scale=softmax_scale,
-        BLOCK_T=VISITORS, **sizes, **tiles)
+        q, k, v, do, bits, seen, row, lse, delta, union, counts, firsts, list_of, part_ends, slots,
+        per_program, visitors, part, dk, dv, do_strides=do.stride(), n_block=n_block, n_list=n_list,
+        softmax_scale=softmax_scale, BLOCK_TILE=VISITORS, **sizes, **tiles)
     _sum_parts_kernel[(n_list,)](counts, slots, per_program, part, dk, dv, n_key=S, n_block=n_block, D=D,
                                  BLOCK_N=tiles["BLOCK_N"], BLOCK_D=tiles["BLOCK_D"])
     return dk, dv
@@ -936,11 +961,12 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
     (B, H, T, D), S, words = q.shape, k.shape[2], bits.shape[3]
     tiles = _attention_tiles(q.dtype, D)
     union = torch.empty(B * H * _cdiv(T, tiles["BLOCK_M"]), words + 2, dtype=torch.int32, device=q.device)
-    runs, steps, max_runs = _plan(bits, seen, row, width, S, tiles, union)  # cheaper again than kept since the forward
+    # cheaper than keeping the forward's plan
+    runs, steps, max_runs = _plan(bits, seen, row, width, S, tiles, union)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
     _sparse_attention_dq_kernel[(len(steps),)](
-        q, k, v, o, do, bits, seen, row, runs, steps, lse, delta, dq, do_strides=do.stride(), max_runs=max_runs,
-        softmax_scale=softmax_scale, K_ROW=k.stride(2), V_ROW=v.stride(2),
+        q, k, v, o, do, bits, seen, row, runs, steps, lse, delta, dq, do_strides=do.stride(),
+        max_runs=max_runs, softmax_scale=softmax_scale, K_ROW=k.stride(2), V_ROW=v.stride(2),
         **_attention_sizes(q, k, v, bits, softmax_scale, width), **tiles)
     dk, dv = _sparse_attention_dkdv(q, k, v, do, bits, seen, row, lse, delta, union, softmax_scale, width)
     return dq, dk, dv
@@ -957,8 +983,8 @@ def _sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, softmax_scale, w
 # fp32: everything, and no dots: a tile of rows would hold a single query. Reads each selected key once,
 # and no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.sparse_attention.
 @triton.jit
-def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, order_ptr, o_ptr, q_strides,
-                                  k_strides, v_strides, H, R, n_key, qk_scale, GROUP: tl.constexpr,
+def _sparse_attention_step_kernel(q_ptr, k_ptr, v_ptr, bits_ptr, seen_ptr, row_ptr, order_ptr, o_ptr,
+                                  q_strides, k_strides, v_strides, H, R, n_key, qk_scale, GROUP: tl.constexpr,
                                   D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
                                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     WORDS: tl.constexpr = (WIDTH + 31) // 32
@@ -1007,8 +1033,9 @@ def _sparse_attention_step(q, k, v, bits, seen, row, order, softmax_scale, width
     (B, H, _, D), (Hkv, S), (R, words) = q.shape, k.shape[1:3], bits.shape[2:]
     o = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     _sparse_attention_step_kernel[(B * H,)](
-        q, k, v, bits, seen, row, order, o, q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, R=R,
-        n_key=S, qk_scale=softmax_scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width, **_step_tiles(words, D))
+        q, k, v, bits, seen, row, order, o, q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(),
+        H=H, R=R, n_key=S, qk_scale=softmax_scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width,
+        **_step_tiles(words, D))
     return o
 
 
@@ -1030,7 +1057,8 @@ class _SparseAttention(torch.autograd.Function):
 def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
     """What sparse_attention and pool_attention ask of their arguments in common."""
     (B, H, T, D), Hkv = q.shape, k.shape[1]
-    _expect(k.shape[0] == B and k.shape[3] == D, "k", f"a batch of {B} and head size {D} as q", tuple(k.shape))
+    _expect(k.shape[0] == B and k.shape[3] == D, "k", f"a batch of {B} and head size {D} as q",
+            tuple(k.shape))
     _expect(H % Hkv == 0, "k", f"a number of heads that divides q's {H}", Hkv)
     _expect(D <= MAX_D_HEAD, "q", f"head size <= {MAX_D_HEAD}", D)
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
@@ -1086,7 +1114,7 @@ class PooledAttention(NamedTuple):
 
 
 def _pool_tiles(dtype: torch.dtype, d_head: int) -> dict:
-    """Larger tiles than those of sparse attention, since a tile meets all keys; in fp32 small ones, as there."""
+    """Larger tiles than in sparse attention, since a tile meets all keys; in fp32 small ones, as there."""
     block_d = max(16, _next_power_of_2(d_head))
     if dtype == torch.float32:
         block_n = 16 if d_head > 64 else 32
@@ -1112,9 +1140,11 @@ def _add_in_cell(a, is_first_a, b, is_first_b):
 
 # A = softmax(q k^T * softmax_scale) over the keys seen; cells = sum of A over each cell's keys;
 # a_log_a, a_square = sums of each row.
-# One program: BLOCK_M queries, over all their keys twice: first the lse, then A; grid (cdiv(T, BLOCK_M), B * H).
+# One program: BLOCK_M queries, twice over all their keys, for the lse and then A; grid (cdiv(T, BLOCK_M),
+# B * H).
 #   q (B, H, T, D), k (B, Hkv, S, D), any strides; seen (B, T) int
-#   cells (B, H, T, width) fp32, zeros, since cells without keys are not written; a_log_a, a_square (B, H, T) fp32
+#   cells (B, H, T, width) fp32, zeros, since cells without keys are not written
+#   a_log_a, a_square (B, H, T) fp32
 # The keys of a cell are neighbours: their sum is a running sum that begins again at each cell, is carried
 # from block to block and is written at the cell's last key. Each cell has one writer: deterministic, no
 # atomics. fp32: scores and all sums. Writes T x width, where eager writes several T x S.
@@ -1125,17 +1155,20 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_m, pid_bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # causal: the longest first
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    offs_m, offs_n, offs_d = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_m, mask_d = offs_m < T, offs_d < D
+    mask_md = mask_m[:, None] & mask_d[None, :]
     t = tl.load(seen_ptr + b * T + offs_m, mask=mask_m, other=0).to(tl.int32)
     end = tl.minimum(tl.max(t, axis=0), n_key)
     # (BLOCK_M, BLOCK_D)
-    q = tl.load(_head_rows(q_ptr, q_strides, b, h, offs_m, offs_d), mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+    q = tl.load(_head_rows(q_ptr, q_strides, b, h, offs_m, offs_d), mask=mask_md, other=0.0)
     k_ptr += b * k_strides[0] + h // GROUP * k_strides[1] + offs_d[None, :] * k_strides[3]
 
     m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, end, BLOCK_N):
-        s, mask_mn = _dense_scores(q, k_ptr, k_strides[2], start + offs_n, t, n_key, mask_d=mask_d, qk_scale=qk_scale)
+        s, mask_mn = _dense_scores(q, k_ptr, k_strides[2], start + offs_n, t, n_key, mask_d=mask_d,
+                                   qk_scale=qk_scale)
         s = tl.where(mask_mn, s, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         l_i, m_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), axis=1), m_new
@@ -1151,7 +1184,7 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
         a = tl.where(mask_mn, tl.exp2(log_a), 0.0)
         a_log_a += tl.sum(a * log_a, axis=1)
         a_square += tl.sum(a * a, axis=1)
-        # -- from key to key the remainder of the division by 2 t grows by 2 width, so it tells a cell's first and last
+        # -- the remainder of the division by 2 t grows by 2 width a key: it tells a cell's first and last key
         cell, rest = _cell_of_key(t[:, None], j[None, :], WIDTH)
         is_first = (rest < 2 * WIDTH).to(tl.int32)
         mask_last = (rest + 2 * WIDTH >= 2 * t[:, None]) | (j + 1 >= n_key)[None, :]
@@ -1179,8 +1212,8 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     a_log_a, a_square = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         _pool_attention_kernel[(_cdiv(T, tiles["BLOCK_M"]), B * H)](
-            q, k, seen.contiguous(), cells, a_log_a, a_square, q_strides=q.stride(), k_strides=k.stride(), H=H, T=T,
-            n_key=S, qk_scale=scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width, **tiles)
+            q, k, seen.contiguous(), cells, a_log_a, a_square, q_strides=q.stride(), k_strides=k.stride(),
+            H=H, T=T, n_key=S, qk_scale=scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width, **tiles)
     return PooledAttention(cells, a_log_a, a_square, S)
 
 
@@ -1190,14 +1223,14 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
 @functools.cache
 def supports(config, dtype: torch.dtype) -> str | None:
     """None if the kernels can run a layer of this sea.SEAConfig on inputs of this dtype, else the reason."""
-    if dtype not in MAX_SUMS:
+    if dtype not in DTYPES:
         return f"dtype {dtype}: float32, float16 or bfloat16 only"
     D, m, width = config.d_head, config.n_features, config.width
     heads = config.n_head if config.group == "causal_batch" else 1
     tiles = _select_tiles(heads, width)
     n_ranked = tiles["BLOCK_H"] * tiles["BLOCK_P"]
     limits = [
-        ("d_head", D, MAX_D_HEAD, "tiles of queries and keys have to fit into registers"),
+        ("d_head", D, MAX_D_HEAD, "tiles of queries and keys must fit into registers"),
         ("width", width, MAX_WIDTH, "its square has to fit into 32 bits"),
         (f"n_head x width = {heads} x {width}, padded to powers of two,", n_ranked, MAX_RANKED,
          "one program ranks all cells that compete"),
@@ -1207,14 +1240,14 @@ def supports(config, dtype: torch.dtype) -> str | None:
         n_sums = max(64, _next_power_of_2(m)) * max(64, _next_power_of_2(D))
         n_weights = _next_power_of_2(2 * D) * max(64, _next_power_of_2(quarter))
         limits += [
-            ("query_stride", config.query_stride, MAX_STRIDE, "a row and its keys have to fit into one chunk"),
+            ("query_stride", config.query_stride, MAX_STRIDE, "a row and its keys must fit into one chunk"),
             ("n_features", m, MAX_FEATURES, "a program holds them all (a larger nbf gives fewer)"),
             (f"n_features x d_head = {m} x {D}, padded to powers of two,", n_sums, MAX_SUMS[dtype],
-             f"in {dtype} the sums of linear attention have to fit into shared memory"),
+             f"in {dtype} the sums of linear attention must fit into shared memory"),
             (f"2 d_head x width / 4 = {2 * D} x {quarter}, padded to powers of two,", n_weights, MAX_DECODER,
-             "the decoder's weights have to fit into shared memory"),
+             "the decoder's weights must fit into shared memory"),
             ("width with cell_keys", width * config.cell_keys, MAX_WIDTH_CELL_KEYS,
-             "the cells of a row have to fit into registers"),
+             "the cells of a row must fit into registers"),
         ]
     for name, value, most, reason in limits:
         if value > most:
@@ -1226,11 +1259,11 @@ def supports(config, dtype: torch.dtype) -> str | None:
 
 
 def __getattr__(name: str):
-    """Hand names that this file lacks to Hugging Face's package of the same name, if it is installed.
+    """Look up missing names in Hugging Face's package of the same name, if it is installed.
 
-    transformers asks for `kernels` while it is imported, finds this file first, and fails if its names are missing.
-    The package is loaded under another name; as its __package__ stays "kernels", what it imports from itself is found
-    through our __path__ (which is its folder) and exists once.
+    transformers asks for `kernels` while it is imported, finds this file first, and fails if its names are
+    missing. The package is loaded under another name; as its __package__ stays "kernels", what it imports
+    from itself is found through our __path__ (which is its folder) and exists once.
     """
     try:
         init = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
