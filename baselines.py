@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sea import (SEAConfig, SEAOutput, SEAState, all_rows, at_least_fp32, causal_linear_attention,
-                 check_call, choose_rows, in_chunks, is_token, linear_attention, no_autocast,
-                 orthogonal_features, relu_features, scale_or_default, scaled_qk, softmax_features,
-                 to_front)
+from sea import (SEAConfig, SEAOutput, SEAState, _expect, all_rows, at_least_fp32,
+                 causal_linear_attention, check_call, choose_rows, in_chunks, is_token,
+                 linear_attention, no_autocast, orthogonal_features, relu_features,
+                 scale_or_default, scaled_qk, softmax_features, to_front)
 
 
 class PerformerAttention(nn.Module):
@@ -27,7 +27,8 @@ class PerformerAttention(nn.Module):
 
     def __init__(self, config: SEAConfig):
         super().__init__()
-        self.config = replace(config, query_stride=1, cell_keys=False)
+        _expect(config.query_stride == 1, "query_stride", "1 for a Performer", config.query_stride)
+        self.config = replace(config, cell_keys=False)
         self.register_buffer("projection", torch.empty(config.d_head, config.n_features))
         self.redraw_features(torch.Generator().manual_seed(config.seed))
 

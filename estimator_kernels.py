@@ -119,6 +119,8 @@ def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, p
 
 def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
     """sea.choose_rows."""
+    _expect(count.is_cuda or triton.knobs.runtime.interpret, "q", "a CUDA tensor, as all of a call",
+            f"one on {count.device}")
     B, R = len(count), (T - 1) // stride + 1
     seen, row, row_seen, place = (_new(count, B, n) for n in (T, T, n_before + R, R))
     n_rows, last, next_count = _new(count, B), _new(count, B, min(stride - 1, 1)), _new(count, B)

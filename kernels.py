@@ -1097,7 +1097,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
         if _is_step(q):
             return _sparse_attention_step(q, k, v, bits, seen, row, order, scale, cells.width)
         if order is not None:
-            k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, D)) for x in (k, v))
+            offs_k = order[:, None, :, None].expand(-1, k.shape[1], -1, D)
+            unseen = torch.arange(S, device=k.device) >= seen.amax(1, keepdim=True)  # padding may be nan
+            k, v = (x.gather(2, offs_k).masked_fill(unseen[:, None, :, None], 0) for x in (k, v))
         return _SparseAttention.apply(q, k, v, bits, seen, row, scale, cells.width)
 
 

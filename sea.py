@@ -118,7 +118,7 @@ class SEAConfig:
         kv = self.kv_heads
         divides = isinstance(kv, int) and kv >= 1 and self.n_head % kv == 0
         _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", kv)
-        _expect(self.group in GROUPS, "group", f"one of {tuple(GROUPS)}", repr(self.group))
+        _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         _expect(self.nbf > 0, "nbf", "a number > 0", self.nbf)
         causal_groups = tuple(name for name, group in GROUPS.items() if group.causal)
@@ -447,7 +447,8 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
                     count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
     """The term of add_cell_keys before its gain, at least fp32, and the sums after the new keys."""
     n_bins, t = 2 * width, row_seen[..., None]
-    q, k, past = at_least_fp32(q) * softmax_scale, at_least_fp32(k), at_least_fp32(past)
+    q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
+    past = past.to(k.dtype)
     middle = (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)  # key of each cell
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
     scores, key_sums = q.new_zeros(*q.shape[:3], width), past
@@ -455,7 +456,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
     for rise in range(bin_level(k.shape[2], n_bins) + 2):
         level = bin_level(count, n_bins) + rise  # (B,)
         sums = bin_sums(k, level, count, n_new, past)
-        means = repeat_heads(sums / 2.0 ** level[:, None, None, None], q.shape[1])
+        means = repeat_heads(sums / 2 ** level[:, None, None, None], q.shape[1])
         # A cell takes the bin its middle key is in or, at the end of the row, the last full bin.
         e = level[:, None, None]
         bins = torch.minimum(middle >> e, (t >> e) - 1).clamp(0, n_bins - 1)  # (B, R, width)
@@ -516,7 +517,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     B, H, T, width = probs.shape
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(isinstance(topk, int) and topk >= 1, "topk", "an integer >= 1", topk)
-    _expect(group in GROUPS, "group", f"one of {tuple(GROUPS)}", repr(group))
+    _expect(group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(group))
     layout, _, n_kept = GROUPS[group]
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
     ranked = rearrange(probs.detach().masked_fill(~visible, -1), f"b h t p -> {layout}")
@@ -844,7 +845,7 @@ def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
     if cache.shape[2] == 0:
         return x
     rank = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
-    return F.pad(cache, (0, 0, 0, x.shape[2])).scatter_(2, rank.expand_as(x), x)
+    return F.pad(cache.to(x.dtype), (0, 0, 0, x.shape[2])).scatter_(2, rank.expand_as(x), x)
 
 
 @dataclass
@@ -1059,7 +1060,10 @@ class SEAttention(nn.Module):
 
     def check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
-        longest = self.config.max_positions
+        longest, width = self.config.max_positions, self.config.width
+        if state is not None:
+            of_state = state.last_scores.shape[-1]
+            _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         _expect(not self.config.causal or total <= longest, "k",
                 f"at most max_positions = {longest} tokens, padding included", total)
@@ -1075,8 +1079,9 @@ def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, vali
     for i in range(0, T, size):
         end = min(i + size, T)
         keys = slice(0, before + end) if kv_cached else slice(i, end)
-        result = layer(q[:, :, i:end], k[:, :, keys], v[:, :, keys], state=state, kv_cached=kv_cached,
-                       valid=None if valid is None else valid[:, keys], **options)
+        result = layer.forward(q[:, :, i:end], k[:, :, keys], v[:, :, keys], state=state,
+                               valid=None if valid is None else valid[:, keys], kv_cached=kv_cached,
+                               **options)
         out[:, :, i:end], state = result.out, result.state
         seen.append(result.seen)
         del result  # frees its scores before the next chunk

@@ -142,6 +142,10 @@ def test_what_sea_cannot_serve_is_refused():
                                    decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
     with pytest.raises(ValueError, match="^model: expected self-attention only, got BartForConditionalGeneration"):
         convert.attach(transformers.BartForConditionalGeneration(bart))
+    with pytest.raises(ValueError, match="^method: expected one of .*'performer'.*, got 'flash'"):
+        convert.attach(tiny("opt"), method="flash")
+    with pytest.raises(ValueError, match="^query_stride: expected 1 for a Performer, got 3"):
+        convert.attach(tiny("opt"), method="performer", query_stride=3)
     with pytest.raises(ValueError, match="^options: expected topk, group or backend, got width"):
         convert.set_option(convert.attach(tiny("opt"), width=8), width=9)
 

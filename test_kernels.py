@@ -682,6 +682,21 @@ def test_layer_is_the_same_on_both_backends(case):
     check_layer(case)
 
 
+@given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, padded=True, T=min(case.T, 20))), st.integers(6, 19))
+@example(Layer(torch.float32, 20, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1), 9)
+@settings(max_examples=3 if CUDA else 1)  # a launch a chunk and kernel: slow in the interpreter
+def test_what_padding_holds_goes_nowhere(case, rows):
+    """NaN in padding, in chunks that look back at it: the outputs and gradients of zeros there."""
+    layer, valid, results = case.layer(backend="triton"), case.valid(), []
+    for fill in (0.0, float("nan")):
+        q, k, v = (x.masked_fill(~valid[:, None, :, None], fill) for x in case.qkv())
+        xs = [x.requires_grad_() for x in (q, k, v)]
+        out = layer(*xs, valid=valid, kv_cached=True, rows_at_once=rows).out
+        results.append([out, *torch.autograd.grad(out, xs, torch.ones_like(out))])
+    for zeros, nans in zip(*results):
+        assert torch.equal(zeros, nans)
+
+
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 

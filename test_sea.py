@@ -322,6 +322,28 @@ def test_gpu_is_cpu(case, padded):
     assert torch.equal(result.mask.cpu(), expected.mask)
 
 
+@given(causal_cases, st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_a_state_serves_calls_of_other_dtypes(case, dtype, kv_cached):
+    """Its sums keep theirs; what a call gives has its own."""
+    case = replace(case, tokens=[4] * len(case.tokens))
+    layer, (q, k, v) = case.layer(), case.qkv()
+    state = layer.to(dtype)(*(x[:, :, :2].to(dtype) for x in (q, k, v)), kv_cached=kv_cached).state
+    first = 0 if kv_cached else 2
+    result = layer.double()(q[:, :, 2:], k[:, :, first:], v[:, :, first:], state=state, kv_cached=kv_cached)
+    assert result.out.dtype == torch.float64 and result.out.isfinite().all()
+
+
+@given(cases())
+def test_the_default_dtype_changes_nothing(case):
+    layer, qkv = case.layer().float(), [x.float() for x in case.qkv()]
+    expected = layer(*qkv).out
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(layer(*qkv).out, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @given(cases())
 def test_autocast_keeps_sums_in_fp32(case):
     layer, (q, k, v) = case.layer().float(), [x.bfloat16() for x in case.qkv()]
@@ -821,6 +843,7 @@ GOOD = dict(n_head=4, n_kv_head=2, d_head=8, width=8, topk=2, max_positions=16)
     (dict(n_kv_head=3), "n_kv_head", "divisor of n_head = 4", "3"),
     (dict(n_head=0), "n_head", ">= 1", "0"),
     (dict(group="rows"), "group", "causal_batch", "rows"),
+    (dict(group=["query"]), "group", "causal_batch", "query"),
     (dict(group="batch"), "group", "when causal", "batch"),
     (dict(query_stride=2, causal=False), "query_stride", "1 unless causal", "2"),
     (dict(nbf=0), "nbf", "> 0", "0"),
@@ -856,6 +879,7 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("k", "max_positions = 16", "18", lambda a, q, k, v: a(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))),
     ("k", "max_positions = 16", "18", lambda a, q, k, v: a(q, k, v, state=a(q, k, v, state=a(q, k, v).state).state)),
     ("state", "batch of 1", "(2,)", lambda a, q, k, v: a(q[:1], k[:1], v[:1], state=a(q, k, v).state)),
+    ("state", "width 8", "5", lambda a, q, k, v: a(q, k, v, state=SEAttention(SEAConfig(**{**GOOD, "width": 5}))(q, k, v).state)),
     ("state", "carries the KV cache", "without",
      lambda a, q, k, v: a(q, k, v, state=a(q, k, v, kv_cached=True).state)),
     ("mask", "(B, H, R, width)", "(2, 3, 6, 8)",
