@@ -424,17 +424,18 @@ def bin_level(seen, n_bins: int):
     return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
-def bin_sums(k: Tensor, level: Tensor, count: Tensor, n_new: Tensor, past: Tensor) -> Tensor:
+def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
+             past: Tensor) -> Tensor:
     """Sums of keys in bins of 2**level keys, bin b from rank b * 2**level on: (B, Hkv, n_bins, D).
 
     k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_bins, D): the sums before the new
-    keys, at the level of count, which is at most `level`. Keys that no bin holds are left out.
+    keys, `rise` levels lower. Keys that no bin holds are left out.
     """
     n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
     inside = (bins < n_bins) & (i < n_new[:, None])
-    rise = (level - bin_level(count, n_bins))[:, None]
-    sums = _add_to_bins(torch.zeros_like(past), past, torch.arange(n_bins, device=k.device) >> rise)
+    bins_of_past = (torch.arange(n_bins, device=k.device) >> rise).expand(len(k), -1)
+    sums = _add_to_bins(torch.zeros_like(past), past, bins_of_past)
     return _add_to_bins(sums, k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))
 
 
@@ -451,11 +452,12 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
     past = past.to(k.dtype)
     middle = (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)  # key of each cell
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
+    first_level = bin_level(count, n_bins)  # that of past
     scores, key_sums = q.new_zeros(*q.shape[:3], width), past
     # T new keys end at most one level above the higher of bin_level(count) and bin_level(T).
     for rise in range(bin_level(k.shape[2], n_bins) + 2):
-        level = bin_level(count, n_bins) + rise  # (B,)
-        sums = bin_sums(k, level, count, n_new, past)
+        level = first_level + rise  # (B,)
+        sums = bin_sums(k, level, rise, count, n_new, past)
         means = repeat_heads(sums / 2 ** level[:, None, None, None], q.shape[1])
         # A cell takes the bin its middle key is in or, at the end of the row, the last full bin.
         e = level[:, None, None]
