@@ -7,7 +7,7 @@
     python bench.py --profile 32768           where the time goes at one T
     python bench.py --distill                 time and memory of a distillation step, against one with
                                               T x T tensors
-    torchrun --nproc-per-node 2 bench.py --distill [--shard]       the first alone, on several GPUs
+    torchrun --nproc-per-node 2 bench.py --distill [--shard]       on several GPUs, without T x T
     python bench.py --decode                  a decoding step against SDPA on the same keys, contexts of
                                               8k ... 512k, batch 1 and 16
     python bench.py --prefill                 time and memory of a model's prefill, in chunks and in one
@@ -417,7 +417,7 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
                    cell_keys=args.cell_keys, backend=backend).train()
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher, student = evaluate.place(teacher, args), evaluate.place(student, args)
+    teacher, student = evaluate.to_device(teacher, args), evaluate.to_device(student, args)
     optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
     run = distill.data_parallel(student, args)
     x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)

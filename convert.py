@@ -152,7 +152,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
 
 
-METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
 
 
@@ -268,8 +267,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "is_causal")]
 
 
+METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
+
+
 def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
-    """Give each attention layer of `model` a SEAttention, in place, and switch the model to it.
+    """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
     sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. Raises

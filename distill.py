@@ -2,9 +2,9 @@
 
     python distill.py                      no download, no GPU: trains a tiny OPT on Python's own
                                            documentation, then distils SEA and two controls from it
-    python distill.py --model opt-125m     facebook/opt-125m, WikiText-2, the paper's settings
+    python distill.py --model opt-125m     facebook/opt-125m, WikiText-2, the paper's rates and steps
     python distill.py --model DIR --data FILE [--valid-data FILE]        your own model and text
-    python distill.py --model DIR --data FILE --load out/sea             a saved student, further
+    python distill.py --model DIR --data FILE --load out/sea --out out/more      a saved student, further
     torchrun --nproc-per-node 2 distill.py ... [--shard]                 several GPUs or CPUs
 
     teacher     the pretrained model, which stays as it is
@@ -63,7 +63,7 @@ import sea
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Of the terms that have one, see the top of this file."""
+    """Weights of the loss terms, see the top of this file."""
 
     ce: float = 0.1
     hidden: float = 5.0
@@ -94,13 +94,14 @@ class OptimizerConfig:
 
 
 # Where the two jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
-# SEAConfig and OptimizerConfig follow as well. Without: found by trying, for two CPU cores.
+# OptimizerConfig follow as well; --sea cell_keys=false --loss score=1 make the rest the paper's, too.
+# Without: found by trying, for two CPU cores.
 PAPER = dict(steps=10_000, batch=32, eval_every=500, sea={}, optimizer={})
 TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
             optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
 
 
-# -- data ------------------------------------------------------------------------------------------
+# -- data and teacher ------------------------------------------------------------------------------
 
 
 def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
@@ -108,9 +109,6 @@ def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed * 2**32 + step)
     starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
     return tokens[starts + torch.arange(seq_len)]
-
-
-# -- teacher ---------------------------------------------------------------------------------------
 
 
 def train_tiny_teacher(args, log: "Log") -> Path:
@@ -172,7 +170,8 @@ def tiny_model(vocab_size: int, seq_len: int, seed: int) -> OPTForCausalLM:
 
 
 def new_student(name: str, original, teacher, args):
-    """One of METHODS: a copy of `original`, the teacher as it was loaded, with new attention in it."""
+    """One of evaluate.METHODS: a copy of `original`, the teacher as it was loaded, with new
+    attention."""
     torch.manual_seed(args.seed)
     student = copy.deepcopy(original).requires_grad_(True)
     if name != "dense":
@@ -249,9 +248,6 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
     return terms
 
 
-# -- validation ------------------------------------------------------------------------------------
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -270,7 +266,7 @@ class Job:
 
 
 def train(name: str, student, job: Job) -> tuple[float, float | None]:
-    """Distil the teacher into `student`, both as evaluate.place() left them. Returns the validation perplexity
+    """Distil the teacher into `student`, both on the device. Returns the validation perplexity
     at the end and the tokens a second over all processes, None after too few steps to tell."""
     args, config, ppl = job.args, job.args.optimizer, None
     if args.gradient_checkpointing:
@@ -416,8 +412,8 @@ class Log:
 
 # Options that may differ between a run and the one that resumes it. The groups are compared field by
 # field instead.
-FREE = ("out", "resume", "method", "backend", "eval_every", "eval_windows", "micro_batch", "device",
-        "gradient_checkpointing", "shard", "teacher_steps", "sea", "loss", "optimizer")
+FREE = ("out", "resume", "method", "backend", "eval_every", "eval_windows", "valid_data",
+        "micro_batch", "device", "gradient_checkpointing", "shard", "teacher_steps", "sea", "loss", "optimizer")
 # State dicts hold all processes' weights by name, on the CPU of the first.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -481,16 +477,20 @@ def read_checkpoint(path: Path, args) -> dict:
 
 def fixed_options(args) -> dict:
     """All that changes what is learned, by name."""
+    fields = args.sea  # a saved student has its own of the others
+    if not args.load:
+        fields = vars(sea.SEAConfig(n_head=1, d_head=2, **args.sea))
+        fields = {name: value for name, value in fields.items() if name not in FROM_MODEL}
     weights = {f"{name}_weight": value for name, value in vars(args.loss).items()}
-    options = {**vars(args), **args.sea, **vars(args.optimizer), **weights}
+    options = {**vars(args), **fields, **vars(args.optimizer), **weights}
     return {name: value for name, value in options.items() if name not in FREE}
 
 
 def fingerprint(tokens: Tensor, teacher) -> list[float]:
     """Of the text and the teacher; a sum of weights may differ in its last bits on another machine."""
     weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
-    place = torch.arange(1, len(tokens) + 1)
-    return [len(tokens), int((tokens * place).sum()), round(weight, 2)]
+    position = torch.arange(1, len(tokens) + 1)
+    return [len(tokens), int((tokens * position).sum()), round(weight, 2)]
 
 
 # -- several processes -----------------------------------------------------------------------------
@@ -518,8 +518,8 @@ def exchanging(run, now: bool):
 
 @contextlib.contextmanager
 def settled():
-    """Within, Python's garbage collector does not look again at what is there already: that takes a
-    tenth of a second and more, at any moment, for which all other processes wait."""
+    """Spare existing objects, within, from garbage collection, which would stall a step for a tenth of
+    a second and more, at any moment, while all other processes wait."""
     gc.collect()
     gc.freeze()
     try:
@@ -576,7 +576,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train", choices=("all", "sea"), default="all", help="weights of the SEA student to train: "
         "all, or only the new ones (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps" + evaluate.by_job("steps", PAPER, TINY))
-    add("--batch", type=int, help="sequences a step, over all processes" + evaluate.by_job("batch", PAPER, TINY))
+    add("--batch", type=int, help="sequences a step, over all processes"
+        + evaluate.by_job("batch", PAPER, TINY))
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
@@ -603,7 +604,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch", "eval_every"):
         if getattr(args, name) is None:
             setattr(args, name, (PAPER if args.model else TINY)[name])
-    evaluate.check_common_options(p, args)
+    evaluate.check_common_options(p, args, "steps", "batch", "eval_every", "teacher_steps")
+    if args.load and Path(args.load).resolve().parent == Path(args.out).resolve():
+        p.error("--out: expected another folder than that of --load, to keep that student, got "
+                f"{args.out}")
     read_groups(p, args)
     if not 0 <= args.seed < 2**20:
         p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
@@ -640,7 +644,7 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 @dataclass
-class Row:
+class Line:
     """A line of the table: a model, and what its training took."""
 
     name: str
@@ -651,8 +655,8 @@ class Row:
     tokens_per_second: float | None = None
 
 
-def distil(name: str, job: Job) -> list[Row]:
-    """One student from its beginning to its end: a row before training, and one after."""
+def distil(name: str, job: Job) -> list[Line]:
+    """One student from its beginning to its end: a line before training, and one after."""
     args, valid, began = job.args, job.valid, time.perf_counter()
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -664,25 +668,26 @@ def distil(name: str, job: Job) -> list[Row]:
         new = set(convert.sea_parameters(student))
         for key, parameter in student.named_parameters():
             parameter.requires_grad_(key in new)
-    evaluate.place(student, args)
+    evaluate.to_device(student, args)
     ppl, keys = evaluate.perplexity(student, valid, args), evaluate.keys_per_query(student, valid, args)
-    before = Row(f"{name} before", ppl, keys)
+    before = Line(f"{name} before", ppl, keys)
     with settled():
         ppl, speed = train(name, student, job)
     keys, seconds = evaluate.keys_per_query(student, valid, args), time.perf_counter() - began
-    after = Row(name, ppl, keys, seconds, peak_memory(args), speed)
+    after = Line(name, ppl, keys, seconds, peak_memory(args), speed)
     job.log.record(**vars(after))
     return [before, after]
 
 
-def print_table(rows: list[Row]) -> None:
+def print_table(lines: list[Line]) -> None:
     print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'training':>9} {'memory':>12} "
           f"{'tok/s':>11}")
-    for row in rows:
-        cost = "" if row.seconds is None else f"{row.seconds / 60:8.1f}m {row.gib:8.2f} GiB"
-        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:11,.0f}"
-        ratio = row.ppl / rows[0].ppl
-        print(f"{row.name:18} {row.ppl:9.2f} {ratio:7.3f} {row.keys:11.1f} {cost} {speed}".rstrip())
+    for line in lines:
+        cost = "" if line.seconds is None else f"{line.seconds / 60:8.1f}m {line.gib:8.2f} GiB"
+        speed = "" if line.tokens_per_second is None else f"{line.tokens_per_second:11,.0f}"
+        ratio = line.ppl / lines[0].ppl
+        text = f"{line.name:18} {line.ppl:9.2f} {ratio:7.3f} {line.keys:11.1f} {cost} {speed}"
+        print(text.rstrip())
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -699,21 +704,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     valid = evaluate.windows(valid_tokens, args.seq_len, args.eval_windows)
     args.fingerprint = fingerprint(tokens, original)
 
-    teacher = evaluate.place(copy.deepcopy(original) if args.shard else original, args)
+    teacher = evaluate.to_device(copy.deepcopy(original) if args.shard else original, args)
     teacher_ppl, n = evaluate.perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
     print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} "
           f"windows of {args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
     log.record(**header, args=vars(args), parameters=n, teacher_ppl=teacher_ppl)
 
     job = Job(args, log, original, teacher, tokenizer, tokens, valid, teacher_ppl)
-    rows = [Row("teacher", teacher_ppl, (args.seq_len + 1) / 2)]
+    lines = [Line("teacher", teacher_ppl, (args.seq_len + 1) / 2)]
     for name in ["loaded"] if args.load else args.method:
-        rows += distil(name, job)
+        lines += distil(name, job)
 
-    print_table(rows)
-    results, seconds = {row.name: row.ppl for row in rows}, time.perf_counter() - began
+    print_table(lines)
+    results, seconds = {line.name: line.ppl for line in lines}, time.perf_counter() - began
     log.record(results=results, seconds=seconds)
-    print(f"\n{seconds / 60:.1f} minutes, peak memory {max(row.gib for row in rows):.2f} GiB of a "
+    print(f"\n{seconds / 60:.1f} minutes, peak memory {max(line.gib for line in lines):.2f} GiB of a "
           f"process, written to {args.out}/")
     evaluate.stop_processes()
     return results

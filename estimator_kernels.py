@@ -32,10 +32,14 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+def _check_device(name: str, x: Tensor) -> None:
+    _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
+
+
 def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
     _expect(x.dtype in DTYPES, name, "float32, float16 or bfloat16", x.dtype)
-    _expect(x.is_cuda or triton.knobs.runtime.interpret, name, "a CUDA tensor", f"one on {x.device}")
+    _check_device(name, x)
 
 
 def _is_step(x: Tensor) -> bool:
@@ -119,8 +123,7 @@ def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, p
 
 def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
     """sea.choose_rows."""
-    _expect(count.is_cuda or triton.knobs.runtime.interpret, "q", "a CUDA tensor, as all of a call",
-            f"one on {count.device}")
+    _check_device("q", count)  # all tensors of a call are where q is
     B, R = len(count), (T - 1) // stride + 1
     seen, row, row_seen, place = (_new(count, B, n) for n in (T, T, n_before + R, R))
     n_rows, last, next_count = _new(count, B), _new(count, B, min(stride - 1, 1)), _new(count, B)

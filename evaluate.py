@@ -7,10 +7,10 @@
     python evaluate.py ... --prompt "Once upon" "def"     and how each model goes on
     torchrun --nproc-per-node 2 evaluate.py ... [--shard]     several processes share the windows
 
-Of each model: validation perplexity, also by position in the window; keys per query; time of the
-attention alone; time and memory of a pass through the model; continuations of the prompts. Of a SEA
-student, by layer: how near its estimate comes to the teacher's attention, and how much of that its
-cells keep. Prints tables; writes all of it to OUT/evaluate.json, pictures of heads to
+Of each model: validation perplexity, also by position in the window; keys per query, of one window;
+time of the attention alone; time and memory of a pass through the model; continuations of the prompts.
+Of a SEA student, by layer, of 8 windows: how near its estimate comes to the teacher's attention, and
+how much of that its cells keep. Prints tables; writes all of it to OUT/evaluate.json, pictures of heads to
 OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in them, OUT/topk.json.
 """
 
@@ -258,7 +258,7 @@ def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[floa
     return total.tolist()
 
 
-def place(model, args):
+def to_device(model, args):
     """Move `model` to the device, in place; with --shard, this process's shard of each weight.
 
     FSDP2 moves and shards one layer after the other, so that a model on the CPU is never whole on the
@@ -402,24 +402,24 @@ def add_common_options(p: argparse.ArgumentParser) -> None:
     add("--micro-batch", type=int, help="sequences in memory at once, of each process"
         + by_job("micro_batch"))
     add("--eval-windows", type=int, help="validation windows to use (none: all)")
-    add("--shard", action="store_true", help="under torchrun: spread both models, gradients and the "
-        "optimizer over the processes (FSDP2), which otherwise hold all of them each (DDP). For models "
-        "that do not fit one GPU; with --gradient-checkpointing, without which bf16 copies of all "
-        "weights stay from the forward to the backward pass. Each process needs CPU memory for both "
-        "models in fp32")
+    add("--shard", action="store_true", help="under torchrun: spread both models, and in training "
+        "gradients and the optimizer, over the processes (FSDP2), which otherwise hold all of them each. "
+        "For models that do not fit one GPU; in training with --gradient-checkpointing, without which "
+        "bf16 copies of all weights stay from the forward to the backward pass. Each process needs CPU "
+        "memory for both models in fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
         "autocast on cuda (default: %(default)s)")
     add("--out", default="out", help="folder for what is written (default: %(default)s)")
 
 
-def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in the job's defaults, and refuse numbers that nothing can be done with."""
+def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace, *own: str) -> None:
+    """Fill in the job's defaults, and refuse numbers that nothing can be done with; own: names of a
+    script's own options that have to be positive."""
     for name, value in (PAPER if args.model else TINY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "eval_windows",
-                 "teacher_steps", "new_tokens"):
-        value = getattr(args, name, None)
+    for name in ("micro_batch", "seq_len", "eval_windows", *own):
+        value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
     if args.seq_len < 2:
@@ -451,7 +451,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by "
         "(default: %(default)s)")
     args = p.parse_args(argv)
-    check_common_options(p, args)
+    check_common_options(p, args, "new_tokens")
     if any(k < 1 for k in args.topk):
         p.error(f"--topk: expected integers >= 1, got {args.topk}")
     if not args.model and not (Path(args.out) / "teacher").exists():
@@ -656,7 +656,7 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
     args, teacher = setting.args, setting.teacher
     options = {} if args.backend is None else dict(backend=args.backend)
     method, student = load_student("--students", folder, setting.original, teacher, **options)
-    place(student, args)
+    to_device(student, args)
     row = measure(student, setting)
     if method != "oracle":  # whose cells come from a whole pass of the teacher
         row |= measure_use(student, setting)
@@ -825,7 +825,10 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) ->
     right.set_title(timed, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
-    keep = lambda row: {field: row[field] for field in ("ppl", "attention_ms", "clock")}
+
+    def keep(row: dict) -> dict:
+        return {field: row[field] for field in ("ppl", "attention_ms", "clock")}
+
     path.with_suffix(".json").write_text(json.dumps(dict(
         points={name: {k: keep(row) for k, row in line.items()} for name, line in points.items()},
         lines={name: keep(row) for name, row in lines.items()}, timed=timed), indent=1))
@@ -903,7 +906,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     check_against_model(args, original, tokenizer)
     tokens = tokenize(load_documents(args), tokenizer)
     valid = windows(tokens, args.seq_len, args.eval_windows)
-    teacher = place(copy.deepcopy(original) if args.shard else original, args)
+    teacher = to_device(copy.deepcopy(original) if args.shard else original, args)
 
     setting = Setting(args, original, teacher, tokenizer, valid)
     print(f"{len(valid)} windows of {args.seq_len}, no overlap", flush=True)

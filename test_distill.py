@@ -489,6 +489,8 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*sea.ckpt, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
+    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*sea.ckpt, got query"):  # a default then
+        run_steps(home, tmp_path / "parts", *options, "--resume", "--sea", "group=query")
     with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
         changed.setattr(evaluate, "tokenize", lambda *x, tokenize=evaluate.tokenize: tokenize(*x)[:-1])  # the same file, edited
         run_steps(home, tmp_path / "parts", *options, "--resume")
@@ -528,10 +530,10 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
     whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
     run_steps(home, tmp_path, "--steps", "1")  # of a constant schedule
     saved = torch.load(tmp_path / "sea.ckpt")
-    names = ("model", "data", "valid_data", "load", "steps", "batch", "seq_len", "width", "topk", "lr", "lr_new", "schedule", "warmup",
+    names = ("model", "data", "load", "steps", "batch", "seq_len", "width", "topk", "lr", "lr_new", "schedule", "warmup",
              "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
     assert set(names) <= saved["args"].keys()
-    saved["args"] = {name: saved["args"][name] for name in names} | dict(query_stride=None, nbf=None, cell_keys=True, steps=2)
+    saved["args"] = {name: saved["args"][name] for name in names} | dict(valid_data=None, query_stride=None, nbf=None, cell_keys=True, steps=2)
     torch.save(saved, tmp_path / "sea.ckpt")
     resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -757,6 +759,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
     (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
+    (["--load", "out/sea"], "--out: expected another folder than that of --load, to keep that student, got out"),
     (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),

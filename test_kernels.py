@@ -886,6 +886,13 @@ def test_the_backend_is_chosen_by_config_and_device():
     assert choice("torch", on_gpu) is choice("torch", on_cpu) is choice("auto", on_cpu) is sea
 
 
+def test_tensors_that_no_kernel_can_read_are_refused():
+    layer, q = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")), torch.randn(1, 1, 4, 8)
+    with mock.patch.object(triton.knobs.runtime, "interpret", False):
+        with pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
+            layer(q, q, q)
+
+
 def test_an_operation_refuses_what_supports_refuses():
     x, seen = torch.zeros(1, 33, 1, 1024, device=DEVICE), torch.ones(1, 1, dtype=torch.long, device=DEVICE)
     with pytest.raises(ValueError, match="^probs: expected at most 32768 cells that compete"):
@@ -1242,7 +1249,7 @@ def compile_launches(capability: int, shape: int) -> int:
         cubins.add(compiled.asm["cubin"])
 
     triton.runtime.jit.JITFunction.run = compile_only
-    kernels._check_tensor = estimator_kernels._check_tensor = lambda *args: None  # CPU tensors will do
+    estimator_kernels._check_device = lambda *args: None  # CPU tensors will do
     torch.empty, kernels.PAIRS_PER_PROGRAM = torch.ones, 1  # nothing is computed, so sizes that depend on data come from here
     torch.empty_like = lambda x, **kwargs: torch.ones_like(x)
     for out in launches(*SHAPES[shape]):
