@@ -605,9 +605,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, (PAPER if args.model else TINY)[name])
     evaluate.check_common_options(p, args, "steps", "batch", "eval_every", "teacher_steps")
-    if args.load and Path(args.load).resolve().parent == Path(args.out).resolve():
-        p.error("--out: expected another folder than that of --load, to keep that student, got "
-                f"{args.out}")
     read_groups(p, args)
     if not 0 <= args.seed < 2**20:
         p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
@@ -662,6 +659,9 @@ def distil(name: str, job: Job) -> list[Line]:
         torch.cuda.reset_peak_memory_stats()
     if args.load:
         name, student = evaluate.load_student("--load", args.load, job.original, job.teacher, **args.sea)
+        if (Path(args.out) / name).resolve() == Path(args.load).resolve():
+            sys.exit(f"--out: expected another folder than that of {args.load}, which would be lost, got "
+                     f"{args.out}")
     else:
         student = new_student(name, job.original, job.teacher, args)
     if name == "sea" and args.train == "sea":

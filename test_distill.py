@@ -362,6 +362,8 @@ def test_a_saved_student_trains_further(home, tmp_path):
     assert last_results(tmp_path / "b")["sea before"] == pytest.approx(first["sea"], rel=1e-6)
     assert last_results(tmp_path / "b")["sea"] != last_results(tmp_path / "b")["sea before"]
     assert convert.load(tmp_path / "b/sea").config.sea["width"] == 8  # its own
+    with pytest.raises(SystemExit, match="^--out: expected another folder than that of .*a/sea, which would be lost"):
+        distill.main([*arguments(home, tmp_path / "a", "--seq-len", "16", "--batch", "2", "--device", "cpu"), "--load", str(tmp_path / "a/sea")])
 
 
 def student_and_teacher(kind="opt", **options):
@@ -759,7 +761,6 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
     (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
-    (["--load", "out/sea"], "--out: expected another folder than that of --load, to keep that student, got out"),
     (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -888,7 +889,8 @@ def test_the_backend_is_chosen_by_config_and_device():
 
 def test_tensors_that_no_kernel_can_read_are_refused():
     layer, q = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")), torch.randn(1, 1, 4, 8)
-    with mock.patch.object(triton.knobs.runtime, "interpret", False):
+    compiled = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    with mock.patch.object(triton, "knobs", compiled):
         with pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
             layer(q, q, q)
 
