@@ -84,7 +84,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
 
     The error is the largest of all elements. With `relu`, since where its input rounds to the other side of 0 single gradients
     are anything, and not at the same places as eager's, it is that of 99.9 % of them; in half precision, where this happens
-    all over the place, the root of the mean square.
+    all over the place, the root of the mean square, and of a result of few numbers, to 5 % of which a single such place
+    contributes, that of the smallest 90 %.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel. And
     2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
@@ -108,7 +109,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
     size = torch.max
     if relu:
         most = lambda x: x.flatten().kthvalue(math.ceil(0.999 * x.numel())).values
-        size = most if inputs[0].dtype == torch.float32 else lambda x: x.square().mean().sqrt()
+        few = lambda x: x.flatten().sort().values[: math.ceil(0.9 * x.numel())] if x.numel() < 1000 else x
+        size = most if inputs[0].dtype == torch.float32 else lambda x: few(x).square().mean().sqrt()
     for i, (x, y, z) in enumerate(zip(got, eager, exact)):
         assert x.shape == y.shape and x.dtype == y.dtype and x.isfinite().all(), (i, x.dtype, y.dtype, case)
         error, bar = (x.double() - z).abs(), (y.double() - z).abs()
@@ -644,6 +646,7 @@ def test_causal_context_matches_reference(case):
 
 @given(LAYERS)
 @example(Layer(torch.float16, 35, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
+@example(Layer(torch.float16, 70, 1, (1, 1, 2), 19, 83, 1, False, "contiguous", 93))  # a relu on either side of 0, near the past
 @example(Layer(DTYPES[-1], 3, 1, (1, 1, 1), 64, 64, 4, False, "contiguous", 1))  # few rows have tiles of their own
 @settings(FEWER)
 def test_encode_cnn_and_mix_match_reference(case):
