@@ -124,12 +124,14 @@ def load_teacher(model: str | Path, seq_len: int):
     often in half precision."""
     name = HUB.get(str(model), str(model))
     what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
-    instead = "give a local folder with --model DIR instead"
-    tokenizer = hub(what, instead, lambda: AutoTokenizer.from_pretrained(name))
+
+    def load():
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+    tokenizer, teacher = hub(what, "give a local folder with --model DIR instead", load)
     if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
         sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-    load = AutoModelForCausalLM.from_pretrained
-    teacher = hub(what, instead, lambda: load(name, dtype=torch.float32))
     if hasattr(teacher.config, "sea"):
         sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
                  "--load of distill.py and --students of evaluate.py are for students")
