@@ -584,8 +584,10 @@ def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
     with monkeypatch.context() as stopping, pytest.raises(SystemExit):
         stopping.setattr(distill, "write_checkpoint", lambda *args: (write(*args), sys.exit()))
         run_steps(home, tmp_path / "parts", *options)
-    (tmp_path / "stopping.py").write_text("import sys, distill\nwrite = distill.write_checkpoint\n"
-                                          "distill.write_checkpoint = lambda *args: (write(*args), sys.exit())\ndistill.main()")
+    # Processes that end while others still talk to them abort now and then.
+    (tmp_path / "stopping.py").write_text(
+        "import sys, distill, evaluate\nwrite = distill.write_checkpoint\n"
+        "distill.write_checkpoint = lambda *args: (write(*args), evaluate.stop_processes(), sys.exit())\ndistill.main()")
     torchrun(tmp_path / "stopping.py", *arguments(home, tmp_path / "parts"), *options, "--shard", "--gradient-checkpointing", "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
