@@ -85,7 +85,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
     The error is the largest of all elements. With `relu`, since where its input rounds to the other side of 0 single gradients
     are anything, and not at the same places as eager's, it is that of 99.9 % of them; in half precision, where this happens
     all over the place, the root of the mean square, and of a result of few numbers, to 5 % of which a single such place
-    contributes, that of the smallest 90 %.
+    contributes, that of the smallest 90 %, while all of them together may have 30 times as much.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel. And
     2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
@@ -118,6 +118,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
             continue
         budget = 2 * (size(bar) + (torch.finfo(inputs[0].dtype).eps + 8 * torch.finfo(torch.float32).eps) * scale)
         assert size(error) <= budget, f"result {i}: error {size(error):.2e} > {budget:.2e}: {case}"
+        if relu and inputs[0].dtype != torch.float32:
+            assert error.square().mean().sqrt() <= 30 * budget, f"result {i}, all of it, budget {budget:.2e}: {case}"
 
 
 TWINS = ["choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask", "select_cells",
