@@ -17,7 +17,8 @@ import ablate
 import convert
 import distill
 import evaluate
-from test_distill import SEQ, SMALL, home, recomputed, run_steps, tiny, tokens, torchrun  # noqa: F401, home is a fixture
+from test_convert import SEQ, recomputed, tiny, tokens
+from test_distill import SMALL, home, run_steps, torchrun  # noqa: F401, home is a fixture
 
 
 def arguments(home, *options) -> list[str]:

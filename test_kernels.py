@@ -826,7 +826,7 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
     PyTorch's, to a factor of 2. With few keys rounding also chooses other cells; when all are kept, it holds module by module."""
     import convert
     import distill
-    from test_distill import SEQ, tiny, tokens
+    from test_convert import SEQ, tiny, tokens
 
     def step(backend, dtype):
         teacher = tiny("opt").to(DEVICE).requires_grad_(False)
