@@ -1090,6 +1090,44 @@ def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, vali
     return SEAOutput(out, torch.cat(seen, dim=1), state)
 
 
+def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
+                 valid: Tensor | None = None, **options) -> SEAOutput:
+    """layer.forward of packed documents, each as if it were alone; the result has no state, scores or
+    cells.
+
+    documents (B, T), integers: tokens of a sequence that share a number are a document, in their order.
+    q (B, H, T, D), k, v (B, Hkv, T, D), valid (B, T) and options as in SEAttention.forward. Raises
+    ValueError if they do not fit. Documents become the sequences of a batch, one batch for each power
+    of two of their lengths, so that less than half of it is padding.
+    """
+    check_qkv(q, k, v)
+    B, _, T, _ = q.shape
+    _expect(documents.shape == (B, T) and not documents.is_floating_point(), "documents",
+            f"integers of shape {(B, T)}", f"{documents.dtype} {tuple(documents.shape)}")
+    _expect(k.shape[2] == T, "k", f"the {T} tokens of q", k.shape[2])
+    _expect(valid is None or valid.shape == (B, T), "valid", f"shape {(B, T)}",
+            valid is not None and tuple(valid.shape))
+    lowest, highest = documents.aminmax()
+    of_batch = documents + (highest - lowest + 1) * torch.arange(B, device=q.device)[:, None]
+    _, number, n_tokens = of_batch.flatten().unique(return_inverse=True, return_counts=True)
+    by_document, first = number.argsort(stable=True), n_tokens.cumsum(0) - n_tokens
+    outs, seen, places = [], [], []
+    power = n_tokens.float().log2().ceil()
+    for p in power.unique():
+        n, i = n_tokens[power == p], torch.arange(int(n_tokens[power == p].max()), device=q.device)
+        inside = i < n[:, None]  # (documents, the longest's tokens)
+        place = by_document[(first[power == p, None] + i).clamp(max=B * T - 1)]
+        tokens = (x.transpose(1, 2).flatten(0, 1)[place].transpose(1, 2) for x in (q, k, v))
+        result = layer(*tokens, valid=inside if valid is None else inside & valid.flatten()[place],
+                       **options)
+        outs.append(result.out.transpose(1, 2)[inside])
+        seen.append(result.seen[inside])
+        places.append(place[inside])
+    back = torch.cat(places).argsort()
+    out, seen = (torch.cat(x)[back].unflatten(0, (B, T)) for x in (outs, seen))
+    return SEAOutput(out.transpose(1, 2), seen, state=None)
+
+
 # -- checks ----------------------------------------------------------------------------------------
 
 

@@ -184,6 +184,34 @@ def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, kind, data):
         torch.testing.assert_close(results[1][name], expected, **CLOSE, msg=lambda m: f"{name}: {m}")
 
 
+@given(cases(), st.sampled_from([SEAttention, PerformerAttention]), st.data())
+def test_packed_documents_are_each_alone(case, kind, data):
+    """in_documents, documents in pieces and of very different lengths, with padding: outputs, keys seen and gradients."""
+    if kind is PerformerAttention:
+        case = replace(case, stride=1, cell_keys=False)
+    layer, qkv = case.layer(kind), [x.requires_grad_() for x in case.qkv()]
+    B, _, T, _ = qkv[0].shape
+    numbers = st.lists(st.integers(-2, data.draw(st.integers(-2, 2), label="highest")), min_size=T, max_size=T)
+    documents = torch.tensor([data.draw(numbers, label="documents") for _ in range(B)])
+    valid = None
+    if data.draw(st.booleans(), label="padded"):
+        valid = torch.arange(T) < torch.tensor(case.tokens)[:, None]
+    result = sea.in_documents(layer, documents, *qkv, valid=valid, topk=3)
+    assert result.state is None and result.scores is None
+    expected, seen = torch.zeros_like(result.out), torch.zeros_like(result.seen)
+    for b in range(B):
+        for number in documents[b].unique():
+            here = documents[b] == number
+            one = layer(*(x[b : b + 1, :, here] for x in qkv), valid=None if valid is None else valid[b : b + 1, here], topk=3)
+            expected[b, :, here], seen[b, here] = one.out[0], one.seen[0]
+    torch.testing.assert_close(result.out, expected, **CLOSE)
+    assert torch.equal(result.seen, seen)
+    weight = torch.randn(result.out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(case.seed))
+    of_packed, of_alone = (torch.autograd.grad((out * weight).sum(), qkv) for out in (result.out, expected))
+    for mine, other in zip(of_packed, of_alone):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
 @given(causal_cases, st.integers(1, 5), st.integers(0, 3), st.data())
 def test_a_static_buffer_holds_sequences_of_any_lengths(case, steps, room, data):
     """Each sequence alone, decoded token by token, is its row of a batch in one long buffer, whose state is kept in place."""
