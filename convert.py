@@ -16,9 +16,10 @@ The estimator's state has a constant size, whatever the context: SEAState in sea
 
 import dataclasses
 import functools
+import inspect
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask, sdpa_mask
+from transformers.masking_utils import (bidirectional_mask_function, causal_mask_function, flash_attention_mask,
+                                        packed_sequence_mask_function, sdpa_mask)
 
 from baselines import BASELINES
 from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
-                 first_key_of_cell, scale_or_default, take, valid_first)
+                 first_key_of_cell, in_documents, scale_or_default, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -118,25 +120,33 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return args, {**kwargs, "sea_layer": cache.layers[module.layer_idx]}
 
 
+# Keywords that reach attention functions and ask for no other attention.
+HARMLESS = ("dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+            "logits_to_keep", "cache_position", "num_items_in_batch")
+OF_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # say what position_ids say
+
+
 def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                  scaling: float | None = None, sea_layer: SEALayer | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+                  scaling: float | None = None, sea_layer: SEALayer | None = None, sea_documents: Tensor | None = None,
+                  is_causal: bool | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls: (B, H, T, D) in, (B, T, H, D) out, and weights if they are wanted.
 
-    attention_mask is None or bool (B, S), False where padded: flash_attention_mask, registered below, makes it so.
+    attention_mask: what sea_mask returned. sea_layer: of bring_cache. sea_documents (B, T): the packed document of each token,
+    of complete_positions. Raises ValueError for attention of another kind, which any other keyword may ask for.
     """
     if not hasattr(module, "sea"):
         raise ValueError(f"model: expected SEA attached (convert.attach or convert.load), got a plain {type(module).__name__}")
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None, SEA has no such attention, got {kwargs[name]}")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask: expected 2 dimensions (B, S), got shape {tuple(attention_mask.shape)}")
+    _check_attention(module, attention_mask, sea_documents, is_causal, kwargs)
     query, key, value = _autocast(query, key, value)
+    records, wants_weights = getattr(module, "sea_records", None), getattr(module, "sea_weights", False)
+    if sea_documents is not None:
+        if wants_weights or records is not None:
+            raise ValueError("position_ids: expected one document a sequence, since weights or records are wanted, got several")
+        result = in_documents(module.sea, sea_documents, query, key, value, softmax_scale=scaling)
+        return result.out.transpose(1, 2).contiguous(), None
     valid = None if attention_mask is None else attention_mask.bool()
     state = None if sea_layer is None else sea_layer.state
-    wants_weights = getattr(module, "sea_weights", False)
-    needs_all = torch.is_grad_enabled() or wants_weights or getattr(module, "sea_records", None) is not None
-    in_chunks = module.sea.config.causal and not needs_all
+    in_chunks = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
     result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,
                         kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if in_chunks else None)
     if sea_layer is not None:
@@ -144,6 +154,48 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     _record(module, query, key, value, scaling, result.out, result)
     weights = _weights(query, key, valid, scaling, result) if wants_weights else None
     return result.out.transpose(1, 2).contiguous(), weights
+
+
+def _check_attention(module: nn.Module, mask: Tensor | None, documents: Tensor | None, is_causal: bool | None, kwargs: dict) -> None:
+    """Raises ValueError if a call asks for other attention than that of the layer attached to `module`."""
+    causal, packed = module.sea.config.causal, documents is not None
+    for wanted in (is_causal, getattr(getattr(module, "config", None), "is_causal", None)):
+        if wanted is not None and bool(wanted) != causal:
+            raise ValueError(f"is_causal: expected {causal}, as SEA was attached to {type(module).__name__}, got {wanted}; "
+                             "attach(model, causal=...) decides")
+    for name, x in kwargs.items():
+        if not (x is None or x is False or name in HARMLESS or (packed and name in OF_PACKING)):
+            got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x
+            raise ValueError(f"{name}: expected None, SEA has no such attention, got {got}")
+    if mask is not None and mask.ndim != (3 if packed else 2):
+        got = f"one of shape {tuple(mask.shape)}" if mask.numel() else "another (windows, prefixes, packed documents, ...)"
+        raise ValueError(f"attention_mask: expected a causal or bidirectional mask, with padding of shape (B, S), got {got}")
+
+
+def sea_mask(*args, mask_function: Callable = causal_mask_function, **kwargs) -> Tensor | None:
+    """The mask function that transformers calls: None, or bool (B, S), False where padded.
+
+    Empty, with 3 dimensions, where documents are packed: sea_documents says which. A mask of another kind is empty with 4, and
+    refused only if it reaches an attention module: models make some that do not.
+    """
+    parts = set(_parts(mask_function))
+    if not parts <= {causal_mask_function, bidirectional_mask_function, packed_sequence_mask_function}:
+        return torch.empty(0, 0, 0, 0)
+    if packed_sequence_mask_function in parts:
+        return torch.empty(0, 0, 0)
+    return flash_attention_mask(*args, mask_function=mask_function, **kwargs)
+
+
+def _parts(mask_function: Callable) -> Iterator[Callable]:
+    """The mask functions whose intersection one of transformers' is, and for packed documents the function that made it."""
+    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    if maker == "and_masks":
+        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
+            yield from _parts(part)
+    elif maker == "remap_positions_for_packed_sequence":
+        yield from _parts(inspect.getclosurevars(mask_function).nonlocals["mask_function"])
+    else:
+        yield packed_sequence_mask_function if maker == "packed_sequence_mask_function" else mask_function
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -227,6 +279,28 @@ def _ask_weights(ask: bool, model: PreTrainedModel, args: tuple, kwargs: dict, o
             module.sea_weights = ask
 
 
+def complete_positions(names: tuple[str, ...], rotary: bool, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a model runs, whose arguments are `names`: count positions from the first token, and find packed documents.
+
+    Rotary models count positions from the first column, padding or not. Dense attention sees only differences of positions,
+    but SEA's features see where a token stands. And where positions begin again, documents are packed, as transformers'
+    DataCollatorWithFlattening does; a KV cache would not know, so that there is none.
+    """
+    given = dict(zip(names, args)) | kwargs
+    mask, position = given.get("attention_mask"), given.get("position_ids")
+    x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if rotary and position is None and isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
+        given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+    if mask is None and x is not None and position is not None and position.ndim == 2 and "sea_documents" not in given:
+        begins = position.diff(dim=1) != 1
+        if begins.any():
+            if any(isinstance(y, Cache) for y in given.values()):
+                raise ValueError("position_ids: expected no packed documents (positions that begin again) with past_key_values")
+            documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0)).expand(len(x), -1)
+            given |= dict(use_cache=False, sea_documents=documents)
+    return (), given
+
+
 def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
     """transformers' SDPA attention, which also records what a student learns from."""
@@ -239,7 +313,7 @@ def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 AttentionInterface.register("sea", sea_attention)
 AttentionInterface.register("sea_teacher", teacher_attention)
 # Without a mask function of its own an attention function never hears of padding.
-AttentionMaskInterface.register("sea", flash_attention_mask)
+AttentionMaskInterface.register("sea", sea_mask)
 AttentionMaskInterface.register("sea_teacher", sdpa_mask)
 
 
@@ -275,37 +349,95 @@ def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrained
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
     sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. Raises
-    ValueError if the model has no attention of the kind that the attention interface serves.
+    ValueError, with the model as it was, if its attention is of another kind.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model: expected self-attention only, got {type(model).__name__}, an encoder and decoder")
-    text = model.config.get_text_config()
-    n_head = text.num_attention_heads
-    shape = dict(n_head=n_head, d_head=getattr(text, "head_dim", None) or text.hidden_size // n_head,
-                 n_kv_head=getattr(text, "num_key_value_heads", None), max_positions=text.max_position_embeddings)
-    for i, module in enumerate(modules):
-        if getattr(module, "is_cross_attention", False):
-            raise ValueError(f"model: expected self-attention only, got cross-attention in {type(module).__name__}")
-        config = SEAConfig(**{**shape, "causal": bool(module.is_causal), "seed": i, **options})
-        weight = next(module.parameters())
-        module.sea = METHODS[method](config).to(weight.device, weight.dtype)
-        if config.causal:
+    seed = options.get("seed", 0)
+    layers = [_layer_of(module, model, method, {**options, "seed": seed + i}) for i, module in enumerate(modules)]
+    _switch_to_sea(model, modules)
+
+    for module, layer in zip(modules, layers):
+        module.sea = layer
+        if layer.config.causal:
             module.register_forward_pre_hook(bring_cache, with_kwargs=True)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
+            names = tuple(inspect.signature(part.forward).parameters)
+            if "position_ids" in names:
+                complete = functools.partial(complete_positions, names, hasattr(part, "rotary_emb"))
+                part.register_forward_pre_hook(complete, with_kwargs=True)
             part.register_forward_pre_hook(functools.partial(_ask_weights, True), with_kwargs=True)
             part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*shape, "causal", "seed")}
+    fields = {k: v for k, v in dataclasses.asdict(layers[-1].config).items() if k not in OF_MODEL}
     model.config.sea = {"method": method, **fields, **options}
-    model.set_attn_implementation("sea")
-    if text._attn_implementation != "sea":
-        raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")
     return model
+
+
+OF_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # fields of SEAConfig that attach() finds
+
+
+def _more_than_attention(module: nn.Module, config) -> str | None:
+    """What an attention module does beyond softmax(q k^T) v over all tokens, or all up to its own; None if nothing."""
+    kinds = getattr(config, "layer_types", None) or ()
+    kind = kinds[module.layer_idx] if kinds and getattr(module, "layer_idx", None) is not None else "full_attention"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) and not kinds else None
+    is_cross = getattr(module, "is_cross_attention", False) or (getattr(module, "is_decoder", False) and not module.is_causal)
+    found = {
+        "an encoder and decoder": config.is_encoder_decoder,
+        "cross-attention": is_cross,
+        "sliding windows": getattr(module, "sliding_window", window) is not None,
+        kind.replace("_", " "): kind not in ("full_attention", "attention"),
+        "multi-head latent attention": getattr(config, "kv_lora_rank", None) is not None,
+        "attention sinks": hasattr(module, "sinks") or hasattr(module, "attention_sink_bias"),
+        "soft caps": getattr(config, "attn_logit_softcapping", None) is not None,
+        "a difference of two attentions": hasattr(module, "lambda_q1"),
+        "a choice of keys": hasattr(module, "indexer"),
+        "a position bias": getattr(config, "has_relative_attention_bias", False)
+                           or "relative" in str(getattr(module, "position_embeddings_type", "")),
+        "no weights, or quantized ones,": not any(x.is_floating_point() and x.ndim > 1 for x in module.parameters()),
+    }
+    return next((what for what, is_there in found.items() if is_there), None)
+
+
+def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: dict) -> nn.Module:
+    """The SEAttention or control that fits an attention module of `model`. Raises ValueError if there is none."""
+    config = getattr(module, "config", model.config.get_text_config())
+    what = _more_than_attention(module, config)
+    if what is not None:
+        raise ValueError(f"model: expected plain self-attention, got {what} in {type(module).__name__}")
+
+    def find(*names: str) -> int | None:
+        return next((x for of in (module, config) for name in names if isinstance(x := getattr(of, name, None), int)), None)
+
+    n_head = find("num_heads", "num_attention_heads")
+    groups = getattr(module, "num_key_value_groups", None)
+    shape = dict(n_head=n_head, d_head=find("head_dim", "attention_head_size") or config.hidden_size // n_head,
+                 n_kv_head=n_head // groups if groups else find("num_key_value_heads"),
+                 causal=bool(module.is_causal) and getattr(config, "is_causal", None) is not False)
+    if options.get("causal", shape["causal"]) and "max_positions" not in options:
+        shape["max_positions"] = find("max_position_embeddings")
+        if shape["max_positions"] is None:
+            raise ValueError("max_positions: expected the number of tokens of the longest sequence, since "
+                             f"{type(config).__name__} does not tell it")
+    weight = next(x for x in module.parameters() if x.is_floating_point())
+    return METHODS[method](SEAConfig(**{**shape, **options})).to(weight.device, weight.dtype)
+
+
+def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Raises ValueError, with `model` as it was, if not all of its attention goes through transformers' interface."""
+    before = model.config._attn_implementation
+    # A class that can run neither makes a mask that its module alone understands.
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and attention_modules(part)]
+    if all(part._supports_sdpa or part._supports_flash_attn for part in parts):
+        model.set_attn_implementation("sea")
+        if all(getattr(x, "config", model.config.get_text_config())._attn_implementation == "sea" for x in modules):
+            return
+        model.set_attn_implementation(before)
+    raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")
 
 
 def set_option(model: PreTrainedModel, **options) -> None:

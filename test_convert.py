@@ -1,11 +1,12 @@
 """Laws of convert.py: SEA in models of many families, on random weights that take seconds."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig,
-                          OPTForCausalLM)
+from transformers import AutoConfig
 
 import convert
 import sea
@@ -13,52 +14,256 @@ import sea
 VOCAB, SEQ = 64, 24
 
 
-def tiny(kind: str) -> torch.nn.Module:
-    """A random model of each family that the attention interface serves, and the odd shapes of OPT."""
+SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=4, max_position_embeddings=SEQ, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+             num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+OPT = dict(word_embed_proj_dim=16, ffn_dim=32, num_attention_heads=2, dropout=0.0, init_std=0.3)
+IMAGE = dict(image_size=16, patch_size=8)
+
+# A model of each family that SEA serves: its class, and what its config has beside SHAPE.
+FAMILIES = {
+    "opt": ("OPTForCausalLM", OPT),
+    "opt-350m": ("OPTForCausalLM", {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False}),
+    "gpt2": ("GPT2LMHeadModel", dict(num_attention_heads=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "llama": ("LlamaForCausalLM", {}),
+    "bert": ("BertModel", {}),
+    "mistral": ("MistralForCausalLM", dict(sliding_window=None)),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {}),
+    "gemma": ("GemmaForCausalLM", {}),
+    "gemma3, all layers full": ("Gemma3ForCausalLM", dict(layer_types=["full_attention"] * 2)),
+    "granite-moe": ("GraniteMoeForCausalLM", {}),
+    "gpt-neox": ("GPTNeoXForCausalLM", dict(hidden_dropout=0.0)),
+    "gpt-bigcode": ("GPTBigCodeForCausalLM", dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "phi": ("PhiForCausalLM", {}),
+    "phi3": ("Phi3ForCausalLM", dict(sliding_window=None)),
+    "stablelm": ("StableLmForCausalLM", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
+    "starcoder2": ("Starcoder2ForCausalLM", dict(sliding_window=None, residual_dropout=0.0, embedding_dropout=0.0)),
+    "cohere": ("CohereForCausalLM", {}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "lfm2, with convolutions": ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),
+    "albert": ("AlbertModel", dict(embedding_size=16)),
+    "roberta": ("RobertaModel", dict(max_position_embeddings=SEQ + 1)),
+    "electra": ("ElectraModel", dict(embedding_size=16)),
+    "distilbert": ("DistilBertModel", dict(hidden_dim=32, dropout=0.0, attention_dropout=0.0)),
+    "esm": ("EsmModel", dict(position_embedding_type="rotary", token_dropout=False, mask_token_id=2)),
+    "eurobert": ("EuroBertModel", {}),
+}
+MODELS = ("opt", "opt-350m", "gpt2", "llama", "bert")  # those that every law sees
+
+# What SEA is no stand-in for, and what attach says of it.
+OTHERS = {
+    "MistralForCausalLM": (dict(sliding_window=4), "sliding windows"),
+    "PhimoeForCausalLM": (dict(sliding_window=4), "sliding windows"),
+    "Gemma2ForCausalLM": (dict(sliding_window=4), "sliding windows"),
+    "Gemma2Model": (dict(layer_types=["full_attention"] * 2), "soft caps"),
+    "ModernBertModel": (dict(local_attention=4), "sliding windows"),
+    "Llama4ForCausalLM": (dict(intermediate_size_mlp=16), "chunked attention"),
+    "GptOssForCausalLM": (dict(layer_types=["full_attention"] * 2), "attention sinks"),
+    "DeepseekV3ForCausalLM": (dict(q_lora_rank=8, kv_lora_rank=8, n_routed_experts=4, n_group=1, topk_group=1),
+                              "multi-head latent attention"),
+    "DiffLlamaForCausalLM": ({}, "a difference of two attentions"),
+    "BigBirdPegasusForCausalLM": (dict(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16), "cross-attention"),
+    "BartForCausalLM": (dict(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16), "cross-attention"),
+    "LayoutLMv3Model": (dict(has_relative_attention_bias=True, visual_embed=False, coordinate_size=2, shape_size=4), "a position bias"),
+    "Wav2Vec2BertModel": (dict(feature_projection_input_dim=8), "a position bias"),
+}
+
+
+def build(name: str, fields: dict) -> torch.nn.Module:
+    """A random model of a class of transformers; of SHAPE, what its config has."""
     torch.manual_seed(0)
-    opt = dict(vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-               max_position_embeddings=SEQ, dropout=0.0, init_std=0.3)
-    shape = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=SEQ, initializer_range=0.3)
-    models = {
-        "opt": lambda: OPTForCausalLM(OPTConfig(**opt)),
-        "opt-350m": lambda: OPTForCausalLM(OPTConfig(**{**opt, "word_embed_proj_dim": 8, "do_layer_norm_before": False})),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=SEQ,
-                                                   initializer_range=0.3, bos_token_id=0, eos_token_id=0)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)),
-        "bert": lambda: BertModel(BertConfig(**shape)),
-    }
-    return models[kind]().eval()
+    model_class = getattr(transformers, name)
+    config = model_class.config_class
+    names = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
+    shape = {name: x for name, x in SHAPE.items() if name in names}
+    model = model_class(config(**{**shape, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.std() < 0.2:  # so near 0 all attention would be the same
+                parameter.normal_(0, 0.3)
+    return model
 
 
-MODELS = ("opt", "opt-350m", "gpt2", "llama", "bert")
+def tiny(kind: str) -> torch.nn.Module:
+    return build(*FAMILIES[kind])
 
 
 def tokens(batch: int = 2, n: int = SEQ) -> torch.Tensor:
     return torch.randint(2, VOCAB, (batch, n), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@torch.no_grad()
-def test_full_mask_and_open_gates_is_the_model_itself(kind, padding):
-    """Scale, heads, causality and padding reach SEA as they reach SDPA."""
-    model, x = tiny(kind), tokens()
-    mask = torch.ones_like(x)
-    if padding != "none":
-        mask[0, :7] = 0
-        mask = mask.flip(1) if padding == "right" else mask
-    if kind == "gpt2":  # it counts positions from the first column, padding or not
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        run = lambda: model(x, attention_mask=mask, position_ids=position)[0]
-    else:
-        run = lambda: model(x, attention_mask=mask)[0]
-    expected = run()
+def keep_every_key(model: torch.nn.Module) -> torch.nn.Module:
+    """Attach SEA that is the model's own attention: all keys kept, and gates open."""
     convert.attach(model, width=8, topk=SEQ)
-    for module in convert.attention_modules(model):
-        module.sea.gate.bias.fill_(60.0)
-    valid = mask.bool()
-    torch.testing.assert_close(run()[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for module in convert.attention_modules(model):
+            module.sea.gate.bias.fill_(60.0)
+    return model
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_full_mask_and_open_gates_is_the_model_itself(kind):
+    """Scale, heads, causality and padding reach SEA as they reach SDPA."""
+    model, x, cases = tiny(kind), tokens(), {}
+    for padding in ("none", "left", "right"):
+        mask = torch.ones_like(x)
+        if padding != "none":
+            mask[0, :7] = 0
+            mask = mask.flip(1) if padding == "right" else mask
+        cases[padding] = dict(attention_mask=mask)
+        if kind.startswith("gpt"):  # some count learned positions from the first column, padding or not
+            cases[padding]["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if kind == "lfm2, with convolutions":
+        del cases["left"]  # these see padding
+    expected = {name: model(x, **case)[0] for name, case in cases.items()}
+    keep_every_key(model)
+    for name, case in cases.items():
+        valid = case["attention_mask"].bool()
+        torch.testing.assert_close(model(x, **case)[0][valid], expected[name][valid], rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_attention_is_refused_and_the_model_stays_as_it_was(name):
+    fields, what = OTHERS[name]
+    model = build(name, fields)
+    before, implementation = model.state_dict().keys(), model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"^model: expected (plain self-attention, got {what} in|self-attention modules)"):
+        convert.attach(model, width=8)
+    assert model.state_dict().keys() == before and model.config._attn_implementation == implementation
+    assert not hasattr(model.config, "sea")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def image_and_text(name: str, text: str) -> tuple[torch.nn.Module, dict]:
+    """A random model of images and text, and an image of 4 tokens with 8 of text behind it."""
+    text = dict(model_type=text, **{**SHAPE, "vocab_size": 2 * VOCAB, "layer_types": ["full_attention"] * 2})
+    vision = dict(model_type="clip_vision_model" if name.startswith("Llava") else "siglip_vision_model", hidden_size=16,
+                  intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16, **IMAGE)
+    config = dict(text_config=text, vision_config=vision, image_token_index=VOCAB, projection_dim=16, mm_tokens_per_image=4,
+                  vision_feature_layer=-1)
+    x = torch.cat([torch.full((1, 4), VOCAB), tokens(1, 8)], dim=1)
+    is_image = (x == VOCAB).long()
+    inputs = dict(input_ids=x, pixel_values=torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+    if not name.startswith("Llava"):
+        inputs["token_type_ids"] = 1 - is_image if name.startswith("Pali") else is_image
+    return build(name, config), inputs
+
+
+@torch.no_grad()
+def test_images_and_text_have_layers_of_their_own_shapes():
+    """2 heads of the image's encoder; 4 of the text's over 2, causal."""
+    model, inputs = image_and_text("LlavaForConditionalGeneration", "llama")
+    expected = model(**inputs).logits
+    torch.testing.assert_close(keep_every_key(model)(**inputs).logits, expected, rtol=1e-4, atol=3e-4)
+
+
+def refused(message: str):
+    return pytest.raises(ValueError, match=f"^{message}")
+
+
+@torch.no_grad()
+def test_a_mask_of_another_kind_is_refused():
+    """Where only the call can tell: prefixes and images that see all of themselves, and masks of one's own."""
+    for name, text in ("PaliGemmaForConditionalGeneration", "gemma"), ("Gemma3ForConditionalGeneration", "gemma3_text"):
+        model, inputs = image_and_text(name, text)
+        with refused("attention_mask: expected a causal or bidirectional mask, .* got another"):
+            keep_every_key(model)(**inputs)
+    with refused(r"attention_mask: expected a causal or bidirectional mask, .* got one of shape \(2, 1, 24, 24\)"):
+        keep_every_key(tiny("llama"))(tokens(), attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
+    for keyword in (dict(position_bias=torch.zeros(1, 4, SEQ, SEQ)), dict(softcap=3.0), dict(cu_seq_lens_q=torch.tensor([0, SEQ]))):
+        with refused(f"{next(iter(keyword))}: expected None, SEA has no such attention, got "):
+            keep_every_key(tiny("llama"))(tokens(), **keyword)
+
+
+@torch.no_grad()
+def test_causality_is_the_configs_and_the_calls():
+    """A decoder may be made bidirectional before SEA is attached; after it, or for one call, is refused."""
+    model, x = tiny("llama"), tokens()
+    causal = model(x).logits
+    model.config.is_causal = False
+    expected = model(x).logits
+    assert not torch.allclose(causal, expected, atol=0.1)
+    torch.testing.assert_close(keep_every_key(model)(x).logits, expected, rtol=1e-4, atol=3e-4)
+    model = keep_every_key(tiny("llama"))
+    with refused("is_causal: expected True, as SEA was attached to LlamaAttention, got False"):
+        model(x, is_causal=False)
+    model.config.is_causal = False
+    with refused("is_causal: expected True, as SEA was attached to LlamaAttention, got False"):
+        model(x)
+    for name in ("CLIPTextModel", "OwlViTTextModel"):  # their calls alone say that they are causal
+        model = build(name, {})
+        expected = model(x)[0]
+        with refused("is_causal: expected False, .* got True; attach.model, causal=.... decides"):
+            keep_every_key(build(name, {}))(x)
+        convert.attach(model, width=8, topk=SEQ, causal=True)
+        for module in convert.attention_modules(model):
+            module.sea.gate.bias.fill_(60.0)
+        torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=3e-4)
+
+
+DOCUMENTS = (3, 1, 12, 8)  # tokens
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "mixtral", "bert"])
+@pytest.mark.parametrize("method", ["sea", "performer"])
+def test_packed_documents_are_each_alone(kind, method):
+    """Positions that begin again are documents, which see nothing of each other, forward and backward."""
+    model = convert.attach(tiny(kind), method, width=8, topk=3)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x = tokens()
+    position = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(2, -1)
+    weight = torch.randn(SEQ, generator=torch.Generator().manual_seed(3))[:, None]
+    packed = model(x, position_ids=position)[0]
+    alone = torch.cat([model(part, use_cache=False)[0] for part in x.split(DOCUMENTS, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(packed, model(x)[0], atol=1e-2)
+    for out in (packed, alone):
+        model.zero_grad()
+        (out * weight).sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        if out is packed:
+            of_packed = gradients
+    for mine, expected in zip(of_packed, gradients, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-5)
+
+
+def test_packed_documents_have_no_cache_weights_or_records():
+    model, x = keep_every_key(tiny("llama")), tokens()
+    position = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(2, -1)
+    assert model(x, position_ids=position).past_key_values is None
+    with refused("position_ids: expected no packed documents .* with past_key_values"):
+        model(x, position_ids=position, past_key_values=transformers.DynamicCache())
+    with refused("position_ids: expected one document a sequence, since weights or records are wanted"):
+        model(x, position_ids=position, output_attentions=True)
+    with convert.record(model), refused("position_ids: expected one document a sequence, since weights or records are wanted"):
+        model(x, position_ids=position)
+    lengths = torch.tensor([0, *DOCUMENTS]).cumsum(0)  # as DataCollatorWithFlattening gives them beside the positions
+    given = model(x, position_ids=position, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=12, max_length_k=12)
+    assert torch.equal(given.logits, model(x, position_ids=position).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt-neox", "opt"])
+@torch.no_grad()
+def test_left_padding_changes_nothing(kind):
+    """Dense rotary attention sees differences of positions only, SEA's features where a token stands: positions are counted from
+    the first token, also where the caller gives none, with a cache too."""
+    model = convert.attach(tiny(kind), width=8, topk=3, query_stride=2)
+    x, n = tokens(), 7
+    mask = torch.ones_like(x)
+    mask[:, :n] = 0
+    alone = model(x[:, n:]).logits
+    torch.testing.assert_close(model(x, attention_mask=mask).logits[:, n:], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x, mask).logits[:, n:], alone, rtol=1e-4, atol=1e-4)
+    begun = model(x[:, :15], attention_mask=mask[:, :15])
+    rest = model(x[:, 15:], attention_mask=mask, past_key_values=begun.past_key_values)
+    torch.testing.assert_close(rest.logits, alone[:, 15 - n :], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -115,14 +320,13 @@ def test_what_sea_cannot_serve_is_refused():
     full.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
     with pytest.raises(ValueError, match="^past_key_values: expected .* that this model has filled, got a DynamicLayer of 3 tokens"):
         model(x[:, :4], past_key_values=full)
-    with pytest.raises(ValueError, match="^attention_mask: expected 2 dimensions"):
-        convert.attach(tiny("llama"), width=8)(x, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
     with pytest.raises(ValueError, match="^model: expected self-attention modules"):
         convert.attach(torch.nn.Linear(2, 2))
-    bart = transformers.BartConfig(vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                                   decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
-    with pytest.raises(ValueError, match="^model: expected self-attention only, got BartForConditionalGeneration"):
-        convert.attach(transformers.BartForConditionalGeneration(bart))
+    with pytest.raises(ValueError, match="^model: expected plain self-attention, got an encoder and decoder in BartAttention"):
+        convert.attach(build("BartForConditionalGeneration", dict(d_model=16, encoder_layers=1, decoder_layers=1,
+                                                                  encoder_attention_heads=2, decoder_attention_heads=2)))
+    with pytest.raises(ValueError, match="^model: expected one whose attention goes through transformers' interface, got Falcon"):
+        convert.attach(build("FalconForCausalLM", {}))
     with pytest.raises(ValueError, match="^method: expected one of .*'performer'.*, got 'flash'"):
         convert.attach(tiny("opt"), method="flash")
     with pytest.raises(ValueError, match="^query_stride: expected 1 for a Performer, got 3"):
