@@ -35,7 +35,8 @@ class PerformerAttention(nn.Module):
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features, in place."""
-        self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
+        if not self.projection.is_meta:
+            self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
                 softmax_scale: float | None = None, state: SEAState | None = None,

@@ -14,6 +14,7 @@ on each attention module. No modelling code is copied, so every model whose atte
 The estimator's state has a constant size, whatever the context: SEAState in sea.py, of which a cache layer holds one.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -26,9 +27,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig, PreTrainedConfig,
+                          PreTrainedModel)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (bidirectional_mask_function, causal_mask_function, flash_attention_mask,
@@ -65,6 +68,7 @@ class SEALayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self.state: SEAState | None = None
+        self.n_before = 0  # tokens before this call, in a model's first layer
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -117,7 +121,15 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     elif not isinstance(layer, SEALayer):
         raise ValueError(f"past_key_values: expected a DynamicCache that is empty or that this model has filled, got a "
                          f"{type(layer).__name__} of {layer.get_seq_length()} tokens")
-    return args, {**kwargs, "sea_layer": cache.layers[module.layer_idx]}
+    layer = cache.layers[module.layer_idx]
+    first = next(x for x in cache.layers if isinstance(x, SEALayer))
+    if layer is first:
+        first.n_before = layer.get_seq_length()
+    in_state = 0 if layer.state is None else layer.state.n_tokens
+    if not in_state == layer.get_seq_length() == first.n_before:
+        raise ValueError(f"past_key_values: expected as many tokens in each layer, and in its state, got {first.n_before} and, in layer "
+                         f"{module.layer_idx}, {layer.get_seq_length()} and {in_state}: a call failed midway; begin with a new cache")
+    return args, {**kwargs, "sea_layer": layer}
 
 
 # Keywords that reach attention functions and ask for no other attention.
@@ -325,8 +337,13 @@ def _record(module, q, k, v, scale, out, sea=None) -> None:
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[Record]]:
-    """Collect a Record from each attention layer, in the order they run. `model` runs "sea" or "sea_teacher" attention."""
+    """Collect a Record from each attention layer, in the order they run. `model` runs "sea" or "sea_teacher" attention.
+
+    Raises ValueError while another record of the model is open, in this thread or in another.
+    """
     records, modules = [], attention_modules(model)
+    if any(getattr(module, "sea_records", None) is not None for module in modules):
+        raise ValueError("model: expected no other record of it that is open, got one, whose layers cannot tell the two apart")
     for module in modules:
         module.sea_records = records
     try:
@@ -342,18 +359,31 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
+FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
+# In a student's config.json the name of its attention, which transformers' own loaders repeat as they refuse it: they would
+# drop the SEA weights, with no more than a warning, and run dense attention.
+ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
 
 
 def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
     """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
-    sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. Raises
-    ValueError, with the model as it was, if its attention is of another kind.
+    sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. PEFT's adapters
+    come after. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA already.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
+    known = [field.name for field in dataclasses.fields(SEAConfig) if field.name not in FROM_MODEL]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options: expected some of {', '.join(known)}, got {name}")
+    if _has_adapters(model):
+        raise ValueError("model: expected one without PEFT's adapters, which come after attach, got one that has them")
     modules = attention_modules(model)
+    if any(hasattr(module, "sea") for module in modules):
+        raise ValueError("model: expected one without SEA, whose weights would be lost, got a student; set_option changes topk, "
+                         "group and backend")
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
     seed = options.get("seed", 0)
@@ -372,12 +402,11 @@ def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrained
                 part.register_forward_pre_hook(complete, with_kwargs=True)
             part.register_forward_pre_hook(functools.partial(_ask_weights, True), with_kwargs=True)
             part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
-    fields = {k: v for k, v in dataclasses.asdict(layers[-1].config).items() if k not in OF_MODEL}
+    fields = {k: v for k, v in dataclasses.asdict(layers[-1].config).items()
+              if k not in (*FROM_MODEL, "max_positions", "causal", "seed")}
     model.config.sea = {"method": method, **fields, **options}
+    model.config.attn_implementation = ONLY_LOAD  # whoever saves the model, its config says so
     return model
-
-
-OF_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # fields of SEAConfig that attach() finds
 
 
 def _more_than_attention(module: nn.Module, config) -> str | None:
@@ -450,64 +479,181 @@ def set_option(model: PreTrainedModel, **options) -> None:
     model.config.sea = {**model.config.sea, **options}
 
 
+def _has_adapters(model: nn.Module) -> bool:
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
+
+
 def sea_parameters(model: nn.Module) -> list[str]:
     """Names of the weights that `attach` added."""
     return [name for name, _ in model.named_parameters() if ".sea." in name]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield `path`.new, to write a file or a folder to, which then takes the place of `path`, whole and on the disk.
+
+    What is written is synced before the rename, so neither a kill nor a power loss leaves half of it: `path` is the old one
+    or the new one. Between the two renames that a folder takes there is `path`.old, and `whole` finds the new one. An exception
+    removes what was written. Links are followed. Raises ValueError if the working directory is `path` or within.
+    """
+    path = Path(os.path.realpath(path))
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"path: expected none that holds the working directory, which would go with the old one, got {path}")
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    if whole(path) != path:
+        os.replace(whole(path), path)
+    _remove(new)
+    _remove(old)
+    try:
+        yield new
+        for written in (*new.rglob("*"), new):
+            _sync(written)
+        if path.is_dir():  # which no rename replaces
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(new)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)  # a network's disk keeps what is open
+
+
+def whole(path: Path) -> Path:
+    """`path`, or what stands for it after a kill between the two renames of `replacing`: that was whole before the first."""
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    if path.exists() or not old.exists():
+        return path
+    return new if new.exists() else old
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    if os.name == "nt":
+        return  # Windows opens no folders, and syncs what is open for writing only
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors, and the tokenizer's files, in place of `folder` if it exists.
 
     state_dict: the whole weights of a `model` that holds shards of them (FSDP2).
-    Everything is written beside it and then renamed, so a kill leaves the old model or the new one; between the two
-    renames the old one's name is `folder`.old.
+    A kill or a power loss leaves the old model or the new one, see `replacing`. Raises ValueError if `folder` holds something
+    else, is the working directory or holds it, or if `model` has PEFT's adapters.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").exists():
+    if _has_adapters(model):
+        raise ValueError("model: expected one without PEFT's adapters, got one that has them: save(peft_model.merge_and_unload(), "
+                         "folder), or save the student before PEFT wraps it, peft_model.save_pretrained(adapter), and later "
+                         "PeftModel.from_pretrained(load(folder), adapter)")
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"folder: expected a new folder or a saved model, got {folder}, which holds something else")
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
     if state_dict is not None:  # gathered weights are tied no more
         state_dict = {name: x for name, x in state_dict.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(new, state_dict=state_dict)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(new)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing(folder) as new:
+        # Under the names that the model's modules have, as `load` wants them; others' loaders want those of the family.
+        model.save_pretrained(new, state_dict=state_dict, save_original_format=not hasattr(model.config, "sea"))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
 
 
-def load(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model that `save` wrote, SEA included, in eval mode. dtype: as saved by default.
+def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
+         model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model that `save` wrote, SEA included, in eval mode.
 
-    transformers' own from_pretrained would drop the SEA weights with no more than a warning. Raises ValueError if
-    `folder` is not such a model or lacks weights.
+    dtype: as saved by default. model_class: the model's class, where transformers has none of its name. Runs no code from
+    `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.
     """
-    if not (Path(folder) / "config.json").exists():
+    folder = whole(Path(os.path.realpath(folder)))
+    if not (folder / "config.json").exists():
         raise ValueError(f"folder: expected a model saved by convert.save, got {folder}, which has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    with _in_a_sentence(f"a config.json that transformers reads in {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        has_generation = (folder / "generation_config.json").exists()
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+    config._attn_implementation = None  # ONLY_LOAD
     options = getattr(config, "sea", None)
     if options is None:
         raise ValueError(f"folder: expected a model with SEA, got a plain {config.model_type} in {folder}")
-    model = getattr(transformers, config.architectures[0])(config)
-    attach(model, **options)
-    _cast(model, config.dtype)
-    missing = set(model.state_dict())
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors = load_file(file)
-        missing -= tensors.keys()
-        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"folder: expected the weights of {type(model).__name__}, got {unexpected[:3]} in {file}")
+    model_class = model_class or _class_of(config, folder)
+    files = sorted(folder.glob("*.safetensors"))
+    with _in_a_sentence(f"whole weights in {folder}"):
+        found = _shapes(files)
+    with _in_a_sentence(f"the config.json of a student in {folder}"):
+        if config.get_text_config().num_hidden_layers > len(found):
+            raise ValueError(f"num_hidden_layers: expected at most the {len(found)} weights, got more")
+        saved_as = config.dtype or torch.get_default_dtype()
+        if not saved_as.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point one, got {saved_as}")
+        for name in ("topk", "group", "query_stride"):  # no weight's shape would tell
+            if name not in options:
+                raise ValueError(f"sea: expected {name} in it, got {sorted(options)}")
+        with torch.device("meta"):
+            tied = _student(model_class, config, options).all_tied_weights_keys
+            if tied.keys() & found.keys():  # they were saved, so they were not tied
+                config.tie_word_embeddings, tied = False, {}
+            skeleton = _student(model_class, config, options)
+    expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"folder: expected the weights of {model_class.__name__}, got {unexpected[:3]} in {folder}")
+    if missing := sorted(expected.keys() - found.keys() - tied.keys()):
+        raise ValueError(f"folder: expected all weights, got none for {missing[:3]} in {folder}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"folder: expected {name} of shape {expected[name]}, as its config.json says, got {shape} in {folder}")
+    with _in_a_sentence(f"the config.json of a student in {folder}"):
+        model = _cast(_student(model_class, config, options), saved_as)
+    for file in files:
+        model.load_state_dict(load_file(file), strict=False)
     model.tie_weights()
-    missing -= set(model.all_tied_weights_keys)
-    if missing:
-        raise ValueError(f"folder: expected all weights, got none for {sorted(missing)[:3]} in {folder}")
-    if (Path(folder) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return _cast(model, dtype or config.dtype).eval()
+    if generation is not None:
+        model.generation_config = generation
+    return _cast(model, dtype or saved_as).eval()
+
+
+@contextmanager
+def _in_a_sentence(expected: str) -> Iterator[None]:
+    """What is read from a folder can be anything, and its readers raise whatever they run into."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"folder: expected {expected}, got another ({reason})") from error
+
+
+def _class_of(config: PreTrainedConfig, folder: Path) -> type[PreTrainedModel]:
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else names
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    raise ValueError(f"folder: expected architectures to name a model of transformers, got {name!r} in {folder}; if it is a class "
+                     "of your own, pass it as model_class")
+
+
+def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Of the weights in the files, by their names."""
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    return shapes
+
+
+def _student(model_class: type[PreTrainedModel], config: PreTrainedConfig, options: dict) -> PreTrainedModel:
+    return attach(model_class(copy.deepcopy(config)), **options)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

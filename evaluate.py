@@ -127,14 +127,14 @@ def load_teacher(model: str | Path, seq_len: int):
 
     def load():
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if hasattr(AutoConfig.from_pretrained(name), "sea"):
+            sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
+                     "--load of distill.py and --students of evaluate.py are for students")
         return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
     tokenizer, teacher = hub(what, "give a local folder with --model DIR instead", load)
     if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
         sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-    if hasattr(teacher.config, "sea"):
-        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
-                 "--load of distill.py and --students of evaluate.py are for students")
     longest = teacher.config.max_position_embeddings
     if seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")

@@ -69,6 +69,11 @@ def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+def is_integer(x: object) -> bool:
+    """True and False are not: a file that says `width: true` means something else than 1."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 class Group(NamedTuple):
     """Which cells compete to be kept, see topk_mask."""
 
@@ -114,13 +119,19 @@ class SEAConfig:
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
             value = getattr(self, name)
-            _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", value)
+            _expect(is_integer(value) and value >= 1, name, "an integer >= 1", repr(value))
+        for name in ("causal", "cell_keys"):
+            value = getattr(self, name)
+            _expect(isinstance(value, bool), name, "True or False", repr(value))
+        _expect(is_integer(self.seed) and abs(self.seed) < 2**63, "seed", "an integer of 64 bits",
+                repr(self.seed))
         kv = self.kv_heads
-        divides = isinstance(kv, int) and kv >= 1 and self.n_head % kv == 0
-        _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", kv)
+        divides = is_integer(kv) and kv >= 1 and self.n_head % kv == 0
+        _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", repr(kv))
         _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
-        _expect(self.nbf > 0, "nbf", "a number > 0", self.nbf)
+        number = is_integer(self.nbf) or isinstance(self.nbf, float)
+        _expect(number and 0 < self.nbf < math.inf, "nbf", "a number > 0", repr(self.nbf))
         causal_groups = tuple(name for name, group in GROUPS.items() if group.causal)
         _expect(not self.causal or self.group in causal_groups, "group",
                 f"one of {causal_groups} when causal, since the others rank a query's cells against "
@@ -971,7 +982,8 @@ class SEAttention(nn.Module):
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features, in place. The authors do so every 1000 training steps."""
-        self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
+        if not self.projection.is_meta:
+            self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
                 softmax_scale: float | None = None, state: SEAState | None = None,

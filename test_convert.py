@@ -1,6 +1,13 @@
 """Laws of convert.py: SEA in models of many families, on random weights that take seconds."""
 
+import copy
 import dataclasses
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
 
 import pytest
 import torch
@@ -12,7 +19,6 @@ import convert
 import sea
 
 VOCAB, SEQ = 64, 24
-
 
 SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=4, max_position_embeddings=SEQ, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=1,
@@ -266,21 +272,6 @@ def test_left_padding_changes_nothing(kind):
     torch.testing.assert_close(rest.logits, alone[:, 15 - n :], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@torch.no_grad()
-def test_saved_student_reloads_to_the_same_logits(kind, tmp_path):
-    model, x = convert.attach(tiny(kind), width=8, topk=3), tokens()
-    for parameter in model.parameters():  # not what a fresh SEA would start from
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    model.tie_weights()
-    convert.save(model, tmp_path / "student")
-    convert.save(model, tmp_path / "student")  # in place of itself
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    loaded = convert.load(tmp_path / "student")
-    assert torch.equal(loaded(x)[0], model(x)[0])
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-
-
 def test_loading_in_half_precision_keeps_rotary_frequencies(tmp_path):
     """As from_pretrained does: in bf16 they would be a radian off at far positions."""
     model = convert.attach(tiny("llama"), width=8)
@@ -482,3 +473,396 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     torch.testing.assert_close(model(tokens()).logits[:, -1, :3], torch.tensor(logits), rtol=1e-4, atol=1e-4)
     convert.save(model, tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
+
+
+# -- saving and loading
+
+
+def write(path: Path, kind: str, text: str) -> None:
+    if kind == "folder":
+        (path / "within").mkdir(parents=True)
+        path = path / "within/file"
+    path.write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(x.relative_to(folder)): x.read_text() for x in folder.rglob("*") if x.is_file()}
+
+
+def watch(monkeypatch, before_each) -> list[tuple[str, ...]]:
+    """The calls that put files on the disk and under their names, as they are made; before_each(how many they are) comes first."""
+    calls = []
+
+    def watched(name, names_of):
+        real = getattr(os, name)
+
+        def call(*args):
+            calls.append((name, *names_of(*args)))
+            before_each(len(calls))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    watched("fsync", lambda descriptor: [Path(os.readlink(f"/proc/self/fd/{descriptor}")).name])
+    watched("replace", lambda a, b: [Path(a).name, Path(b).name])
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_replaces_is_on_the_disk_before_it_has_the_name(kind, exists, tmp_path, monkeypatch):
+    """Else a power loss leaves a name with nothing, or half, behind it."""
+    if exists:
+        write(tmp_path / "it", kind, "old")
+    calls = watch(monkeypatch, lambda _: None)
+    with convert.replacing(tmp_path / "it") as new:
+        write(new, kind, "new")
+    renamed = calls.index(("replace", "it.new", "it"))
+    written = {"it.new", "within", "file"} if kind == "folder" else {"it.new"}
+    assert {call[1] for call in calls[:renamed] if call[0] == "fsync"} == written
+    assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
+    assert set(contents(tmp_path).values()) == {"new"} and [x.name for x in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(kind, exists, tmp_path, monkeypatch):
+    """The state of the disk before each operation is what a kill leaves; the next replacement cleans up."""
+    path = tmp_path / "disk/it"
+    path.parent.mkdir()
+    if exists:
+        write(path, kind, "old")
+    with monkeypatch.context() as patch:
+        watch(patch, lambda n: shutil.copytree(path.parent, tmp_path / f"killed{n}"))
+        with convert.replacing(path) as new:
+            write(new, kind, "new")
+    for disk in tmp_path.glob("killed*"):
+        found = convert.whole(disk / "it")
+        if exists:
+            assert (found / "within/file" if kind == "folder" else found).read_text() in ("old", "new")
+        with convert.replacing(disk / "it") as new:
+            assert (disk / "it").exists() or not exists
+            write(new, kind, "next")
+        assert [x.name for x in disk.iterdir()] == ["it"] and set(contents(disk).values()) == {"next"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_replacement_that_fails_leaves_what_was(kind, exists, tmp_path, monkeypatch):
+    path = tmp_path / "it"
+    if exists:
+        write(path, kind, "old")
+    before, names, failing = contents(tmp_path), list(tmp_path.iterdir()), 0
+    while convert.whole(path) == path and contents(tmp_path) == before:
+        assert list(tmp_path.iterdir()) == names
+        failing += 1
+
+        def fail(n, failing=failing):
+            if n == failing:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            calls = watch(patch, fail)
+            with convert.replacing(path) as new:
+                write(new, kind, "new")
+    assert calls[-1] == ("fsync", tmp_path.name)  # the last one comes when the new one has the name
+    assert set(contents(path.parent if kind == "file" else path).values()) == {"new"}
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """With weights that are not what a fresh model would start from."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def student(kind: str = "opt", **options) -> torch.nn.Module:
+    return moved(convert.attach(tiny(kind), **{"width": 8, "topk": 3, **options}))
+
+
+def assert_same(loaded: torch.nn.Module, model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens())[0], model(tokens())[0])
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_save_wrote_loads(kind, tmp_path):
+    """Of every family, also of those whose weights transformers saves under other names than their modules have."""
+    model = student(kind)
+    model.tie_weights()
+    convert.save(model, tmp_path / "student")
+    convert.save(model, tmp_path / "student")  # in place of itself
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert_same(convert.load(tmp_path / "student"), model)
+    plain = tiny(kind)
+    convert.save(plain, tmp_path / "teacher")
+    assert_same(type(plain).from_pretrained(tmp_path / "teacher"), plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama"])
+def test_resized_and_untied_embeddings_are_kept(kind, tied, tmp_path):
+    model = tiny(kind)
+    model.resize_token_embeddings(VOCAB + 6)
+    if not tied:  # by hand, so that the config does not know
+        model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn(VOCAB + 6, 16))
+    model = moved(convert.attach(model, width=8, topk=3))
+    convert.save(model, tmp_path / "student")
+    assert_same(convert.load(tmp_path / "student"), model)
+
+
+class MyOPT(transformers.OPTForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.flip(-1)
+        return output
+
+
+def test_a_class_of_ones_own_is_asked_for_and_loads(tmp_path):
+    model = moved(convert.attach(MyOPT(tiny("opt").config).eval(), width=8))
+    convert.save(model, tmp_path / "student")
+    with pytest.raises(ValueError, match="^folder: expected architectures to name a model .*, got 'MyOPT' .* model_class$"):
+        convert.load(tmp_path / "student")
+    assert_same(convert.load(tmp_path / "student", model_class=MyOPT), model)
+
+
+@pytest.mark.parametrize("saver", ["convert", "transformers"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "bert"])
+def test_transformers_own_loaders_refuse_a_student_and_name_load(kind, saver, tmp_path):
+    """They would drop its SEA weights and run dense attention: the teacher's numbers under the student's name."""
+    model, folder = student(kind), tmp_path / "student"
+    convert.save(model, folder) if saver == "convert" else model.save_pretrained(folder)  # as Trainer does
+    again = convert.load(folder)
+    for saved in (again, copy.deepcopy(again)):
+        saved.save_pretrained(tmp_path / "again")
+        for loader in (type(model), transformers.AutoModel, transformers.AutoModelForCausalLM):
+            for source in (folder, tmp_path / "again"):
+                with pytest.raises(ValueError, match="convert.load"):
+                    loader.from_pretrained(source)
+    with pytest.raises(Exception, match="convert.load"):
+        transformers.pipeline("text-generation", model=str(folder))
+    assert_same(convert.load(tmp_path / "again"), model)
+    convert.save(tiny(kind), tmp_path / "plain")
+    assert_same(type(model).from_pretrained(tmp_path / "plain"), tiny(kind))
+
+
+def test_attach_refuses_a_student_and_leaves_it(tmp_path):
+    model, x = student(), tokens()
+    before, weights = model(x).logits, copy.deepcopy(model.state_dict())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(ValueError, match="^model: expected one without SEA.*, got a student"):
+        convert.attach(model, width=8)
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items()) and torch.equal(model(x).logits, before)
+
+
+@pytest.mark.parametrize("option", ["widht", "n_head", "n_kv_head"])
+def test_attach_names_the_options_that_it_does_not_know(option):
+    with pytest.raises(ValueError, match=f"^options: expected some of width, topk, .*, got {option}$"):
+        convert.attach(tiny("opt"), **{option: 8})
+
+
+def test_each_layer_has_features_of_its_own():
+    for options in ({}, {"seed": 5}):
+        first, second = (m.sea.projection for m in convert.attention_modules(student(**options)))
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_come_after_attach_and_both_ways_of_saving_them_load(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is no dependency")
+    wrap = lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model, x = student("llama"), tokens()
+    convert.save(model, tmp_path / "student")
+    tuned = wrap(model)
+    assert any(".sea." in name and "lora" in name for name, _ in tuned.named_parameters())
+    tuned(x, labels=x).loss.backward()
+    torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1).step()
+    expected = tuned.eval()(x).logits.detach()
+    for whole in (tuned, model):
+        with pytest.raises(ValueError, match="^model: expected one without PEFT's adapters, .*merge_and_unload.*save_pretrained"):
+            convert.save(whole, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(convert.load(tmp_path / "student"), tmp_path / "adapter")
+    assert torch.equal(loaded(x).logits, expected)
+    convert.save(tuned.merge_and_unload(), tmp_path / "merged")
+    torch.testing.assert_close(convert.load(tmp_path / "merged")(x).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="^model: expected one without PEFT's adapters, which come after attach"):
+        convert.attach(wrap(tiny("llama")), width=8)
+
+
+def test_where_save_writes(tmp_path, monkeypatch):
+    """An empty folder, behind a link, under any spelling; not over the working directory, nor a file."""
+    model = student()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "file").write_text("mine")
+    for folder in ("empty", "link", "link/.", "new/", "empty/../empty"):
+        convert.save(model, f"{tmp_path}/{folder}")
+        assert_same(convert.load(f"{tmp_path}/{folder}"), model)
+    assert (tmp_path / "link").is_symlink()
+    assert {x.name for x in tmp_path.iterdir()} == {"empty", "link", "file", "new"}
+    monkeypatch.setattr(model, "save_pretrained", lambda *_, **__: pytest.fail("worked before it refused"))
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder in (".", "./", tmp_path / "empty"):
+        with pytest.raises(ValueError, match="^path: expected none that holds the working directory"):
+            convert.save(model, folder)
+    with pytest.raises(ValueError, match="^folder: expected a new folder or a saved model, got .*file"):
+        convert.save(model, tmp_path / "file")
+    assert_same(convert.load("."), model)
+
+
+def test_a_student_between_two_renames_loads(tmp_path):
+    model = student()
+    for left in (["student.old"], ["student.old", "student.new"]):
+        for name in left:
+            convert.save(model, tmp_path / name)
+        assert_same(convert.load(tmp_path / "student"), model)
+    (tmp_path / "student.new/config.json").write_text("cut off")  # beside a whole one it may be anything
+    convert.save(model, tmp_path / "whole")
+    (tmp_path / "whole").rename(tmp_path / "student")
+    assert_same(convert.load(tmp_path / "student"), model)
+    convert.save(model, tmp_path / "student")
+    assert [x.name for x in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_student_is_saved_through_replacing(tmp_path, monkeypatch):
+    convert.save(student(), tmp_path / "student")
+    before = {x.name: x.read_bytes() for x in (tmp_path / "student").iterdir()}
+    other = student("llama")
+    monkeypatch.setattr(other, "save_pretrained", lambda folder, **_: Path(folder).mkdir() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.save(other, tmp_path / "student")
+    assert {x.name: x.read_bytes() for x in (tmp_path / "student").iterdir()} == before
+    calls = watch(monkeypatch, lambda _: None)
+    convert.save(student(), tmp_path / "student")
+    last = calls.index(("replace", "student.new", "student"))
+    assert {("fsync", name) for name in (*before, "student.new")} <= set(calls[:last])
+
+
+def test_the_generation_config_is_saved_with_the_student(tmp_path):
+    model = student()
+    model.generation_config.update(max_new_tokens=7, eos_token_id=5, top_k=3, do_sample=True)
+    convert.save(model, tmp_path / "student")
+    loaded = convert.load(tmp_path / "student").generation_config
+    assert {k: v for k, v in loaded.to_dict().items() if k != "transformers_version"} == {
+        k: v for k, v in model.generation_config.to_dict().items() if k != "transformers_version"}
+
+
+def test_no_code_of_a_folder_runs(tmp_path):
+    convert.save(student(), tmp_path / "student")
+    text = (tmp_path / "student/config.json").read_text()
+    (tmp_path / "student/code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import OPTConfig as Mine")
+    changes = [{"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}]
+    changes += [{"architectures": x} for x in (["pipeline"], ["OPTConfig"], ["nn"], [], None, "pipeline", [3], ["os.system"])]
+    for change in changes:
+        (tmp_path / "student/config.json").write_text(json.dumps({**json.loads(text), **change}))
+        with pytest.raises(ValueError, match="^folder: expected (architectures to name a model|a config.json)"):
+            convert.load(tmp_path / "student")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_config_that_was_tampered_with_is_refused_in_a_sentence(kind, tmp_path):
+    """Every field, missing or of another kind or far too large: the same logits, or one sentence, and soon."""
+    model, x, folder = student(kind), tokens(), tmp_path / "student"
+    convert.save(model, folder)
+    expected, config = model(x).logits, json.loads((folder / "config.json").read_text())
+    fields = [(config, name) for name in list(config)] + [(config["sea"], name) for name in list(config["sea"])]
+    must_fail = {"width", "topk", "nbf", "cell_keys", "group", "backend", "method", "query_stride"}
+    for where, name in fields:
+        right = where.pop(name)
+        for wrong in ("missing", None, True, -1, 10**9, "x", [], {"a": 1}):
+            if wrong == 10**9 and name in ("topk", "query_stride", "nbf") or wrong is True and name == "cell_keys":
+                continue  # a right value too
+            if wrong != "missing":
+                where[name] = wrong
+            (folder / "config.json").write_text(json.dumps(config))
+            try:
+                loaded = convert.load(folder)
+            except (ValueError, OSError) as error:
+                assert "\n" not in str(error), (name, wrong)
+            else:
+                assert wrong == "missing" or name not in must_fail, (name, wrong)
+                try:
+                    assert torch.equal(loaded(x).logits, expected), (name, wrong)
+                except ValueError:
+                    pass  # refused when it runs
+        where[name] = right
+    for text in ("", "{", "[]", "3", "null", "\x00" * 9):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="^folder: expected [^\\n]*$"):
+            convert.load(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:40], lambda b: b[:-5], lambda b: b"\xff" * len(b)])
+def test_weights_that_are_cut_off_are_refused_in_a_sentence(damage, tmp_path):
+    convert.save(student(), tmp_path / "student")
+    file = tmp_path / "student/model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="^folder: expected whole weights in [^\\n]*$"):
+        convert.load(tmp_path / "student")
+
+
+def test_a_record_within_another_of_the_same_model_is_refused():
+    """Also from another thread; records of two models do not see each other."""
+    model, other, x = student(), student("llama"), tokens()
+    errors = []
+
+    def in_a_thread():
+        try:
+            with convert.record(model):
+                pass
+        except ValueError as error:
+            errors.append(str(error))
+
+    with convert.record(model) as outer:
+        with pytest.raises(ValueError, match="^model: expected no other record"):
+            with convert.record(model.model):
+                pass
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+        with convert.record(other) as inner:
+            model(x), other(x)
+    assert len(errors) == 1 and len(outer) == len(inner) == 2
+    with convert.record(model) as records:
+        model(x)
+    assert len(records) == 2 and len(outer) == 2
+
+
+@pytest.mark.parametrize("begun", [0, 5])  # tokens in the cache
+@pytest.mark.parametrize("layer, part", [(0, "attention"), (0, "behind"), (1, "attention"), (1, "behind")])
+@pytest.mark.parametrize("n", [1, 3])
+@torch.no_grad()
+def test_a_cache_that_a_failed_call_left_is_refused(begun, layer, part, n, monkeypatch):
+    """Its layers, or a layer and its state, hold different numbers of tokens: a retry would answer wrongly."""
+    model, x = student("llama"), tokens(n=9)
+    cache = transformers.DynamicCache(config=model.config)
+    if begun:
+        model(x[:, :begun], past_key_values=cache)
+    broken = model.model.layers[layer]
+    broken = broken.self_attn.sea if part == "attention" else broken.mlp
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x[:, begun : begun + n], past_key_values=cache)
+    whole = layer == 1 and part == "behind"  # every layer has taken the tokens in
+    for _ in range(2):
+        if whole:
+            model(x[:, begun + n : begun + n + 1], past_key_values=cache)
+        else:
+            with pytest.raises(ValueError, match="^past_key_values: expected as many tokens .* begin with a new cache$"):
+                model(x[:, begun : begun + n], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_batch_that_is_repeated_keeps_its_state():
+    model, x = student(), tokens(n=9)
+    cache = model(x[:, :6]).past_key_values
+    cache.batch_repeat_interleave(2)
+    got = model(x[:, 6:].repeat_interleave(2, 0), past_key_values=cache).logits
+    torch.testing.assert_close(got, model(x).logits[:, 6:].repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)

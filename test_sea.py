@@ -861,6 +861,16 @@ def test_import_needs_torch_and_einops_only():
     assert set(loaded) <= {"sea", "torch", "einops"}
 
 
+@pytest.mark.parametrize("layer", [SEAttention, PerformerAttention])
+def test_a_layer_without_memory_has_the_shapes_of_one_with(layer, monkeypatch):
+    """On the meta device nothing is drawn, so that a layer of any size can be looked at."""
+    shapes = {name: x.shape for name, x in layer(SEAConfig(n_head=2, d_head=8)).state_dict().items()}
+    for module in sys.modules[layer.__module__], sea:
+        monkeypatch.setattr(module, "orthogonal_features", lambda *_: pytest.fail("drew features"))
+    with torch.device("meta"):
+        assert shapes == {name: x.shape for name, x in layer(SEAConfig(n_head=2, d_head=8)).state_dict().items()}
+
+
 GOOD = dict(n_head=4, n_kv_head=2, d_head=8, width=8, topk=2, max_positions=16)
 
 
@@ -875,6 +885,15 @@ GOOD = dict(n_head=4, n_kv_head=2, d_head=8, width=8, topk=2, max_positions=16)
     (dict(group="batch"), "group", "when causal", "batch"),
     (dict(query_stride=2, causal=False), "query_stride", "1 unless causal", "2"),
     (dict(nbf=0), "nbf", "> 0", "0"),
+    (dict(nbf="8"), "nbf", "number", "'8'"),
+    (dict(nbf=math.inf), "nbf", "number", "inf"),
+    (dict(width=True), "width", "integer", "True"),
+    (dict(width=None), "width", "integer", "None"),
+    (dict(n_kv_head=True), "n_kv_head", "divisor", "True"),
+    (dict(causal=1), "causal", "True or False", "1"),
+    (dict(cell_keys=None), "cell_keys", "True or False", "None"),
+    (dict(seed="0"), "seed", "integer", "'0'"),
+    (dict(seed=2**64), "seed", "64 bits", str(2**64)),
 ])
 def test_bad_config_names_the_argument(change, argument, expected, got):
     with pytest.raises(ValueError, match=f"^{argument}: expected .*") as error:
