@@ -3,11 +3,11 @@ and every launch is compiled for the GPU besides; with one the same laws run the
 
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,11 @@ here = Path(__file__).resolve().parent
 def sizes(low: int, high: int, *few: int):
     """Sizes that kernels are compiled for: any on a CPU; on a GPU, where each takes seconds to compile, these few."""
     return st.sampled_from(few) if CUDA else st.integers(low, high)
+
+
+def in_parts(argument: str, *values):
+    """A law that compiles for a minute or more is one for each of `values` on a GPU, so that several workers share it."""
+    return pytest.mark.parametrize(argument, values if CUDA else [None])
 
 
 HEADS = st.sampled_from([(1, 1, 2), (2, 1, 1)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)])  # B, Hkv, H / Hkv
@@ -339,8 +344,9 @@ def check_sparse_attention(case, change=lambda seen: seen):
 @example(Sparse(torch.float32, True, 18, 400, (1, 1, 1), 8, 3, 0.5, 9, False, "contiguous", 64, 2))  # runs far apart
 @example(Sparse(torch.float32, True, 9, 500, (1, 1, 1), 8, 40, 0.1, 5, False, "contiguous", 64, 0))
 @settings(FEW)
-def test_sparse_attention_matches_reference(case):
-    check_sparse_attention(case)
+@in_parts("dtype", *DTYPES)
+def test_sparse_attention_matches_reference(dtype, case):
+    check_sparse_attention(case if dtype is None else replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
@@ -354,7 +360,7 @@ def test_runs_of_a_plan_are_apart_and_end_with_unit_0(density):
     for run, step in zip(runs.tolist(), steps.tolist()):
         n = next(i for i in range(max_runs + 1) if run[i][0] == 0 and (i > 0 or step == 0))
         assert all(first < end for first, end in run[:n])
-        assert all(end + kernels.GAP.value < first for (_, end), (first, _) in zip(run[:n], run[1:n]))
+        assert all(end + kernels.GAP.value < first for (_, end), (first, _) in itertools.pairwise(run[:n]))
         assert step == sum(-(-(end - first) * kernels.UNIT.value // tiles["BLOCK_N"]) for first, end in run[:n])
 
 
@@ -530,7 +536,7 @@ def _check_causal_context(case):
 
 def _check_estimator(case):
     """encode_rows, causal_cnn and mix_average, on what the reference gives each of them."""
-    (q, k, v), (count, n_new) = case.qkv(), case.tokens()
+    (q, _, v), (count, n_new) = case.qkv(), case.tokens()
     layer, generator = case.layer().to(case.dtype), torch.Generator().manual_seed(case.seed)
     (B, H, T, D), (P,), has_past = q.shape, layer.cnn.norm.weight.shape, case.seed % 2
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
@@ -684,8 +690,9 @@ def test_cell_keys_are_exact_at_any_length(n):
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
 @example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1))
 @settings(max_examples=5)
-def test_layer_is_the_same_on_both_backends(case):
-    check_layer(case)
+@in_parts("stride", 1, 3)
+def test_layer_is_the_same_on_both_backends(stride, case):
+    check_layer(case if stride is None else replace(case, stride=stride))
 
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, padded=True, T=min(case.T, 20))), st.integers(6, 19))
@@ -727,7 +734,7 @@ def step_as_accurate_as_eager(case, kernel, reference, inputs) -> None:
 def check_step(case):
     """causal_context, causal_cnn and mix_average of one token a sequence. `padded`: of some sequences it is no token."""
     case = replace(case, T=1)
-    (q, k, v), (count, n_new), (B, Hkv, group), H = case.qkv(), case.tokens(), case.heads, case.heads[1] * case.heads[2]
+    (q, k, v), (count, n_new), (B, Hkv, _), H = case.qkv(), case.tokens(), case.heads, case.heads[1] * case.heads[2]
     layer, generator, has_past = case.layer(), torch.Generator().manual_seed(case.seed), case.seed % 2
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
     cnn, m, (P,) = layer.cnn, layer.projection.shape[1], layer.cnn.norm.weight.shape
@@ -815,8 +822,9 @@ def check_decoding(case, first, rtol=1e-3):
 @example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 6)  # a level of cell keys begins
 @example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1), 6)
 @settings(max_examples=10)
-def test_decoding_is_the_whole_on_both_backends(case, steps):
-    case = replace(case, T=max(2, case.T))
+@in_parts("stride", 1, 3)
+def test_decoding_is_the_whole_on_both_backends(stride, case, steps):
+    case = replace(case, T=max(2, case.T), stride=stride or case.stride)
     check_decoding(case, max(1, case.T - steps))
 
 
@@ -895,9 +903,8 @@ def test_the_backend_is_chosen_by_config_and_device():
 def test_tensors_that_no_kernel_can_read_are_refused():
     layer, q = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")), torch.randn(1, 1, 4, 8)
     compiled = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
-    with mock.patch.object(triton, "knobs", compiled):
-        with pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
-            layer(q, q, q)
+    with mock.patch.object(triton, "knobs", compiled), pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
+        layer(q, q, q)
 
 
 def test_an_operation_refuses_what_supports_refuses():
@@ -1222,9 +1229,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
             kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
             layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
     yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
-    for heads, width in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
-        cnn = sea.CausalCNN(heads, width).to(dtype)
-        image = torch.ones(1, 2 * heads, 8, width // 4, dtype=dtype, requires_grad=True)
+    for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
+        cnn = sea.CausalCNN(heads, n_cells).to(dtype)
+        image = torch.ones(1, 2 * heads, 8, n_cells // 4, dtype=dtype, requires_grad=True)
         none, four, n_rows = image[:, :, :0], image[:, :, :4], torch.ones(1, dtype=torch.long)
         yield kernels.causal_cnn(image, cnn, (none, none), n_rows)[0]
         with torch.no_grad():
@@ -1266,15 +1273,10 @@ def compile_launches(capability: int, shape: int) -> int:
     return len(cubins)
 
 
-def test_every_launch_compiles_without_a_gpu():
-    """For sm_90 in all dtypes and sizes, for sm_80 in bf16; a process for each, as many at a time as there are cores."""
+@pytest.mark.parametrize("capability, shape", [*((90, shape) for shape in reversed(range(len(SHAPES)))), (80, 0)])
+def test_every_launch_compiles_without_a_gpu(capability, shape):
+    """For sm_90 in all dtypes and sizes, for sm_80 in bf16."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-    def compiled(job):
-        code = f"import test_kernels; print(test_kernels.compile_launches(*{job}), 'cubins')"
-        return subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
-
-    jobs = [*((90, shape) for shape in reversed(range(len(SHAPES)))), (80, 0)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for job, done in zip(jobs, pool.map(compiled, jobs)):
-            assert done.returncode == 0 and "cubins" in done.stdout, f"{job}: {done.stderr[-3000:]}"
+    code = f"import test_kernels; print(test_kernels.compile_launches({capability}, {shape}), 'cubins')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "cubins" in done.stdout, done.stderr[-3000:]
