@@ -278,3 +278,42 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     torch.testing.assert_close(model(tokens()).logits[:, -1, :3], torch.tensor(logits), rtol=1e-4, atol=1e-4)
     convert.save(model, tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
+
+
+# -- what reaches the layers, and what is left afterwards
+
+
+def test_new_weights_have_the_dtype_of_the_model():
+    model = convert.attach(tiny("llama").bfloat16(), width=8, topk=3)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_every_option_that_can_be_set_survives_saving(tmp_path):
+    model = convert.attach(tiny("opt"), width=8, topk=2)
+    convert.set_option(model, group="query", backend="torch")
+    convert.save(model, tmp_path / "student")
+    for m in convert.attention_modules(convert.load(tmp_path / "student")):
+        assert (m.sea.config.group, m.sea.config.backend, m.sea.config.topk) == ("query", "torch", 2)
+
+
+@torch.no_grad()
+def test_sequences_picked_from_a_cache_go_on_as_they_were():
+    """With the estimator's state. What the cache of a student cannot do is refused."""
+    model, x = convert.attach(tiny("llama"), width=8, topk=3, query_stride=2), tokens(batch=3, n=12)
+    cache = model(x[:, :-1], use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.batch_select_indices(torch.tensor([2, 0]))
+    alone = model(x[[2, 0]], use_cache=False).logits[:, -1]
+    torch.testing.assert_close(model(x[[2, 0], -1:], past_key_values=cache).logits[:, -1], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="^past_key_values: expected a cache that stays where it is"):
+        cache.layers[0].offload()
+
+
+@torch.no_grad()
+def test_recording_ends_with_an_error():
+    model, x = convert.attach(tiny("opt"), width=8, topk=3), tokens()
+    with pytest.raises(KeyError), convert.record(model) as records:
+        raise KeyError
+    model(x)
+    assert not records
