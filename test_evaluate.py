@@ -336,7 +336,8 @@ def other_student() -> tuple[torch.nn.Module, torch.nn.Module]:
 def test_pictures_are_of_the_heads_asked_for_or_of_the_median_one(tmp_path, monkeypatch):
     (student, teacher), dense, x, drawn = other_student(), tiny("opt"), tokens(1), []
     dense.set_attn_implementation("eager")
-    of_teacher, of_student = (torch.cat(model(x, output_attentions=True).attentions) for model in (dense, student))  # (layers, H, T, T)
+    attention = lambda model: torch.cat(model(x, output_attentions=True).attentions)  # (layers, H, T, T)
+    of_teacher, of_student = attention(dense), attention(student)
     shares = (of_teacher * (of_student > 0)).sum((2, 3)) / SEQ
     median = divmod(shares.flatten().argsort()[shares.numel() // 2].item(), 2)
     monkeypatch.setattr(evaluate, "draw_head", lambda figure, axes, images: drawn.append(images))
@@ -350,8 +351,8 @@ def test_pictures_are_of_the_heads_asked_for_or_of_the_median_one(tmp_path, monk
             (first, model), _, (third, kept), (_, sparse) = images.items()
             assert f"(layer {layer}, head {head})" in first and f"hold {shares[layer, head]:.0%} of" in third
             assert torch.equal(kept, of_student[layer, head] > 0)
-            for image, attention, shown in ((model, of_teacher, seen), (sparse, of_student, kept)):
-                torch.testing.assert_close(image[shown], attention[layer, head][shown].clamp(min=1e-4).log10(), rtol=1e-3, atol=1e-4)
+            for image, weights, shown in ((model, of_teacher, seen), (sparse, of_student, kept)):
+                torch.testing.assert_close(image[shown], weights[layer, head][shown].clamp(min=1e-4).log10(), rtol=1e-3, atol=1e-4)
                 assert (image[~shown] == -torch.inf).all()
 
 

@@ -995,6 +995,109 @@ def test_bench_wants_a_text_with_a_model(capsys):
     assert "--data: expected a text file with --model, got none" in capsys.readouterr().err
 
 
+def bench_of(*options):
+    """bench.py, small arguments, a layer and q, k, v of 64 tokens, on the CPU."""
+    import bench
+
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "4", "--train-steps", "1",
+                            "--layers", "1", "--strides", "1", "2", *options])
+    inputs = bench.walk_inputs(args, 64)
+    return bench, args, bench.trained_layer(args, *inputs), inputs
+
+
+def test_bench_says_how_much_faster_or_slower():
+    """Above 1 is faster in speed, slower in time; against the fastest of the dense backends."""
+    import bench
+
+    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, "random masks, sparse attention alone": 0.1}
+    table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms) for name, ms in named.items()}}, "forward")
+    assert "SEA stride 1: 4.00x the speed of the fastest dense" in table and table.count("fastest dense") == 1
+    _, heads, cells = table.strip().splitlines()[:3]
+    columns = [heads.index(name[:24]) + len(name[:24]) for name in named]
+    assert all(cells[:end].endswith(f"{ms:.3f} ({10 * ms:8,.0f})") for end, ms in zip(columns, named.values()))
+    assert bench.decoding_line(dict(ms=0.5, keys=60.0, most=80), [4.0, 2.0]) == (
+        "0.5000 ms, 60 keys a head, 80 at most, 4.00x the speed of the fastest dense")
+    dense, ours = dict(ms=2.0, mib=40.0, weights_mib=5.0), dict(ms=3.0, mib=10.0, weights_mib=5.0)
+    assert bench.prefill_line(ours, dense) == "3.0 ms, 10 MiB above the weights' 5, 1.50x SDPA's time and 0.25x its memory"
+
+
+@pytest.mark.parametrize("longest, found", [(1000, range(100, 132)), (90, None)])
+def test_bench_finds_where_sea_begins_to_win(longest, found, monkeypatch, capsys):
+    """Where dense takes a millisecond a token, and SEA always 100."""
+    bench, args, layer, inputs = bench_of("--lengths", str(longest))
+    time = lambda attention, q, k, v: 100.0 if isinstance(attention, sea.SEAttention) else float(q.shape[2])
+    monkeypatch.setattr(bench, "forward", time)
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run: run)
+    bench.break_even(args, layer, [x.repeat(1, 1, 20, 1) for x in inputs])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 2 and all(line.startswith(f"stride {stride}: ") for line, stride in zip(lines, args.strides))
+    if found is None:
+        assert all(line.endswith("SEA does not win up to T = 90") for line in lines)
+    else:
+        assert all(int(line.split()[-1]) in found for line in lines)
+
+
+def test_bench_stretches_positions_and_keeps_the_rest():
+    bench, args, layer, _ = bench_of()
+    layer.requires_grad_(False)
+    for T in (bench.TRAINED, 2 * bench.TRAINED):
+        long = bench.stretched(args, layer, T, 4)
+        x = torch.arange(T) * (bench.TRAINED - 1) / (T - 1)
+        low, share = x.long().clamp(max=bench.TRAINED - 2), x - x.long().clamp(max=bench.TRAINED - 2)
+        expected = layer.position[low] * (1 - share[:, None]) + layer.position[low + 1] * share[:, None]
+        torch.testing.assert_close(long.position.data, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(long.decoder.weight, layer.decoder.weight) and long.config.query_stride == 4
+
+
+def test_bench_takes_inputs_as_the_model_scales_them():
+    """From the middle layer on, heads side by side, keys repeated: its attention at the usual scale is the model's."""
+    import bench
+
+    generator = torch.Generator().manual_seed(0)
+    make = lambda heads: torch.randn(1, heads, 5, 4, generator=generator)
+    records = [SimpleNamespace(q=make(2), k=make(1), v=make(1), scale=0.9) for _ in range(4)]
+    q, k, v = bench.heads_of(records, 3)
+    for i, r in enumerate(records[2:]):
+        heads = slice(2 * i, 2 * i + 2)
+        torch.testing.assert_close(q[:, heads] @ k[:, heads].mT * 4**-0.5, r.q @ r.k.mT * r.scale)
+        assert torch.equal(v[:, heads], r.v.expand(1, 2, 5, 4))
+    _, _, _, (q, k, v) = bench_of()
+    like = lambda x, y: torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+    assert like(q, k) > 0.25 and like(q, v).abs() < 0.15  # queries and keys of synthetic inputs share half
+
+
+def test_bench_runs_what_its_options_say(monkeypatch):
+    bench, args, layer, inputs = bench_of("--no-cell-keys", "--forward-only")
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
+    assert (layer.config.cell_keys, layer.config.width, layer.config.topk) == (False, 8, 4)
+    assert all(name.endswith("| forward") for name in bench.measure(args, layer, inputs, 64))
+    with mock.patch.object(torch.autograd, "grad") as grad:
+        bench.forward_backward(layer, *inputs)()
+    (outputs, to, _), _ = grad.call_args
+    assert [x.shape for x in outputs] == [(1, 2, 64, 8)] * 2 and len(to) == 3 + len(list(layer.parameters()))
+    import convert
+
+    with mock.patch.object(convert, "attach", wraps=convert.attach) as attach:
+        bench.prefill_of(args, 32, 2)
+    assert attach.call_args.kwargs == dict(width=8, topk=4, query_stride=2, cell_keys=False)
+
+
+def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
+    """At every stride, dense attention over the same keys, though the state has seen a prompt only."""
+    bench, args, layer, _ = bench_of("--batches", "2")
+    strides, lengths, seen = [], [], []
+    stretched, visited = bench.stretched, bench.keys_visited
+    monkeypatch.setattr(bench, "PROMPT", 16)
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
+    monkeypatch.setattr(bench, "stretched", lambda *x: strides.append(x[3]) or stretched(*x))
+    monkeypatch.setattr(bench, "sdpa", lambda _, q, k, v, causal: lengths.append((q.shape[2], k.shape[2], v.shape[2], causal)))
+    monkeypatch.setattr(bench, "keys_visited", lambda result, width: seen.append(result.seen.tolist()) or visited(result, width))
+    found = bench.decode(args, layer, 64, 2)
+    assert strides == [1, 2] and set(lengths) == {(1, 64, 64, False)} and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
+    assert seen == [[[65], [65]]] * 2  # the step after the one that was timed
+
+
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
 
 ORDERS = ["import kernels; from kernels import CUDAProperties; from kernels.layer.mode import Mode",
