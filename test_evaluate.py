@@ -352,7 +352,8 @@ def test_pictures_are_of_the_heads_asked_for_or_of_the_median_one(tmp_path, monk
             assert f"(layer {layer}, head {head})" in first and f"hold {shares[layer, head]:.0%} of" in third
             assert torch.equal(kept, of_student[layer, head] > 0)
             for image, weights, shown in ((model, of_teacher, seen), (sparse, of_student, kept)):
-                torch.testing.assert_close(image[shown], weights[layer, head][shown].clamp(min=1e-4).log10(), rtol=1e-3, atol=1e-4)
+                log10 = weights[layer, head][shown].clamp(min=1e-4).log10()
+                torch.testing.assert_close(image[shown], log10, rtol=1e-3, atol=1e-4)
                 assert (image[~shown] == -torch.inf).all()
 
 
@@ -436,15 +437,15 @@ def test_an_ablation_changes_all_options_but_its_own_and_says_what_failed(fails,
     def run(command, **_):
         assert not (Path(command[command.index("--out") + 1]) / "log.jsonl").exists()
         commands.append([str(x) for x in command[1:]])
-        return SimpleNamespace(returncode=fails is not None and Path(command[1]).name == fails and "stride-2" in str(command[-1]))
+        return SimpleNamespace(returncode=Path(command[1]).name == fails and "stride-2" in str(command[-1]))
 
     monkeypatch.setattr(ablate.subprocess, "run", run)
     monkeypatch.setattr(ablate, "summary", lambda out: {"ratio": 1.25})
     (tmp_path / "stride-2").mkdir()
     (tmp_path / "stride-2/log.jsonl").write_text("of another run")
-    argv = ["--model", "DIR", "--data", "FILE", "--sea", "query_stride=3", "--steps", "7", "--only", "base", "stride 2", "--out", str(tmp_path)]
+    argv = ["--model", "DIR", "--data", "FILE", "--sea", "query_stride=3", "--steps", "7", "--only", "base", "stride 2"]
     with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
-        ablate.main(argv)
+        ablate.main([*argv, "--out", str(tmp_path)])
     strides = [distill.parse(command[1:]).sea["query_stride"] for command in commands if command[0].endswith("distill.py")]
     assert strides == [3, 2] and len(commands) == (3 if fails == "distill.py" else 4)
     printed = capsys.readouterr().out

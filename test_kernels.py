@@ -1000,8 +1000,8 @@ def bench_of(*options):
     import bench
 
     with mock.patch.object(torch.cuda, "is_available", lambda: False):
-        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "4", "--train-steps", "1",
-                            "--layers", "1", "--strides", "1", "2", *options])
+        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "4",
+                            "--train-steps", "1", "--layers", "1", "--strides", "1", "2", *options])
     inputs = bench.walk_inputs(args, 64)
     return bench, args, bench.trained_layer(args, *inputs), inputs
 
@@ -1091,10 +1091,11 @@ def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
     monkeypatch.setattr(bench, "PROMPT", 16)
     monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
     monkeypatch.setattr(bench, "stretched", lambda *x: strides.append(x[3]) or stretched(*x))
-    monkeypatch.setattr(bench, "sdpa", lambda _, q, k, v, causal: lengths.append((q.shape[2], k.shape[2], v.shape[2], causal)))
-    monkeypatch.setattr(bench, "keys_visited", lambda result, width: seen.append(result.seen.tolist()) or visited(result, width))
+    monkeypatch.setattr(bench, "sdpa", lambda _, *qkv, causal: lengths.append((*(x.shape[2] for x in qkv), causal)))
+    monkeypatch.setattr(bench, "keys_visited", lambda x, width: seen.append(x.seen.tolist()) or visited(x, width))
     found = bench.decode(args, layer, 64, 2)
-    assert strides == [1, 2] and set(lengths) == {(1, 64, 64, False)} and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
+    assert strides == [1, 2] and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
+    assert set(lengths) == {(1, 64, 64, False)}
     assert seen == [[[65], [65]]] * 2  # the step after the one that was timed
 
 
