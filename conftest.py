@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those laws first that compile many kernels, so that no worker is left with one at the end; and those that share a student
     trained once on one worker."""
     def compiles_much(item: pytest.Item) -> tuple[bool, bool]:
-        return item.path.name == "test_kernels.py", hasattr(getattr(item, "obj", None), "hypothesis")
+        drawn = hasattr(getattr(item, "obj", None), "hypothesis")
+        return item.path.name == "test_kernels.py", drawn or item.name.startswith("test_every_launch")
 
     items.sort(key=compiles_much, reverse=True)
     for item in items:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -267,10 +268,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "is_causal")]
 
 
-METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
+Model = TypeVar("Model", bound=PreTrainedModel)
+METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 
 
-def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
+def attach(model: Model, method: str = "sea", **options: Any) -> Model:
     """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
@@ -308,7 +310,7 @@ def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrained
     return model
 
 
-def set_option(model: PreTrainedModel, **options) -> None:
+def set_option(model: PreTrainedModel, **options: Any) -> None:
     """Change fields of SEAConfig that no weight depends on, of any trained student: topk (the paper's dynamic k), group, backend."""
     for name in options:
         if name not in ("topk", "group", "backend"):

@@ -134,10 +134,13 @@ CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of e
 
 @pytest.mark.parametrize("name", TWINS)
 def test_signature_is_that_of_sea(name):
-    """But for `block`, how many queries the reference takes at a time; and a module of sea.py is any to the kernels."""
+    """But for `block`, how many queries the reference takes at a time; a module of sea.py is any to the kernels, which also take a
+    mask of cells as they pack it."""
     ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(sea, name))
     expected = [x.replace(annotation=torch.nn.Module) if x.annotation is sea.CausalCNN else x
                 for x in theirs.parameters.values() if x.name != "block"]
+    if name == "sparse_attention":
+        expected = [x.replace(annotation=torch.Tensor | kernels.CellBits) if x.name == "mask" else x for x in expected]
     assert list(ours.parameters.values()) == expected
     assert ours.return_annotation == theirs.return_annotation or name in CLASSES
 
