@@ -317,3 +317,15 @@ def test_recording_ends_with_an_error():
         raise KeyError
     model(x)
     assert not records
+
+
+@torch.no_grad()
+def test_heads_may_be_larger_than_their_share_of_the_hidden_size():
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                         head_dim=8, num_key_value_heads=2, max_position_embeddings=SEQ, initializer_range=0.3)
+    model, x = LlamaForCausalLM(config).eval(), tokens()
+    expected = model(x).logits
+    convert.attach(model, width=8, topk=SEQ)
+    for module in convert.attention_modules(model):
+        module.sea.gate.bias.fill_(60.0)
+    torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-4)

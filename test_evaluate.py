@@ -18,6 +18,7 @@ import ablate
 import convert
 import distill
 import evaluate
+import sea
 from test_convert import SEQ, recomputed, tiny, tokens
 from test_distill import SMALL, home, run_steps, torchrun  # noqa: F401, home is a fixture
 
@@ -443,10 +444,30 @@ def test_an_ablation_changes_all_options_but_its_own_and_says_what_failed(fails,
     monkeypatch.setattr(ablate, "summary", lambda out: {"ratio": 1.25})
     (tmp_path / "stride-2").mkdir()
     (tmp_path / "stride-2/log.jsonl").write_text("of another run")
-    argv = ["--model", "DIR", "--data", "FILE", "--sea", "query_stride=3", "--steps", "7", "--only", "base", "stride 2"]
+    argv = ["--model", "DIR", "--data", "FILE", "--sea", "query_stride=3", "--steps", "7", "--topk", "2", "5"]
+    chosen = ["--only", "base", "stride 2", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
-        ablate.main([*argv, "--out", str(tmp_path)])
-    strides = [distill.parse(command[1:]).sea["query_stride"] for command in commands if command[0].endswith("distill.py")]
-    assert strides == [3, 2] and len(commands) == (3 if fails == "distill.py" else 4)
+        ablate.main([*argv, *chosen])
+    trained = [distill.parse(command[1:]) for command in commands if command[0].endswith("distill.py")]
+    assert [args.sea["query_stride"] for args in trained] == [3, 2]
+    assert {(args.steps, args.eval_every) for args in trained} == {(7, 7)}
+    measured = [evaluate.parse(command[1:]) for command in commands if command[0].endswith("evaluate.py")]
+    assert all(args.topk == [2, 5] for args in measured) and len(commands) == (3 if fails == "distill.py" else 4)
+    assert json.loads((tmp_path / "ablation.json").read_text())["command"][1:] == [*argv, *chosen]
     printed = capsys.readouterr().out
     assert ("stride 2: failed, see " in printed) == (fails is not None) and f"{'base':30} {1.25:8.4f}" in printed
+
+
+def test_times_are_milliseconds(monkeypatch):
+    clock = iter([1.0, 1.25])
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    assert evaluate.wall_milliseconds(lambda: None) == 250.0
+
+
+def test_the_best_scores_are_of_the_mean_in_each_cell():
+    """Of four keys in three cells, one of which holds two."""
+    seen = torch.tensor([[4]])
+    n_keys = sea.keys_per_cell(seen, 3)[0, 0]
+    cells = torch.tensor([0.2, 0.5, 0.3])
+    pooled = sea.PooledAttention(cells.view(1, 1, 1, 3), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 4)
+    torch.testing.assert_close(evaluate.best_scores(pooled, seen).flatten(), (cells / n_keys).log())

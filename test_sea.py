@@ -980,3 +980,19 @@ def test_a_state_copied_in_place_is_the_other_whole():
     first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True).state for n in (4, 8))
     first.copy_(second)
     assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+
+
+def test_new_weights_start_where_students_learn_from():
+    """Gates open, cell keys at their full products, positions as large as values are."""
+    layer = SEAttention(SEAConfig(n_head=3, d_head=64))
+    assert (layer.gate.bias == 4).all() and not layer.gate.weight.any() and (layer.key_gain == 1).all()
+    assert 0.95 < layer.position.std() < 1.05
+
+
+@given(cases())
+def test_attention_csr_takes_a_scale(case):
+    (q, k, _), seen = case.qkv(), seen_by(case)
+    mask = torch.rand(*q.shape[:3], case.width, generator=torch.Generator().manual_seed(case.seed)) < 0.5
+    dense = sea.attention_weights(q, k, mask, seen, 0.3)
+    for ours, theirs in zip(attention_csr(q, k, mask, seen, 0.3), dense, strict=True):
+        torch.testing.assert_close(torch.stack([x.to_dense() for x in ours]), theirs, **CLOSE)
