@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -358,14 +359,15 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "is_causal")]
 
 
-METHODS = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
+Model = TypeVar("Model", bound=PreTrainedModel)
+METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
 # In a student's config.json the name of its attention, which transformers' own loaders repeat as they refuse it: they would
 # drop the SEA weights, with no more than a warning, and run dense attention.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
 
 
-def attach(model: PreTrainedModel, method: str = "sea", **options) -> PreTrainedModel:
+def attach(model: Model, method: str = "sea", **options: Any) -> Model:
     """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
@@ -469,7 +471,7 @@ def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
     raise ValueError(f"model: expected one whose attention goes through transformers' interface, got {type(model).__name__}")
 
 
-def set_option(model: PreTrainedModel, **options) -> None:
+def set_option(model: PreTrainedModel, **options: Any) -> None:
     """Change fields of SEAConfig that no weight depends on, of any trained student: topk (the paper's dynamic k), group, backend."""
     for name in options:
         if name not in ("topk", "group", "backend"):
@@ -648,7 +650,7 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in files:
         with safe_open(file, "pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118, it is no dict
     return shapes
 
 

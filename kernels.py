@@ -1064,7 +1064,7 @@ def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, seen: Tensor,
                      softmax_scale: float | None = None, *, row: Tensor | None = None,
                      order: Tensor | None = None) -> Tensor:
     """sea.sparse_attention. mask may also be CellBits, which saves packing it.

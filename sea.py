@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -776,7 +776,7 @@ class SEAOutput:
     # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py).
     # R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
-    cells: object = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
+    cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
 
     @property
@@ -1232,13 +1232,13 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     return PooledAttention(*(torch.cat(x, dim=2) for x in zip(*parts)), n_keys=k.shape[2])
 
 
-def estimate_loss(scores: Tensor, pooled: PooledAttention, seen: Tensor, *, row: Tensor | None = None,
+def estimate_loss(scores: Tensor, pooled: Any, seen: Tensor, *, row: Tensor | None = None,
                   kl_weight: float = 0.1) -> Tensor:
     """L_estimate = kl_weight * KL(A || a) + MSE(a, A), exactly, without a T x S tensor.
 
     a: the cell scores given to each key, softmax over the keys seen. scores (B, H, R, width), row
-    (B, T) which of its rows each query uses (its own by default). With n_p keys and teacher mass A_p
-    in cell p, and a_p the value of each of its keys:
+    (B, T) which of its rows each query uses (its own by default); pooled a PooledAttention, also of
+    kernels.py. With n_p keys and teacher mass A_p in cell p, and a_p the value of each of its keys:
 
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
         KL = sum A log A - sum_p A_p s_p + log Z

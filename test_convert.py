@@ -475,6 +475,52 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
 
 
+# -- what reaches the layers, and what is left afterwards
+
+
+def test_new_weights_have_the_dtype_of_the_model():
+    model = convert.attach(tiny("llama").bfloat16(), width=8, topk=3)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_every_option_that_can_be_set_survives_saving(tmp_path):
+    model = convert.attach(tiny("opt"), width=8, topk=2)
+    convert.set_option(model, group="query", backend="torch")
+    convert.save(model, tmp_path / "student")
+    for m in convert.attention_modules(convert.load(tmp_path / "student")):
+        assert (m.sea.config.group, m.sea.config.backend, m.sea.config.topk) == ("query", "torch", 2)
+
+
+@torch.no_grad()
+def test_sequences_picked_from_a_cache_go_on_as_they_were():
+    """With the estimator's state. What the cache of a student cannot do is refused."""
+    model, x = convert.attach(tiny("llama"), width=8, topk=3, query_stride=2), tokens(batch=3, n=12)
+    cache = model(x[:, :-1], use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.batch_select_indices(torch.tensor([2, 0]))
+    alone = model(x[[2, 0]], use_cache=False).logits[:, -1]
+    torch.testing.assert_close(model(x[[2, 0], -1:], past_key_values=cache).logits[:, -1], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="^past_key_values: expected a cache that stays where it is"):
+        cache.layers[0].offload()
+
+
+@torch.no_grad()
+def test_recording_ends_with_an_error():
+    model, x = convert.attach(tiny("opt"), width=8, topk=3), tokens()
+    with pytest.raises(KeyError), convert.record(model) as records:
+        raise KeyError
+    model(x)
+    assert not records
+
+
+@torch.no_grad()
+def test_heads_may_be_larger_than_their_share_of_the_hidden_size():
+    model, x = build("LlamaForCausalLM", dict(head_dim=8)), tokens()
+    expected = model(x).logits
+    torch.testing.assert_close(keep_every_key(model)(x).logits, expected, rtol=1e-4, atol=3e-4)
+
+
 # -- saving and loading
 
 
@@ -820,9 +866,8 @@ def test_a_record_within_another_of_the_same_model_is_refused():
             errors.append(str(error))
 
     with convert.record(model) as outer:
-        with pytest.raises(ValueError, match="^model: expected no other record"):
-            with convert.record(model.model):
-                pass
+        with pytest.raises(ValueError, match="^model: expected no other record"), convert.record(model.model):
+            pass
         thread = threading.Thread(target=in_a_thread)
         thread.start()
         thread.join()

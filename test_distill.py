@@ -22,7 +22,7 @@ import convert
 import distill
 import evaluate
 import sea
-from test_convert import MODELS, SEQ, VOCAB, tiny, tokens
+from test_convert import SEQ, VOCAB, tiny, tokens
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +560,7 @@ def test_documented_commands_have_the_options_that_there_are(file, monkeypatch):
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
     for block in blocks:

@@ -1,5 +1,6 @@
 """evaluate.py and ablate.py, on models and texts that take seconds. Where the students come from is in test_distill.py."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import ablate
 import convert
 import distill
 import evaluate
+import sea
 from test_convert import SEQ, recomputed, tiny, tokens
 from test_distill import SMALL, home, run_steps, torchrun  # noqa: F401, home is a fixture
 
@@ -293,3 +295,179 @@ def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
     assert list(results) == names and all(0.5 < r["ratio"] < 2 and 0.5 < r["topk 2"] < 2 and 0 < r["kept"] < 1 for r in results.values())
     assert len({r["ratio"] for r in results.values()}) == 3
     assert all(f"{name:30} {results[name]['ratio']:8.4f}" in done.stdout for name in names) and "topk 2" in done.stdout
+
+
+# -- what is printed, drawn and written is what was measured -----------------------------------------------------------
+
+
+def test_tables_have_their_numbers_in_their_columns(capsys):
+    rows = {name: dict(ppl=ppl, keys=keys, attention_ms=1.25, pass_ms=22.5, pass_mib=3000.0,
+                       by_position=[dict(first=1, last=4, ppl=ppl + 1), dict(first=5, last=8, ppl=ppl + 2)])
+            for name, ppl, keys in (("teacher", 10.0, 64.5), ("sea", 12.0, 16.0))}
+    evaluate.print_models(rows)
+    evaluate.print_positions(rows)
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "val ppl ratio keys/query attention a pass memory".split() in found
+    assert "sea 12.00 1.200 16.0 1.25 ms 22.5 ms 3,000 MiB".split() in found
+    assert "val ppl of tokens 1-4 5-8".split() in found and "sea 13.00 14.00".split() in found
+
+
+def test_curves_are_drawn_from_their_fields(tmp_path, monkeypatch):
+    figures, of = [], lambda ppl, ms, **more: dict(ppl=ppl, attention_ms=ms, clock="wall clock", **more)
+    monkeypatch.setattr(evaluate.pyplot(), "close", figures.append)
+    rows = {"teacher": of(8.0, 5.0), "sea": of(9.5, 1.5)}
+    rows |= {f"sea, topk {k}": of(11.0 - k / 2, k / 2, student="sea", topk=k) for k in (2, 4)}
+    evaluate.draw_curves(rows, tmp_path / "topk", 16, "CPU")
+    for axis, student, teacher in zip(figures[0].axes, ([10.0, 9.0], [1.0, 2.0]), (8.0, 5.0), strict=True):
+        drawn = {line.get_label(): line for line in axis.lines}
+        assert list(drawn["sea"].get_xdata()) == [2, 4] and list(drawn["sea"].get_ydata()) == student
+        assert set(drawn["teacher"].get_ydata()) == {teacher}
+
+
+def other_student() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A student whose weights are not its teacher's, and the teacher."""
+    student, teacher = convert.attach(tiny("opt"), width=8, topk=3), tiny("opt")
+    teacher.set_attn_implementation("sea_teacher")
+    for parameter in student.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return student, teacher
+
+
+@torch.no_grad()
+def test_pictures_are_of_the_heads_asked_for_or_of_the_median_one(tmp_path, monkeypatch):
+    (student, teacher), dense, x, drawn = other_student(), tiny("opt"), tokens(1), []
+    dense.set_attn_implementation("eager")
+    attention = lambda model: torch.cat(model(x, output_attentions=True).attentions)  # (layers, H, T, T)
+    of_teacher, of_student = attention(dense), attention(student)
+    shares = (of_teacher * (of_student > 0)).sum((2, 3)) / SEQ
+    median = divmod(shares.flatten().argsort()[shares.numel() // 2].item(), 2)
+    monkeypatch.setattr(evaluate, "draw_head", lambda figure, axes, images: drawn.append(images))
+    seen = torch.ones(SEQ, SEQ).tril().bool()
+    for look in ([(1, 0), (0, 1)], []):
+        drawn.clear()
+        args = evaluate.parse(["--model", "x", "--device", "cpu"])
+        args.look = look
+        evaluate.draw(student, teacher, x[0], tmp_path / "sea.png", args)
+        for (layer, head), images in zip(look or [median], drawn, strict=True):
+            (first, model), _, (third, kept), (_, sparse) = images.items()
+            assert f"(layer {layer}, head {head})" in first and f"hold {shares[layer, head]:.0%} of" in third
+            assert torch.equal(kept, of_student[layer, head] > 0)
+            for image, weights, shown in ((model, of_teacher, seen), (sparse, of_student, kept)):
+                log10 = weights[layer, head][shown].clamp(min=1e-4).log10()
+                torch.testing.assert_close(image[shown], log10, rtol=1e-3, atol=1e-4)
+                assert (image[~shown] == -torch.inf).all()
+
+
+def test_no_single_key_is_lost_in_a_picture():
+    plt = evaluate.pyplot()
+    figure, axis = plt.subplots()
+    image = torch.full((600, 600), -4.0)
+    image[599, 100] = 0.0
+    evaluate.draw_head(figure, [axis], {"": image})
+    assert axis.images[0].get_array().max() == 0
+    plt.close(figure)
+
+
+@torch.no_grad()
+def test_a_report_of_layers_is_the_mean_of_windows_however_many_at_once():
+    args, (student, teacher), reports = evaluate.parse(["--model", "x", "--device", "cpu"]), other_student(), []
+    for args.micro_batch in (1, 2, 3):
+        reports.append(evaluate.layer_report(student, teacher, tokens(3), args))
+    for report in reports[1:]:
+        assert report == [pytest.approx(layer, rel=1e-4) for layer in reports[0]]
+
+
+def test_a_student_is_measured_with_the_backend_asked_for(home, student, tmp_path, monkeypatch):
+    """Its layers, too, and of 8 windows."""
+    found = []
+
+    def report(model, teacher, data, args, do=evaluate.layer_report):
+        found.append((len(data), {m.sea.config.backend for m in convert.attention_modules(model)}))
+        return do(model, teacher, data, args)
+
+    monkeypatch.setattr(evaluate, "layer_report", report)
+    evaluate.main(arguments(home, "--students", student, "--backend", "torch", "--out", tmp_path))
+    assert found == [(8, {"torch"})]
+
+
+@pytest.mark.parametrize("method", ["sea", "dense"])
+def test_teachers_and_students_in_half_precision_are_measured_in_fp32(home, tmp_path, method):
+    teacher, _ = evaluate.load_teacher(home / "teacher", 16)
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float16)
+    if method == "sea":
+        convert.attach(model, width=8, topk=4)
+    convert.save(model, tmp_path / "student")
+    found, student = evaluate.load_student("--students", str(tmp_path / "student"), teacher, teacher)
+    assert found == method and {p.dtype for m in (teacher, student) for p in m.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_dropout_is_off_where_perplexity_is_measured():
+    args, model = distill.parse(SMALL), tiny("opt").train()
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    assert evaluate.perplexity(model, tokens(3), args) == evaluate.perplexity(tiny("opt"), tokens(3), args)
+
+
+def test_a_pass_that_is_timed_ends_with_the_last_tokens_logits():
+    model, n_logits = tiny("opt"), set()
+    model.register_forward_hook(lambda module, args, output: n_logits.add(output.logits.shape[1]))
+    evaluate.pass_cost(model, tokens(1), distill.parse(SMALL))
+    assert n_logits == {1}
+
+
+def test_the_first_windows_are_used():
+    assert evaluate.windows(torch.arange(11), 3, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_an_ablation_sums_up_what_its_runs_wrote(tmp_path):
+    models = {"teacher": dict(ppl=10.0), "sea": dict(ppl=12.0, layers=[dict(kl=1.0, kept=0.5), dict(kl=3.0, kept=0.7)]),
+              "sea, topk 2": dict(ppl=15.0, topk=2)}
+    (tmp_path / "evaluate.json").write_text(json.dumps(dict(models=models)))
+    steps = [dict(name=name, ms=ms) for name, ms in (("sea", 9), ("sea", 30), ("sea", 7), ("teacher", 1))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*steps, dict(name="sea", ppl=12.0)])))
+    assert ablate.summary(tmp_path) == pytest.approx({"ratio": 1.2, "topk 2": 1.5, "kl": 2.0, "kept": 0.6, "ms": 9})
+
+
+@pytest.mark.parametrize("fails", ["distill.py", "evaluate.py", None])
+def test_an_ablation_changes_all_options_but_its_own_and_says_what_failed(fails, tmp_path, monkeypatch, capsys):
+    """A variant's options come last, an old log goes, and a failure of one is the end of it alone, and of the exit code."""
+    commands = []
+
+    def run(command, **_):
+        assert not (Path(command[command.index("--out") + 1]) / "log.jsonl").exists()
+        commands.append([str(x) for x in command[1:]])
+        return SimpleNamespace(returncode=Path(command[1]).name == fails and "stride-2" in str(command[-1]))
+
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(ablate, "summary", lambda out: {"ratio": 1.25})
+    (tmp_path / "stride-2").mkdir()
+    (tmp_path / "stride-2/log.jsonl").write_text("of another run")
+    argv = ["--model", "DIR", "--data", "FILE", "--sea", "query_stride=3", "--steps", "7", "--topk", "2", "5"]
+    chosen = ["--only", "base", "stride 2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
+        ablate.main([*argv, *chosen])
+    trained = [distill.parse(command[1:]) for command in commands if command[0].endswith("distill.py")]
+    assert [args.sea["query_stride"] for args in trained] == [3, 2]
+    assert {(args.steps, args.eval_every) for args in trained} == {(7, 7)}
+    measured = [evaluate.parse(command[1:]) for command in commands if command[0].endswith("evaluate.py")]
+    assert all(args.topk == [2, 5] for args in measured) and len(commands) == (3 if fails == "distill.py" else 4)
+    assert json.loads((tmp_path / "ablation.json").read_text())["command"][1:] == [*argv, *chosen]
+    printed = capsys.readouterr().out
+    assert ("stride 2: failed, see " in printed) == (fails is not None) and f"{'base':30} {1.25:8.4f}" in printed
+
+
+def test_times_are_milliseconds(monkeypatch):
+    clock = iter([1.0, 1.25])
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    assert evaluate.wall_milliseconds(lambda: None) == 250.0
+
+
+def test_the_best_scores_are_of_the_mean_in_each_cell():
+    """Of four keys in three cells, one of which holds two."""
+    seen = torch.tensor([[4]])
+    n_keys = sea.keys_per_cell(seen, 3)[0, 0]
+    cells = torch.tensor([0.2, 0.5, 0.3])
+    pooled = sea.PooledAttention(cells.view(1, 1, 1, 3), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 4)
+    torch.testing.assert_close(evaluate.best_scores(pooled, seen).flatten(), (cells / n_keys).log())

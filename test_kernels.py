@@ -3,11 +3,11 @@ and every launch is compiled for the GPU besides; with one the same laws run the
 
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,11 @@ here = Path(__file__).resolve().parent
 def sizes(low: int, high: int, *few: int):
     """Sizes that kernels are compiled for: any on a CPU; on a GPU, where each takes seconds to compile, these few."""
     return st.sampled_from(few) if CUDA else st.integers(low, high)
+
+
+def in_parts(argument: str, *values):
+    """A law that compiles for a minute or more is one for each of `values` on a GPU, so that several workers share it."""
+    return pytest.mark.parametrize(argument, values if CUDA else [None])
 
 
 HEADS = st.sampled_from([(1, 1, 2), (2, 1, 1)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)])  # B, Hkv, H / Hkv
@@ -129,10 +134,13 @@ CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of e
 
 @pytest.mark.parametrize("name", TWINS)
 def test_signature_is_that_of_sea(name):
-    """But for `block`, how many queries the reference takes at a time; and a module of sea.py is any to the kernels."""
+    """But for `block`, how many queries the reference takes at a time; a module of sea.py is any to the kernels, which also take a
+    mask of cells as they pack it."""
     ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(sea, name))
     expected = [x.replace(annotation=torch.nn.Module) if x.annotation is sea.CausalCNN else x
                 for x in theirs.parameters.values() if x.name != "block"]
+    if name == "sparse_attention":
+        expected = [x.replace(annotation=torch.Tensor | kernels.CellBits) if x.name == "mask" else x for x in expected]
     assert list(ours.parameters.values()) == expected
     assert ours.return_annotation == theirs.return_annotation or name in CLASSES
 
@@ -339,8 +347,9 @@ def check_sparse_attention(case, change=lambda seen: seen):
 @example(Sparse(torch.float32, True, 18, 400, (1, 1, 1), 8, 3, 0.5, 9, False, "contiguous", 64, 2))  # runs far apart
 @example(Sparse(torch.float32, True, 9, 500, (1, 1, 1), 8, 40, 0.1, 5, False, "contiguous", 64, 0))
 @settings(FEW)
-def test_sparse_attention_matches_reference(case):
-    check_sparse_attention(case)
+@in_parts("dtype", *DTYPES)
+def test_sparse_attention_matches_reference(dtype, case):
+    check_sparse_attention(case if dtype is None else replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
@@ -354,7 +363,7 @@ def test_runs_of_a_plan_are_apart_and_end_with_unit_0(density):
     for run, step in zip(runs.tolist(), steps.tolist()):
         n = next(i for i in range(max_runs + 1) if run[i][0] == 0 and (i > 0 or step == 0))
         assert all(first < end for first, end in run[:n])
-        assert all(end + kernels.GAP.value < first for (_, end), (first, _) in zip(run[:n], run[1:n]))
+        assert all(end + kernels.GAP.value < first for (_, end), (first, _) in itertools.pairwise(run[:n]))
         assert step == sum(-(-(end - first) * kernels.UNIT.value // tiles["BLOCK_N"]) for first, end in run[:n])
 
 
@@ -530,7 +539,7 @@ def _check_causal_context(case):
 
 def _check_estimator(case):
     """encode_rows, causal_cnn and mix_average, on what the reference gives each of them."""
-    (q, k, v), (count, n_new) = case.qkv(), case.tokens()
+    (q, _, v), (count, n_new) = case.qkv(), case.tokens()
     layer, generator = case.layer().to(case.dtype), torch.Generator().manual_seed(case.seed)
     (B, H, T, D), (P,), has_past = q.shape, layer.cnn.norm.weight.shape, case.seed % 2
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
@@ -684,8 +693,9 @@ def test_cell_keys_are_exact_at_any_length(n):
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
 @example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1))
 @settings(max_examples=5)
-def test_layer_is_the_same_on_both_backends(case):
-    check_layer(case)
+@in_parts("stride", 1, 3)
+def test_layer_is_the_same_on_both_backends(stride, case):
+    check_layer(case if stride is None else replace(case, stride=stride))
 
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, padded=True, T=min(case.T, 20))), st.integers(6, 19))
@@ -727,7 +737,7 @@ def step_as_accurate_as_eager(case, kernel, reference, inputs) -> None:
 def check_step(case):
     """causal_context, causal_cnn and mix_average of one token a sequence. `padded`: of some sequences it is no token."""
     case = replace(case, T=1)
-    (q, k, v), (count, n_new), (B, Hkv, group), H = case.qkv(), case.tokens(), case.heads, case.heads[1] * case.heads[2]
+    (q, k, v), (count, n_new), (B, Hkv, _), H = case.qkv(), case.tokens(), case.heads, case.heads[1] * case.heads[2]
     layer, generator, has_past = case.layer(), torch.Generator().manual_seed(case.seed), case.seed % 2
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
     cnn, m, (P,) = layer.cnn, layer.projection.shape[1], layer.cnn.norm.weight.shape
@@ -815,8 +825,9 @@ def check_decoding(case, first, rtol=1e-3):
 @example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 6)  # a level of cell keys begins
 @example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1), 6)
 @settings(max_examples=10)
-def test_decoding_is_the_whole_on_both_backends(case, steps):
-    case = replace(case, T=max(2, case.T))
+@in_parts("stride", 1, 3)
+def test_decoding_is_the_whole_on_both_backends(stride, case, steps):
+    case = replace(case, T=max(2, case.T), stride=stride or case.stride)
     check_decoding(case, max(1, case.T - steps))
 
 
@@ -895,9 +906,8 @@ def test_the_backend_is_chosen_by_config_and_device():
 def test_tensors_that_no_kernel_can_read_are_refused():
     layer, q = sea.SEAttention(sea.SEAConfig(n_head=1, d_head=8, backend="triton")), torch.randn(1, 1, 4, 8)
     compiled = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
-    with mock.patch.object(triton, "knobs", compiled):
-        with pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
-            layer(q, q, q)
+    with mock.patch.object(triton, "knobs", compiled), pytest.raises(ValueError, match="^q: expected a CUDA tensor, got one on cpu"):
+        layer(q, q, q)
 
 
 def test_an_operation_refuses_what_supports_refuses():
@@ -986,6 +996,110 @@ def test_bench_wants_a_text_with_a_model(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--model", "somewhere"])
     assert "--data: expected a text file with --model, got none" in capsys.readouterr().err
+
+
+def bench_of(*options):
+    """bench.py, small arguments, a layer and q, k, v of 64 tokens, on the CPU."""
+    import bench
+
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "4",
+                            "--train-steps", "1", "--layers", "1", "--strides", "1", "2", *options])
+    inputs = bench.walk_inputs(args, 64)
+    return bench, args, bench.trained_layer(args, *inputs), inputs
+
+
+def test_bench_says_how_much_faster_or_slower():
+    """Above 1 is faster in speed, slower in time; against the fastest of the dense backends."""
+    import bench
+
+    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, "random masks, sparse attention alone": 0.1}
+    table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms) for name, ms in named.items()}}, "forward")
+    assert "SEA stride 1: 4.00x the speed of the fastest dense" in table and table.count("fastest dense") == 1
+    _, heads, cells = table.strip().splitlines()[:3]
+    columns = [heads.index(name[:24]) + len(name[:24]) for name in named]
+    assert all(cells[:end].endswith(f"{ms:.3f} ({10 * ms:8,.0f})") for end, ms in zip(columns, named.values()))
+    assert bench.decoding_line(dict(ms=0.5, keys=60.0, most=80), [4.0, 2.0]) == (
+        "0.5000 ms, 60 keys a head, 80 at most, 4.00x the speed of the fastest dense")
+    dense, ours = dict(ms=2.0, mib=40.0, weights_mib=5.0), dict(ms=3.0, mib=10.0, weights_mib=5.0)
+    assert bench.prefill_line(ours, dense) == "3.0 ms, 10 MiB above the weights' 5, 1.50x SDPA's time and 0.25x its memory"
+
+
+@pytest.mark.parametrize("longest, found", [(1000, range(100, 132)), (90, None)])
+def test_bench_finds_where_sea_begins_to_win(longest, found, monkeypatch, capsys):
+    """Where dense takes a millisecond a token, and SEA always 100."""
+    bench, args, layer, inputs = bench_of("--lengths", str(longest))
+    time = lambda attention, q, k, v: 100.0 if isinstance(attention, sea.SEAttention) else float(q.shape[2])
+    monkeypatch.setattr(bench, "forward", time)
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run: run)
+    bench.break_even(args, layer, [x.repeat(1, 1, 20, 1) for x in inputs])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 2 and all(line.startswith(f"stride {stride}: ") for line, stride in zip(lines, args.strides))
+    if found is None:
+        assert all(line.endswith("SEA does not win up to T = 90") for line in lines)
+    else:
+        assert all(int(line.split()[-1]) in found for line in lines)
+
+
+def test_bench_stretches_positions_and_keeps_the_rest():
+    bench, args, layer, _ = bench_of()
+    layer.requires_grad_(False)
+    for T in (bench.TRAINED, 2 * bench.TRAINED):
+        long = bench.stretched(args, layer, T, 4)
+        x = torch.arange(T) * (bench.TRAINED - 1) / (T - 1)
+        low, share = x.long().clamp(max=bench.TRAINED - 2), x - x.long().clamp(max=bench.TRAINED - 2)
+        expected = layer.position[low] * (1 - share[:, None]) + layer.position[low + 1] * share[:, None]
+        torch.testing.assert_close(long.position.data, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(long.decoder.weight, layer.decoder.weight) and long.config.query_stride == 4
+
+
+def test_bench_takes_inputs_as_the_model_scales_them():
+    """From the middle layer on, heads side by side, keys repeated: its attention at the usual scale is the model's."""
+    import bench
+
+    generator = torch.Generator().manual_seed(0)
+    make = lambda heads: torch.randn(1, heads, 5, 4, generator=generator)
+    records = [SimpleNamespace(q=make(2), k=make(1), v=make(1), scale=0.9) for _ in range(4)]
+    q, k, v = bench.heads_of(records, 3)
+    for i, r in enumerate(records[2:]):
+        heads = slice(2 * i, 2 * i + 2)
+        torch.testing.assert_close(q[:, heads] @ k[:, heads].mT * 4**-0.5, r.q @ r.k.mT * r.scale)
+        assert torch.equal(v[:, heads], r.v.expand(1, 2, 5, 4))
+    _, _, _, (q, k, v) = bench_of()
+    like = lambda x, y: torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+    assert like(q, k) > 0.25 and like(q, v).abs() < 0.15  # queries and keys of synthetic inputs share half
+
+
+def test_bench_runs_what_its_options_say(monkeypatch):
+    bench, args, layer, inputs = bench_of("--no-cell-keys", "--forward-only")
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
+    assert (layer.config.cell_keys, layer.config.width, layer.config.topk) == (False, 8, 4)
+    assert all(name.endswith("| forward") for name in bench.measure(args, layer, inputs, 64))
+    with mock.patch.object(torch.autograd, "grad") as grad:
+        bench.forward_backward(layer, *inputs)()
+    (outputs, to, _), _ = grad.call_args
+    assert [x.shape for x in outputs] == [(1, 2, 64, 8)] * 2 and len(to) == 3 + len(list(layer.parameters()))
+    import convert
+
+    with mock.patch.object(convert, "attach", wraps=convert.attach) as attach:
+        bench.prefill_of(args, 32, 2)
+    assert attach.call_args.kwargs == dict(width=8, topk=4, query_stride=2, cell_keys=False)
+
+
+def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
+    """At every stride, dense attention over the same keys, though the state has seen a prompt only."""
+    bench, args, layer, _ = bench_of("--batches", "2")
+    strides, lengths, seen = [], [], []
+    stretched, visited = bench.stretched, bench.keys_visited
+    monkeypatch.setattr(bench, "PROMPT", 16)
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
+    monkeypatch.setattr(bench, "stretched", lambda *x: strides.append(x[3]) or stretched(*x))
+    monkeypatch.setattr(bench, "sdpa", lambda _, *qkv, causal: lengths.append((*(x.shape[2] for x in qkv), causal)))
+    monkeypatch.setattr(bench, "keys_visited", lambda x, width: seen.append(x.seen.tolist()) or visited(x, width))
+    found = bench.decode(args, layer, 64, 2)
+    assert strides == [1, 2] and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
+    assert set(lengths) == {(1, 64, 64, False)}
+    assert seen == [[[65], [65]]] * 2  # the step after the one that was timed
 
 
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
@@ -1222,9 +1336,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
             kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
             layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
     yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
-    for heads, width in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
-        cnn = sea.CausalCNN(heads, width).to(dtype)
-        image = torch.ones(1, 2 * heads, 8, width // 4, dtype=dtype, requires_grad=True)
+    for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
+        cnn = sea.CausalCNN(heads, n_cells).to(dtype)
+        image = torch.ones(1, 2 * heads, 8, n_cells // 4, dtype=dtype, requires_grad=True)
         none, four, n_rows = image[:, :, :0], image[:, :, :4], torch.ones(1, dtype=torch.long)
         yield kernels.causal_cnn(image, cnn, (none, none), n_rows)[0]
         with torch.no_grad():
@@ -1266,15 +1380,10 @@ def compile_launches(capability: int, shape: int) -> int:
     return len(cubins)
 
 
-def test_every_launch_compiles_without_a_gpu():
-    """For sm_90 in all dtypes and sizes, for sm_80 in bf16; a process for each, as many at a time as there are cores."""
+@pytest.mark.parametrize("capability, shape", [*((90, shape) for shape in reversed(range(len(SHAPES)))), (80, 0)])
+def test_every_launch_compiles_without_a_gpu(capability, shape):
+    """For sm_90 in all dtypes and sizes, for sm_80 in bf16."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-    def compiled(job):
-        code = f"import test_kernels; print(test_kernels.compile_launches(*{job}), 'cubins')"
-        return subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
-
-    jobs = [*((90, shape) for shape in reversed(range(len(SHAPES)))), (80, 0)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for job, done in zip(jobs, pool.map(compiled, jobs)):
-            assert done.returncode == 0 and "cubins" in done.stdout, f"{job}: {done.stderr[-3000:]}"
+    code = f"import test_kernels; print(test_kernels.compile_launches({capability}, {shape}), 'cubins')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "cubins" in done.stdout, done.stderr[-3000:]

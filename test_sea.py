@@ -961,3 +961,85 @@ def test_bidirectional_refuses_a_state():
     with pytest.raises(ValueError, match="^rows_at_once: expected .* a causal layer, or None, got 3"):
         layer(q, k, v, rows_at_once=3)
     assert layer(q, k, v).state is None
+
+
+# -- what a call and a config say is what is computed with -------------------------------------------------------------
+
+
+def test_defaults_are_those_that_are_documented():
+    """The README's numbers were measured with them, and students hold no others."""
+    assert vars(SEAConfig(n_head=3, d_head=64)) == dict(
+        n_head=3, d_head=64, n_kv_head=None, width=256, topk=64, causal=True, group="causal_batch", query_stride=1, nbf=8,
+        max_positions=2048, cell_keys=True, seed=0, backend="auto")
+
+
+@given(causal_cases, st.integers(1, 9), st.sampled_from([SEAttention, PerformerAttention]))
+def test_chunks_take_the_scale_and_the_topk_of_the_call(case, rows, kind):
+    case = replace(case, stride=1) if kind is PerformerAttention else case
+    layer, (q, k, v) = case.layer(kind), case.qkv()
+    whole, parts = (layer(q, k, v, softmax_scale=2.0, topk=case.topk + 3, rows_at_once=n) for n in (None, rows))
+    torch.testing.assert_close(parts.out, whole.out, **CLOSE)
+
+
+@given(cases())
+def test_a_performer_is_linear_attention_written_out(case):
+    """Whatever the padding at a sequence's end holds, and with the features of its seed."""
+    case, scale = replace(case, stride=1), 0.7
+    layer, (q, k, v), D = case.layer(PerformerAttention, seed=case.seed), case.qkv(), case.d_head
+    valid = seen_by(case) > 0
+    for x in (q, k, v):
+        x.masked_fill_(~valid[:, None, :, None], torch.nan)
+    out = layer(q, k, v, valid=valid, softmax_scale=scale).out
+    w = sea.orthogonal_features(D, layer.config.n_features, torch.Generator().manual_seed(case.seed)).double()
+    for b, n in enumerate(case.tokens):
+        assert not out[b, :, n:].any()
+        for h in range(q.shape[1]):
+            kv = h // case.heads_per_kv
+            x, y = q[b, h, :n] * scale * D**0.25, k[b, kv, :n] * D**-0.25
+            if case.causal:
+                x, y = ((z @ w).clamp(min=0) + 1e-3 for z in (x, y))
+                weights = (x @ y.T).tril()
+            else:
+                x, y = (z @ w - z.square().sum(1, keepdim=True) / 2 for z in (x, y))
+                weights = ((x - x.amax(1, keepdim=True)).exp() + 1e-4) @ ((y - y.max()).exp() + 1e-4).T
+            torch.testing.assert_close(out[b, h, :n], weights / weights.sum(1, keepdim=True) @ v[b, kv, :n], **CLOSE)
+
+
+@given(causal_cases)
+def test_no_gradient_goes_where_none_belongs(case):
+    """Through cell keys to queries and keys, and from either loss to the teacher."""
+    (q, k, _), (teacher_q, teacher_k, _), seen = case.qkv(), replace(case, seed=case.seed + 1).qkv(), seen_by(case)
+    inputs = [x.requires_grad_() for x in (q, k, teacher_q, teacher_k)]
+    scores = torch.randn(*q.shape[:3], case.width, dtype=torch.float64, requires_grad=True)
+    none, all_new = torch.zeros(len(q), dtype=torch.long), torch.tensor(case.tokens)
+    past = k.new_zeros(*k.shape[:2], 2 * case.width, case.d_head)
+    gain = torch.ones(q.shape[1], dtype=torch.float64)
+    biased, sums = sea.add_cell_keys(scores, gain, q, k, seen, 1.0, none, all_new, past)
+    estimate = sea.estimate_loss(biased, sea.pool_attention(teacher_q, teacher_k, seen, case.width), seen)
+    assert not sums.requires_grad and torch.autograd.grad(estimate, [scores, *inputs], allow_unused=True)[1:] == (None,) * 4
+    grads = torch.autograd.grad(sea.score_loss(q, k, teacher_q, teacher_k, seen), inputs, allow_unused=True)
+    assert None not in grads[:2] and grads[2:] == (None, None)
+
+
+def test_a_state_copied_in_place_is_the_other_whole():
+    case = Case(True, 2, [9], 1, 2, 4, 8, 3, "query", 1, cell_keys=True)
+    layer, qkv = case.layer(), case.qkv()
+    first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True).state for n in (4, 8))
+    first.copy_(second)
+    assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+
+
+def test_new_weights_start_where_students_learn_from():
+    """Gates open, cell keys at their full products, positions as large as values are."""
+    layer = SEAttention(SEAConfig(n_head=3, d_head=64))
+    assert (layer.gate.bias == 4).all() and not layer.gate.weight.any() and (layer.key_gain == 1).all()
+    assert 0.95 < layer.position.std() < 1.05
+
+
+@given(cases())
+def test_attention_csr_takes_a_scale(case):
+    (q, k, _), seen = case.qkv(), seen_by(case)
+    mask = torch.rand(*q.shape[:3], case.width, generator=torch.Generator().manual_seed(case.seed)) < 0.5
+    dense = sea.attention_weights(q, k, mask, seen, 0.3)
+    for ours, theirs in zip(attention_csr(q, k, mask, seen, 0.3), dense, strict=True):
+        torch.testing.assert_close(torch.stack([x.to_dense() for x in ours]), theirs, **CLOSE)
