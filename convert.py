@@ -372,7 +372,7 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
     sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. PEFT's adapters
-    come after. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA already.
+    come after. A language model's own loss trains no estimate, since a choice passes no gradient on: distill.py's losses do. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA already.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
@@ -579,50 +579,62 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.
     """
     folder = whole(Path(os.path.realpath(folder)))
-    if not (folder / "config.json").exists():
-        raise ValueError(f"folder: expected a model saved by convert.save, got {folder}, which has no config.json")
-    with _in_a_sentence(f"a config.json that transformers reads in {folder}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        has_generation = (folder / "generation_config.json").exists()
-        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    config._attn_implementation = None  # ONLY_LOAD
-    options = getattr(config, "sea", None)
-    if options is None:
-        raise ValueError(f"folder: expected a model with SEA, got a plain {config.model_type} in {folder}")
+    config, generation = _read_configs(folder)
     model_class = model_class or _class_of(config, folder)
     files = sorted(folder.glob("*.safetensors"))
-    with _in_a_sentence(f"whole weights in {folder}"):
-        found = _shapes(files)
+    _check_weights(model_class, config, files, folder)
+    saved_as = config.dtype or torch.get_default_dtype()
     with _in_a_sentence(f"the config.json of a student in {folder}"):
-        if config.get_text_config().num_hidden_layers > len(found):
-            raise ValueError(f"num_hidden_layers: expected at most the {len(found)} weights, got more")
-        saved_as = config.dtype or torch.get_default_dtype()
-        if not saved_as.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point one, got {saved_as}")
-        for name in ("topk", "group", "query_stride"):  # no weight's shape would tell
-            if name not in options:
-                raise ValueError(f"sea: expected {name} in it, got {sorted(options)}")
-        with torch.device("meta"):
-            tied = _student(model_class, config, options).all_tied_weights_keys
-            if tied.keys() & found.keys():  # they were saved, so they were not tied
-                config.tie_word_embeddings, tied = False, {}
-            skeleton = _student(model_class, config, options)
-    expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
-    if unexpected := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"folder: expected the weights of {model_class.__name__}, got {unexpected[:3]} in {folder}")
-    if missing := sorted(expected.keys() - found.keys() - tied.keys()):
-        raise ValueError(f"folder: expected all weights, got none for {missing[:3]} in {folder}")
-    for name, shape in found.items():
-        if shape != expected[name]:
-            raise ValueError(f"folder: expected {name} of shape {expected[name]}, as its config.json says, got {shape} in {folder}")
-    with _in_a_sentence(f"the config.json of a student in {folder}"):
-        model = _cast(_student(model_class, config, options), saved_as)
+        model = _cast(_student(model_class, config), saved_as)
     for file in files:
         model.load_state_dict(load_file(file), strict=False)
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation
     return _cast(model, dtype or saved_as).eval()
+
+
+def _read_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """Those of a student, of values that a model can be built from. Raises ValueError."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"folder: expected a model saved by convert.save, got {folder}, which has no config.json")
+    with _in_a_sentence(f"a config.json that transformers reads in {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        has_generation = (folder / "generation_config.json").exists()
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+    if not hasattr(config, "sea"):
+        raise ValueError(f"folder: expected a model with SEA, got a plain {config.model_type} in {folder}")
+    with _in_a_sentence(f"the config.json of a student in {folder}"):
+        if config.dtype is not None and not config.dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point one, got {config.dtype}")
+        for name in ("topk", "group", "query_stride"):  # no weight's shape would tell
+            if name not in config.sea:
+                raise ValueError(f"sea: expected {name} in it, got {sorted(config.sea)}")
+    config._attn_implementation = None  # it is ONLY_LOAD
+    return config, generation
+
+
+def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig, files: list[Path], folder: Path) -> None:
+    """Raises ValueError if the files' weights are not those of such a student, by name and shape; it takes no memory to tell.
+    What was saved beside the weight that it is tied to was not tied, and `config` says so from now on."""
+    with _in_a_sentence(f"whole weights in {folder}"):
+        found = _shapes(files)
+    with _in_a_sentence(f"the config.json of a student in {folder}"), torch.device("meta"):
+        if config.get_text_config().num_hidden_layers > len(found):  # a module a layer takes long even without memory
+            raise ValueError(f"num_hidden_layers: expected at most the {len(found)} weights, got more")
+        skeleton = _student(model_class, config)
+        if skeleton.all_tied_weights_keys.keys() & found.keys():
+            config.tie_word_embeddings = False
+            skeleton = _student(model_class, config)
+    tied = skeleton.all_tied_weights_keys.keys()
+    expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"folder: expected the weights of {model_class.__name__}, got {unexpected[:3]} in {folder}")
+    if missing := sorted(expected.keys() - found.keys() - tied):
+        raise ValueError(f"folder: expected all weights, got none for {missing[:3]} in {folder}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"folder: expected {name} of shape {expected[name]}, as its config.json says, got {shape} in {folder}")
 
 
 @contextmanager
@@ -654,8 +666,8 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _student(model_class: type[PreTrainedModel], config: PreTrainedConfig, options: dict) -> PreTrainedModel:
-    return attach(model_class(copy.deepcopy(config)), **options)
+def _student(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    return attach(model_class(copy.deepcopy(config)), **config.sea)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
