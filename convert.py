@@ -323,28 +323,79 @@ def sea_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if ".sea." in name]
 
 
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield `path`.new, to write a file or a folder to, which then takes the place of `path`, whole and on the disk.
+
+    What is written is synced before the rename, so neither a kill nor a power loss leaves half of it: `path` is the old one
+    or the new one. Between the two renames that a folder takes there is `path`.old, and `whole` finds the new one. An exception
+    removes what was written. Links are followed. Raises ValueError if the working directory is `path` or within.
+    """
+    path = Path(os.path.realpath(path))
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"path: expected none that holds the working directory, which would go with the old one, got {path}")
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    if whole(path) != path:
+        os.replace(whole(path), path)
+    _remove(new)
+    _remove(old)
+    try:
+        yield new
+        for written in (*new.rglob("*"), new):
+            _sync(written)
+        if path.is_dir():  # which no rename replaces
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(new)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)  # a network's disk keeps what is open
+
+
+def whole(path: Path) -> Path:
+    """`path`, or what stands for it after a kill between the two renames of `replacing`: that was whole before the first."""
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    if path.exists() or not old.exists():
+        return path
+    return new if new.exists() else old
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    if os.name == "nt":
+        return  # Windows opens no folders, and syncs what is open for writing only
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors, and the tokenizer's files, in place of `folder` if it exists.
 
     state_dict: the whole weights of a `model` that holds shards of them (FSDP2).
-    Everything is written beside it and then renamed, so a kill leaves the old model or the new one; between the two
-    renames the old one's name is `folder`.old.
+    A kill or a power loss leaves the old model or the new one, see `replacing`.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").exists():
         raise ValueError(f"folder: expected a new folder or a saved model, got {folder}, which holds something else")
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
     if state_dict is not None:  # gathered weights are tied no more
         state_dict = {name: x for name, x in state_dict.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(new, state_dict=state_dict)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(new)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing(folder) as new:
+        model.save_pretrained(new, state_dict=state_dict)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:

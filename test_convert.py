@@ -1,5 +1,9 @@
 """Laws of convert.py: SEA in models of many families, on random weights that take seconds."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -278,3 +282,97 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     torch.testing.assert_close(model(tokens()).logits[:, -1, :3], torch.tensor(logits), rtol=1e-4, atol=1e-4)
     convert.save(model, tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
+
+
+# -- saving and loading
+
+
+def write(path: Path, kind: str, text: str) -> None:
+    if kind == "folder":
+        (path / "within").mkdir(parents=True)
+        path = path / "within/file"
+    path.write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(x.relative_to(folder)): x.read_text() for x in folder.rglob("*") if x.is_file()}
+
+
+def watch(monkeypatch, before_each) -> list[tuple[str, ...]]:
+    """The calls that put files on the disk and under their names, as they are made; before_each(how many they are) comes first."""
+    calls = []
+
+    def watched(name, names_of):
+        real = getattr(os, name)
+
+        def call(*args):
+            calls.append((name, *names_of(*args)))
+            before_each(len(calls))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    watched("fsync", lambda descriptor: [Path(os.readlink(f"/proc/self/fd/{descriptor}")).name])
+    watched("replace", lambda a, b: [Path(a).name, Path(b).name])
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_replaces_is_on_the_disk_before_it_has_the_name(kind, exists, tmp_path, monkeypatch):
+    """Else a power loss leaves a name with nothing, or half, behind it."""
+    if exists:
+        write(tmp_path / "it", kind, "old")
+    calls = watch(monkeypatch, lambda _: None)
+    with convert.replacing(tmp_path / "it") as new:
+        write(new, kind, "new")
+    renamed = calls.index(("replace", "it.new", "it"))
+    written = {"it.new", "within", "file"} if kind == "folder" else {"it.new"}
+    assert {call[1] for call in calls[:renamed] if call[0] == "fsync"} == written
+    assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
+    assert set(contents(tmp_path).values()) == {"new"} and [x.name for x in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new(kind, exists, tmp_path, monkeypatch):
+    """The state of the disk before each operation is what a kill leaves; the next replacement cleans up."""
+    path = tmp_path / "disk/it"
+    path.parent.mkdir()
+    if exists:
+        write(path, kind, "old")
+    with monkeypatch.context() as patch:
+        watch(patch, lambda n: shutil.copytree(path.parent, tmp_path / f"killed{n}"))
+        with convert.replacing(path) as new:
+            write(new, kind, "new")
+    for disk in tmp_path.glob("killed*"):
+        found = convert.whole(disk / "it")
+        if exists:
+            assert (found / "within/file" if kind == "folder" else found).read_text() in ("old", "new")
+        with convert.replacing(disk / "it") as new:
+            assert (disk / "it").exists() or not exists
+            write(new, kind, "next")
+        assert [x.name for x in disk.iterdir()] == ["it"] and set(contents(disk).values()) == {"next"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_replacement_that_fails_leaves_what_was(kind, exists, tmp_path, monkeypatch):
+    path = tmp_path / "it"
+    if exists:
+        write(path, kind, "old")
+    before, names, failing = contents(tmp_path), list(tmp_path.iterdir()), 0
+    while convert.whole(path) == path and contents(tmp_path) == before:
+        assert list(tmp_path.iterdir()) == names
+        failing += 1
+
+        def fail(n, failing=failing):
+            if n == failing:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            calls = watch(patch, fail)
+            with convert.replacing(path) as new:
+                write(new, kind, "new")
+    assert calls[-1] == ("fsync", tmp_path.name)  # the last one comes when the new one has the name
+    assert set(contents(path.parent if kind == "file" else path).values()) == {"new"}
