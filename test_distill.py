@@ -1,6 +1,7 @@
 """The main job end to end, on models and texts that take seconds: distill.py, and the README's own code.
 What measures it is in test_evaluate.py."""
 
+import errno
 import gc
 import importlib
 import json
@@ -8,6 +9,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -15,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import ablate
+import checkpoints
 import convert
 import distill
 import evaluate
@@ -212,11 +217,11 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run_steps(home, tmp_path / "parts", *options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*sea.ckpt, got 0.002"):
+    with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*run.json, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
-    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*sea.ckpt, got query"):  # a default then
+    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*run.json, got query"):  # a default then
         run_steps(home, tmp_path / "parts", *options, "--resume", "--sea", "group=query")
-    with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
+    with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*run.json"):
         changed.setattr(evaluate, "tokenize", lambda *x, tokenize=evaluate.tokenize: tokenize(*x)[:-1])  # the same file, edited
         run_steps(home, tmp_path / "parts", *options, "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
@@ -226,12 +231,195 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     assert len(still) == len(resumed) and all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-def test_a_fresh_run_forgets_the_checkpoints_of_the_last(home, tmp_path, monkeypatch):
+TINY = ["--device", "cpu", "--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--method", "sea"]
+
+
+def test_a_run_takes_nothing_from_an_earlier_one_in_its_folder(tmp_path, monkeypatch):
+    """Killed while its teacher trains, it resumes with a teacher and a student of its own; the options it began with stay."""
+    job = lambda out, *options: distill.main([*TINY, "--out", str(tmp_path / out), *options])
+    whole = job("whole", "--seed", "7")
+    job("parts", "--seed", "0")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(distill, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        job("parts", "--seed", "7")
+    before = (tmp_path / "parts/sea.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="^--resume: expected seed 7 as in .*run.json, got 0$"):
+        job("parts", "--seed", "0", "--resume")
+    assert (tmp_path / "parts/sea.ckpt").read_bytes() == before
+    assert job("parts", "--seed", "7", "--resume") == whole
+    numbers = {evaluate.run_of(tmp_path / "parts" / name) for name in ("teacher", "sea")}
+    assert numbers == {json.loads((tmp_path / "parts/run.json").read_text())["run"]}
+
+
+def test_a_run_that_is_refused_leaves_the_one_before(home, tmp_path):
     run_steps(home, tmp_path, "--steps", "1")
-    monkeypatch.setattr(distill, "distillation_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(home, tmp_path, "--steps", "1")
-    assert not (tmp_path / "sea.ckpt").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "log.jsonl"}
+    for wrong in (["--data", "no.txt"], ["--model", str(tmp_path / "sea")], ["--seq-len", "33"]):
+        with pytest.raises(SystemExit):
+            run_steps(home, tmp_path, *wrong)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_resume_where_no_run_is_begins_one(home, tmp_path, capsys):
+    run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert f"--resume: there is no run in {tmp_path} yet, one begins" in capsys.readouterr().out
+    run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert "sea resumes after step 00001" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_runs_and_methods_are_not_resumed(home, tmp_path, capsys):
+    whole, _ = run_steps(home, tmp_path / "a", "--steps", "1", "--method", "sea", "performer")
+    run_steps(home, tmp_path / "b", "--steps", "1")
+    shutil.copy(tmp_path / "b/sea.ckpt", tmp_path / "a/sea.ckpt")  # the same options, another job
+    again, _ = run_steps(home, tmp_path / "a", "--steps", "1", "--method", "sea", "performer", "--resume")
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/a/sea.ckpt is of an earlier run: sea begins anew" in printed and "performer resumes after step 00001" in printed
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    shutil.copy(tmp_path / "a/performer.ckpt", tmp_path / "a/sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a checkpoint of sea, got one of performer in .*sea.ckpt$"):
+        run_steps(home, tmp_path / "a", "--steps", "1", "--resume")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, tmp_path, capsys):
+    """One flipped bit of a weight is noticed; the steps since are done again."""
+    whole, steps = run_steps(home, tmp_path, "--steps", "3", "--eval-every", "1")
+    file = tmp_path / "sea.ckpt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again, more = run_steps(home, tmp_path, "--steps", "3", "--eval-every", "1", "--resume")
+    printed = capsys.readouterr().out
+    assert re.search(r"damaged: .*sea.ckpt \(.* in it differs from its checksum\); sea goes on from .*sea.ckpt.1", printed)
+    assert terms_of(more[3:]) == terms_of(steps[2:]) and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("change", [
+    lambda state: state.clear(),
+    lambda state: state.pop(next(iter(state))),
+    lambda state: state.update(more=next(iter(state.values())))], ids=["none", "one less", "one more"])
+def test_a_checkpoint_has_all_of_the_state_and_no_more(home, one_step, tmp_path, part, change):
+    """What it lacks would stay as fresh as it is."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(tmp_path / "sea.ckpt")
+    change(saved["model"] if part == "model" else saved["optimizer"]["state"])
+    torch.save(saved, tmp_path / "sea.ckpt")
+    what = dict(model="weights", optimizer="optimizer's state")[part]
+    with pytest.raises(SystemExit, match=f"^--resume: expected a checkpoint with sea's {what}, .*: .*, got "):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_a_checkpoint_runs_no_code(home, one_step, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    torch.save(torch.load(tmp_path / "sea.ckpt") | dict(code=Code()), tmp_path / "sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a whole checkpoint, got .*sea.ckpt"):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("lost", [lambda folder: shutil.rmtree(folder), lambda folder: (folder / "config.json").write_bytes(b"")],
+                         ids=["removed", "emptied"])
+def test_resume_writes_a_lost_student_again(home, one_step, tmp_path, lost):
+    whole = convert.load(one_step / "sea").state_dict()
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    lost(tmp_path / "sea")
+    again, _ = run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(home, tmp_path, monkeypatch, capsys, number):
+    """Saved, with the shell's code for it; resumed, it is the run that was not stopped."""
+    whole, steps = run_steps(home, tmp_path / "whole")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return clip(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+        run_steps(home, tmp_path / "parts")
+    assert ended.value.code == 128 + number and signal.getsignal(number) == before
+    assert capsys.readouterr().out.endswith(f"sea step 00002 | stopped by {number.name}, saved; --resume goes on\n")
+    parts, resumed = run_steps(home, tmp_path / "parts", "--resume")
+    assert terms_of(resumed) == terms_of(steps) and all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), distill.noting_signals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_two_runs_do_not_write_to_one_folder(home, tmp_path):
+    pytest.importorskip("fcntl", reason="Windows locks nothing")
+    with checkpoints.locked(tmp_path), pytest.raises(SystemExit, match="^--out: expected a folder that no other run is writing to, got"):
+        run_steps(home, tmp_path)
+    run_steps(home, tmp_path, "--steps", "1")  # nor does a run that has ended
+
+
+def out_of_space(kind: str):
+    """As the system, torch.save and safetensors say it."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if kind == "safetensors":
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    try:
+        raise full
+    finally:
+        if kind == "torch":
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize("kind", ["system", "torch", "safetensors"])
+def test_a_full_disk_ends_a_run_in_a_sentence_and_it_resumes(home, tmp_path, monkeypatch, kind):
+    whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
+    write = checkpoints.write
+
+    def write_or_fail(name, student, optimizer, step, args):
+        if step == 2:
+            monkeypatch.setattr(torch, "save", lambda content, file: (file.write(b"half"), out_of_space(kind)))
+        write(name, student, optimizer, step, args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^--out: expected room on the disk, got a full one at {tmp_path}"):
+        save = torch.save
+        patch.setattr(checkpoints, "write", write_or_fail)
+        run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1")
+    monkeypatch.setattr(torch, "save", save)
+    assert not [*tmp_path.glob("*.new")]  # which would fill it
+    again, steps = run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--resume")
+    assert [r["step"] for r in steps] == [1, 2, 2] and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_log_line_that_was_cut_off_stands_alone(tmp_path):
+    log = distill.Log(distill.parse(["--device", "cpu", "--out", str(tmp_path)]))
+    log.record(a=1)
+    (tmp_path / "log.jsonl").open("a").write('{"b": ')
+    log.record(c=math.inf, d=[math.nan])  # JSON has neither
+    assert (tmp_path / "log.jsonl").read_text() == '{"a": 1}\n{"b": \n{"c": "inf", "d": ["nan"]}\n'
+
+
+def test_an_infinite_option_is_told_in_json_and_resumes(home, tmp_path):
+    refuse = lambda text: pytest.fail(f"not JSON: {text}")
+    for more in ([], ["--resume"]):
+        run_steps(home, tmp_path, "--steps", "1", "--optimizer", "clip=inf", *more)
+    for line in [*(tmp_path / "log.jsonl").read_text().splitlines(), (tmp_path / "run.json").read_text()]:
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def one_step(home, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one_step")
+    run_steps(home, out, "--steps", "1")
+    return out
 
 
 def with_dropout(loaded):
@@ -243,7 +431,7 @@ def with_dropout(loaded):
 
 def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
     run_steps(home, tmp_path, "--steps", "1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "sea", "sea.ckpt"]  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "log.jsonl", "run.json", "sea", "sea.ckpt"]  # nothing half-written
     file = tmp_path / "sea.ckpt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SystemExit, match="--resume: expected a whole checkpoint, got .*sea.ckpt"):
@@ -259,7 +447,8 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
              "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
     assert set(names) <= saved["args"].keys()
     saved["args"] = {name: saved["args"][name] for name in names} | dict(valid_data=None, query_stride=None, nbf=None, cell_keys=True, steps=2)
-    torch.save(saved, tmp_path / "sea.ckpt")
+    torch.save({part: saved[part] for part in ("step", "model", "optimizer", "args")}, tmp_path / "sea.ckpt")
+    (tmp_path / "run.json").unlink()
     resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
@@ -303,14 +492,14 @@ def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
     """2 steps of one process, 2 of two with the weights spread over them, and 2 of one again are 6 of one, to rounding."""
     options = ["--steps", "6", "--batch", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "redraw_every=3"]
     whole, steps = run_steps(home, tmp_path / "whole", *options)
-    write = distill.write_checkpoint
+    write = checkpoints.write
     with monkeypatch.context() as stopping, pytest.raises(SystemExit):
-        stopping.setattr(distill, "write_checkpoint", lambda *args: (write(*args), sys.exit()))
+        stopping.setattr(checkpoints, "write", lambda *args: (write(*args), sys.exit()))
         run_steps(home, tmp_path / "parts", *options)
     # Processes that end while others still talk to them abort now and then.
     (tmp_path / "stopping.py").write_text(
-        "import sys, distill, evaluate\nwrite = distill.write_checkpoint\n"
-        "distill.write_checkpoint = lambda *args: (write(*args), evaluate.stop_processes(), sys.exit())\ndistill.main()")
+        "import sys, checkpoints, distill, evaluate\nwrite = checkpoints.write\n"
+        "checkpoints.write = lambda *args: (write(*args), evaluate.stop_processes(), sys.exit())\ndistill.main()")
     torchrun(tmp_path / "stopping.py", *arguments(home, tmp_path / "parts"), *options, "--shard", "--gradient-checkpointing", "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
@@ -480,7 +669,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
 
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
-    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, cell_keys, backend, got 'widht=8'"),
+    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, max_positions, cell_keys, backend, got 'widht=8'"),
     (["--sea", "cell_keys=no"], "--sea: expected cell_keys of type bool, got 'no'"),
     (["--sea", "width=8.5"], "--sea: expected width of type int, got '8.5'"),
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
@@ -529,18 +718,29 @@ def test_students_are_in_memory_one_at_a_time(home, tmp_path, monkeypatch):
     assert len(students) == 3
 
 
-def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(SystemExit, match="sea step 1: the gradient is not finite"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
-    assert not (tmp_path / "sea.ckpt").exists() and not (tmp_path / "sea").exists()
+def test_a_diverged_student_stops_and_the_next_one_goes_on(home, tmp_path, monkeypatch, capsys):
+    """Before a gradient that is not finite reaches the weights; what it has saved stays, and the table and the exit say so."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def diverge(*args):
+        calls.append(args)
+        return torch.tensor(math.nan) if len(calls) == 2 else clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", diverge)
+    with pytest.raises(SystemExit, match="^diverged: sea; "):
+        run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--method", "sea", "performer")
+    assert re.search(r"\nsea step 2: the gradient is not finite, the loss is: .*\n(.*\n)*sea +inf +inf .*\n", capsys.readouterr().out)
+    results = last_results(tmp_path)
+    assert results["sea"] == "inf" and math.isfinite(results["performer"])
+    assert torch.load(tmp_path / "sea.ckpt")["step"] == 1 and torch.load(tmp_path / "performer.ckpt")["step"] == 2
 
 
-def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_is_told_with_its_terms(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sea, "score_loss", lambda *_, **__: torch.tensor(math.nan))
-    with pytest.raises(SystemExit, match="sea step 1: the loss is not finite: .*'score': nan"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--loss", "score=1", "--steps",
-                      "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^diverged: sea; "):
+        run_steps(home, tmp_path, "--loss", "score=1", "--steps", "1")
+    assert re.search("\nsea step 1: the loss is not finite: .*'score': nan", capsys.readouterr().out)
+    assert not (tmp_path / "sea.ckpt").exists() and not (tmp_path / "sea").exists()
 
 
 # -- README.md ---------------------------------------------------------------------------------------------------------

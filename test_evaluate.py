@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ablate
+import checkpoints
 import convert
 import distill
 import evaluate
@@ -278,7 +279,7 @@ def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in ablate.VARIANTS if name != "base"])
 def test_an_ablation_changes_what_is_learned(name):
-    base, other = (distill.fixed_options(distill.parse([*ablate.BASE, *options.split()])) for options in ("", ablate.VARIANTS[name]))
+    base, other = (checkpoints.fixed_options(distill.parse([*ablate.BASE, *options.split()])) for options in ("", ablate.VARIANTS[name]))
     assert base != other
 
 
