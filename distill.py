@@ -104,9 +104,14 @@ TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
 # -- data and teacher ------------------------------------------------------------------------------
 
 
+def seed_of(step: int, seed: int) -> int:
+    """Of a step's random numbers, another for each --seed: the CPU's generator takes no more than 32 bits."""
+    return (seed * 2654435761 + step) % 2**32  # far apart: the multiplier is 2^32 over the golden ratio
+
+
 def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
     """Random windows (batch, seq_len) of a token stream, those of this step."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(seed_of(step, seed))
     starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
     return tokens[starts + torch.arange(seq_len)].long()
 
@@ -347,7 +352,7 @@ def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
     """Forward and backward through this step's batch, a micro-batch at a time; returns the terms of the
     loss, of all processes."""
     args, (rank, size) = job.args, evaluate.rank_and_size()
-    torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
+    torch.manual_seed(seed_of(step, args.seed) * 2**10 + rank)  # dropout's
     mine = batch_of(step, job.tokens, args.seq_len, args.batch, args.seed)[rank::size]
     parts, total = mine.split(args.micro_batch), {}
     for i, x in enumerate(parts, start=1):
@@ -399,7 +404,7 @@ def redraw_features(student, step: int, args) -> None:
     """New random features in all layers, if they are due; the same in all processes."""
     every = args.optimizer.redraw_every
     if every and step > 1 and (step - 1) % every == 0:
-        generator = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
+        generator = torch.Generator().manual_seed(seed_of(step, args.seed))
         for module in convert.attention_modules(student):
             if hasattr(module, "sea"):
                 module.sea.redraw_features(generator)

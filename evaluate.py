@@ -218,13 +218,8 @@ def load_teacher(model: str | Path, seq_len: int):
     name = HUB.get(str(model), str(model))
     what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
 
-    def load():
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return tokenizer, tokenizer("the", add_special_tokens=False).input_ids, whole_model(name)
-
-    tokenizer, ids, teacher = hub(what, "give a local folder with --model DIR instead", load)
-    if not ids:  # what a folder without one gives
-        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    tokenizer, teacher = hub(what, "give a local folder with --model DIR instead",
+                             lambda: tokenizer_and_model(name))
     if hasattr(teacher.config, "sea"):
         sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
                  "--load of distill.py and --students of evaluate.py are for students")
@@ -235,11 +230,18 @@ def load_teacher(model: str | Path, seq_len: int):
     return teacher.eval().requires_grad_(False), tokenizer
 
 
-def whole_model(folder: str):
-    """A causal language model in fp32. Raises ValueError if a weight is not in its files: it would be
-    random."""
+def tokenizer_and_model(name: str, dtype: torch.dtype = torch.float32):
+    """From the hub or a folder. Raises an exception of any kind if there is no such thing."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    return tokenizer, whole_model(name, dtype)
+
+
+def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
+    """A causal language model. Raises ValueError if a weight is not in its files: it would be random."""
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+        folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"expected all weights, got none for {sorted(found['missing_keys'])[0]}")
     return model
@@ -607,8 +609,11 @@ def check_backend(p: argparse.ArgumentParser, option: str, backend: str | None, 
 
 
 def layer_and_head(text: str) -> tuple[int, int]:
-    layer, head = text.split(".")
-    return int(layer), int(head)
+    try:
+        layer, head = map(int, text.split("."))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LAYER.HEAD, two integers, got {text!r}") from None
+    return layer, head
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -17,9 +17,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import ablate
 import checkpoints
@@ -175,6 +176,114 @@ def test_logit_losses_in_chunks_are_those_of_all_tokens(chunk):
     our_ce, our_kd = distill.logit_losses(student, teacher, x, chunk)
     torch.testing.assert_close((our_ce, our_kd), (ce, kd))
     torch.testing.assert_close(torch.autograd.grad(our_ce + 2 * our_kd, student), torch.autograd.grad(ce + 2 * kd, student))
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_step_has_windows_of_its_own():
+    """The same again for the same step and seed, others for another; in the end all there are, the first and the last too."""
+    stream = torch.arange(10, 21, dtype=torch.int32)
+    batch = lambda step, seed=0: distill.batch_of(step, stream, 8, 4, seed)
+    assert torch.equal(batch(1), batch(1)) and batch(1).shape == (4, 8) and batch(1).dtype == torch.int64
+    assert not torch.equal(batch(1), batch(2)) and not torch.equal(batch(1), batch(1, seed=1))
+    windows = torch.cat([batch(step) for step in range(1, 31)])
+    assert torch.equal(windows, windows[:, :1] + torch.arange(8)) and set(windows[:, 0].tolist()) == {10, 11, 12, 13}
+
+
+def test_another_seed_draws_other_features_and_dropout(monkeypatch):
+    """On the CPU, too, whose generator takes the lower 32 bits of a seed; redraws differ from step to step."""
+    student, teacher = student_and_teacher()
+    drawn, lost = [], []
+    monkeypatch.setattr(distill, "batch_of", lambda *_: tokens())
+    for layer in student.get_decoder().layers:
+        layer.dropout = 0.5
+    student.train()
+    for seed, step in ((0, 2), (1, 2), (0, 3)):
+        args = distill.parse([*SMALL, "--seed", str(seed), "--optimizer", "redraw_every=1"])
+        job = distill.Job(args, None, None, teacher, None, None, None, 1.0, [])
+        lost.append(distill.add_gradients(student, student, step, job)["context"])
+    for seed, step in ((0, 2), (1, 2), (0, 3)):
+        distill.redraw_features(student, step, distill.parse([*SMALL, "--seed", str(seed), "--optimizer", "redraw_every=1"]))
+        drawn.append(convert.attention_modules(student)[0].sea.projection[0, 0].item())
+    assert len(set(drawn)) == 3 and len(set(lost)) == 3
+
+
+@pytest.mark.parametrize("documents", [["a" * 100], ["a" * 5, "b" * 95], ["a" * 50, "b" * 45, "c" * 5], ["a" * 9, "b"] * 10])
+def test_validation_and_training_text_are_apart(documents):
+    """Together all of it in its order, a tenth or a little more or less to validate on."""
+    train, valid = evaluate.last_tenth_apart(documents)
+    assert "".join(train + valid) == "".join(documents) and 4 <= 100 * len("".join(valid)) / len("".join(documents)) <= 12
+
+
+def test_an_end_of_text_token_stands_before_each_of_several_documents(home):
+    tokenizer = AutoTokenizer.from_pretrained(home / "teacher")
+    a, b = (tokenizer(text).input_ids for text in ("The quick", " dog"))
+    end = tokenizer.eos_token_id
+    assert evaluate.tokenize(["The quick", " dog"], tokenizer).tolist() == [end, *a, end, *b]
+    assert evaluate.tokenize(["The quick"], tokenizer).tolist() == a
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As Llama's: a space before the text, and no cuts between words before merges."""
+    words = "The quick brown fox jumps over lazy dogs".split()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?", fuse_unk=True))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("\u2581"),
+                                                            tokenizers.normalizers.Replace(" ", "\u2581")])
+    tokenizer.train_from_iterator(words * 20, tokenizers.trainers.BpeTrainer(vocab_size=80, special_tokens=["?"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_pieces_of_a_document_have_the_ids_of_the_whole(kind):
+    text = "The quick brown  fox jumps\n\nover the lazy dog's   dogs. \n" * 12 + "x" * 300 + " end " * 30
+    tokenizer = distill.tiny_tokenizer([text], 300) if kind == "bytes" else sentencepiece_like()
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    found = [*evaluate.pieces(text, tokenizer, size=40, context=30)]
+    assert len(found) > 10 and [i for piece in found for i in ids(piece)] == ids(text)
+    documents = [text, "The end"] * 3
+    assert evaluate.tokenize(documents, tokenizer, at_once=700).tolist() == evaluate.tokenize(documents, tokenizer).tolist()
+
+
+def test_documents_without_text_are_none(tmp_path):
+    """Nor is the byte order mark, which Windows puts first, a part of the first one."""
+    (tmp_path / "text").write_bytes("\ufeffone\n\n\ntwo\n\n\n \n\n\n\n\n\n".encode())
+    assert evaluate.read_documents("--data", tmp_path / "text") == ["one", "two"]
+    (tmp_path / "text").write_text("\n" * 7)
+    with pytest.raises(SystemExit, match="^--data: expected a text file in UTF-8, got .*text, which holds no text$"):
+        evaluate.read_documents("--data", tmp_path / "text")
+
+
+def test_a_text_too_short_is_named(home, tmp_path):
+    (tmp_path / "short").write_text("dog")
+    for option, text in (("--data", "training"), ("--valid-data", "validation")):
+        with pytest.raises(SystemExit, match=f"^--seq-len: expected at most the . tokens of the {text} text, got 16$"):
+            run_steps(home, tmp_path, "--valid-data", str(home / "text.txt"), option, str(tmp_path / "short"))
+
+
+def test_ids_that_the_model_does_not_know_are_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher")
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^--model: expected a tokenizer whose ids are below 200, .*, got 2.. from the one in .*model$"):
+        run_steps(home, tmp_path, "--model", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("change", ["order", "text", "teacher"])
+def test_the_fingerprint_tells_texts_and_teachers_apart(change):
+    teacher, stream = tiny("opt"), torch.arange(50, dtype=torch.int32)
+    before = distill.fingerprint(stream, teacher)
+    if change == "order":
+        stream = stream.flip(0)
+    elif change == "text":
+        stream = stream[:-1]
+    else:
+        next(teacher.parameters()).data[0] += 1
+    assert distill.fingerprint(stream, teacher) != before
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def arguments(home, out, *small) -> list[str]:
@@ -380,21 +489,25 @@ def out_of_space(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["system", "torch", "safetensors"])
-def test_a_full_disk_ends_a_run_in_a_sentence_and_it_resumes(home, tmp_path, monkeypatch, kind):
+def test_a_full_disk_is_told_in_a_sentence(kind):
+    with pytest.raises(SystemExit, match="^--out: expected room on the disk, got a full one at out; what was saved before is whole$"):
+        with evaluate.room_for("out"):
+            out_of_space(kind)
+
+
+def test_a_run_that_filled_the_disk_resumes(home, tmp_path, monkeypatch):
     whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
-    write = checkpoints.write
 
-    def write_or_fail(name, student, optimizer, step, args):
-        if step == 2:
-            monkeypatch.setattr(torch, "save", lambda content, file: (file.write(b"half"), out_of_space(kind)))
-        write(name, student, optimizer, step, args)
+    def write_or_fail(name, student, optimizer, step, args, write=checkpoints.write):
+        with monkeypatch.context() as full:
+            if step == 2:
+                full.setattr(torch, "save", lambda content, file: (file.write(b"half"), out_of_space("torch")))
+            write(name, student, optimizer, step, args)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^--out: expected room on the disk, got a full one at {tmp_path}"):
-        save = torch.save
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^--out: expected room on the disk"):
         patch.setattr(checkpoints, "write", write_or_fail)
         run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1")
-    monkeypatch.setattr(torch, "save", save)
-    assert not [*tmp_path.glob("*.new")]  # which would fill it
+    assert not [*tmp_path.glob("*.new")]  # which would keep it full
     again, steps = run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--resume")
     assert [r["step"] for r in steps] == [1, 2, 2] and all(torch.equal(again[name], value) for name, value in whole.items())
 
@@ -573,6 +686,39 @@ def test_micro_batches_add_up_to_the_batch(home, tmp_path):
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def test_gradients_are_those_of_the_whole_batch(home):
+    """However many micro-batches: clipping and AdamW would hide a factor."""
+    student, teacher = student_and_teacher()
+    found = []
+    for size in ("4", "2", "1"):
+        args = distill.parse([*SMALL, "--batch", "4", "--micro-batch", size])
+        student.zero_grad()
+        distill.add_gradients(student, student, 1, distill.Job(args, None, None, teacher, None, tokens(9).flatten(), None, 1.0, []))
+        found.append({name: p.grad.clone() for name, p in student.named_parameters()})
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_student_trains_with_dropout_and_the_teacher_without(home, tmp_path, monkeypatch):
+    modes = []
+
+    def losses(student, teacher, *args, do=distill.distillation_losses):
+        modes.append((student.training, teacher.training))
+        return do(student, teacher, *args)
+
+    monkeypatch.setattr(distill, "distillation_losses", losses)
+    run_steps(home, tmp_path, "--eval-every", "1")  # which is without
+    assert set(modes) == {(True, False)}
+
+
+def test_the_position_table_may_have_fewer_rows_than_the_model(home, tmp_path):
+    rows = lambda weights: {len(x) for name, x in weights.items() if name.endswith("sea.position")}
+    assert rows(run_steps(home, tmp_path / "a", "--steps", "1")[0]) == {32}
+    assert rows(run_steps(home, tmp_path / "b", "--steps", "1", "--sea", "max_positions=20")[0]) == {20}
+    with pytest.raises(SystemExit, match="^--resume: expected max_positions 20 as in .*run.json, got the model's$"):
+        run_steps(home, tmp_path / "b", "--steps", "1", "--resume")
+
+
 def test_schedule_clip_and_redraw(home, tmp_path):
     weights, steps = run_steps(home, tmp_path / "a", "--optimizer", "schedule=linear")
     assert [r["lr"] for r in steps] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
@@ -624,6 +770,7 @@ def test_optimizer_groups():
     student, _ = student_and_teacher()
     names = {id(p): n for n, p in student.named_parameters()}
     groups = distill.make_optimizer(student, 1e-5, 1e-3, 0.01).param_groups
+    assert {group["betas"] for group in groups} == {(0.9, 0.95)}
     assert sum(len(g["params"]) for g in groups) == len(names)
     for group in groups:
         for parameter in group["params"]:
@@ -655,6 +802,7 @@ def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_pat
 
 def test_the_papers_defaults():
     args, config = distill.parse(["--model", "opt-125m"]), sea.SEAConfig(n_head=12, d_head=64)
+    assert (args.eval_every, args.seed, distill.parse([]).eval_every) == (500, 0, 60)
     assert (args.steps, args.batch, args.seq_len, args.sea, config.width, config.topk) == (10_000, 32, 2048, {}, 256, 64)
     assert (args.optimizer.lr, args.optimizer.lr_new, args.optimizer.schedule, args.optimizer.weight_decay) == (2e-6, 1e-4, "constant", 0.01)
     assert (args.loss.ce, args.loss.hidden, args.loss.kd) == (0.1, 5, 0.2) and set(args.method) == {"sea", "performer", "dense"}
@@ -677,6 +825,9 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
     (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
+    (["--sea", "max_positions=100"], "--sea max_positions: expected at least --seq-len, 256, got 100"),
+    (["--device", "gpu"], "--device: expected a torch device such as cpu or cuda, got gpu"),
+    (["--device", "cuda:99"], "GPUs that PyTorch sees, got cuda:99"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
     (["--optimizer", "redraw_every=-1"], "--optimizer redraw_every: expected an integer >= 0, got -1"),
     (["--optimizer", "warmup=-1"], "--optimizer warmup: expected an integer >= 0, got -1"),
@@ -691,6 +842,22 @@ def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
         distill.parse(argv)
     assert message in capsys.readouterr().err
+
+
+def test_kernels_without_a_gpu_are_refused(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for script, options in ((distill, ["--sea", "backend=triton"]), (evaluate, ["--model", "x", "--backend", "triton"])):
+        with pytest.raises(SystemExit):
+            script.parse([*options, "--device", "cpu"])
+        assert f"{options[-2] if script is evaluate else '--sea'}: expected auto or torch on cpu, since triton needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [distill, evaluate])
+def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(home, tmp_path, script):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/out"):
+        with pytest.raises(SystemExit, match=f"^--out: expected a folder that can be written to, got {tmp_path}/{out} "):
+            script.main(["--model", "no-such-model", "--device", "cpu", "--out", str(tmp_path / out)])
 
 
 def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
