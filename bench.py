@@ -94,8 +94,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for the files it writes")
     args = p.parse_args(argv)
-    for name in ("lengths", "batches", "strides", "heads", "d_head", "width", "topk", "train_steps", "batch",
-                 "layers", "profile"):
+    for name in ("lengths", "batches", "strides", "heads", "d_head", "width", "topk", "train_steps",
+                 "batch", "layers", "profile"):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             p.error(f"--{name.replace('_', '-')}: expected integers >= 1, got {value}")
@@ -128,8 +128,7 @@ def model_inputs(args, T: int) -> list[torch.Tensor]:
     import convert
 
     text = "\n\n\n".join(evaluate.read_documents("--data", args.data))[: 8 * T]
-    tokenizer, model = evaluate.hub(f"the model {args.model}", "give a local folder with --model DIR instead",
-                                    lambda: evaluate.tokenizer_and_model(args.model, torch.bfloat16))
+    tokenizer, model = evaluate.from_hub(args.model, torch.bfloat16)
     model = model.to(args.device).eval()
     model.set_attn_implementation("sea_teacher")
     ids = tokenizer(text, verbose=False).input_ids
@@ -397,8 +396,7 @@ def teacher_model(args, T: int) -> torch.nn.Module:
     """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be
     sharded is made on the CPU."""
     if args.model:
-        _, model = evaluate.hub(f"the model {args.model}", "give a local folder with --model DIR instead",
-                                lambda: evaluate.tokenizer_and_model(args.model))
+        _, model = evaluate.from_hub(args.model)
         longest = model.config.max_position_embeddings
         if T > longest:
             sys.exit(f"--lengths: expected at most the model's {longest} positions, got {T}")

@@ -4,9 +4,9 @@
     OUT/<name>.ckpt    a student's newest checkpoint; <name>.ckpt.1 is the one before
     OUT/lock           held by the run that writes there
 
-A run without --resume has a new number, which all it leaves bears: checkpoints, and as `sea_run` in their
-config.json the teacher it trained and its students. So --resume never takes what an earlier run left in
-the same folder for its own.
+A run without --resume has a new number, which all it leaves bears: checkpoints, and as `sea_run` in
+their config.json the teacher it trained and its students. So --resume never takes what an earlier run
+left in the same folder for its own.
 """
 
 import contextlib
@@ -63,6 +63,7 @@ def find_run(args) -> int:
     """The number of the run that --resume goes on with, or of a new one; the same in all processes."""
     number, path = 0, Path(args.out) / "run.json"
     if evaluate.rank_and_size()[0] == 0:
+        check_places(args.out)
         number = 1 + secrets.randbits(48)
         if args.resume and path.exists():
             number = read_run(path, args)
@@ -71,6 +72,14 @@ def find_run(args) -> int:
         elif args.resume:
             print(f"--resume: there is no run in {args.out} yet, one begins", flush=True)
     return int(evaluate.over_processes([float(number)], args)[0])
+
+
+def check_places(out: str) -> None:
+    """Where models will be saved there may be others, which they replace, and nothing else."""
+    for name in ("teacher", *evaluate.METHODS):
+        path = convert.whole(Path(out) / name)
+        if path.is_file() or path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
+            sys.exit(f"--out: expected a saved model or nothing as {path}, got something else")
 
 
 def read_run(path: Path, args) -> int:
@@ -109,7 +118,7 @@ def fixed_options(args) -> dict:
 
 
 def check_options(before: dict, args, path: Path) -> None:
-    """`before`, which `path` holds, may differ from those of now in nothing that changes what is learned."""
+    """`before`, which `path` holds, has to agree in all that changes what is learned."""
     for name, value in fixed_options(args).items():
         # None: left to its default, or not yet an option
         if before.get(name) is not None and evaluate.as_json(before[name]) != evaluate.as_json(value):
@@ -151,8 +160,8 @@ def resume(name: str, student, optimizer, args) -> int:
             path.unlink(missing_ok=True)
     done = saved["step"] if saved else 0
     if evaluate.over_processes([float(done)], args)[0] != done * size:
-        sys.exit(f"--out: expected one folder that all processes share, got {args.out} with {name} of step "
-                 f"{done} in one of them, others in others")
+        sys.exit(f"--out: expected one folder that all processes share, got {args.out} with {name} of "
+                 f"step {done} in one of them, others in others")
     if saved:
         check_state(name, saved, student, optimizer)
         set_state_dict(student, optimizer, model_state_dict=saved["model"],
@@ -181,8 +190,8 @@ def find(name: str, args) -> dict | None:
             print(f"damaged: {other}; {name} goes on from {path}", flush=True)
         return saved
     if damaged:
-        sys.exit(f"--resume: expected a whole checkpoint, got {' and '.join(damaged)}; without them {name} "
-                 "begins anew")
+        sys.exit(f"--resume: expected a whole checkpoint, got {' and '.join(damaged)}; without them "
+                 f"{name} begins anew")
     return None
 
 
@@ -212,11 +221,12 @@ def check_state(name: str, saved: dict, student, optimizer) -> None:
     compare(name, "optimizer's state", {key: dict(step=(), exp_avg=shape, exp_avg_sq=shape)
                                         for key, shape in trained.items()}, found)
     if groups != [set(group["params"]) for group in saved["optimizer"].get("param_groups", [])]:
-        sys.exit(f"--resume: expected a checkpoint whose optimizer groups weights as {name}'s, got another")
+        sys.exit(f"--resume: expected a checkpoint whose optimizer groups weights as {name}'s, got "
+                 "another")
 
 
 def compare(name: str, what: str, expected: dict, found: dict) -> None:
     for key in [*expected, *found]:
         if expected.get(key) != found.get(key):
-            sys.exit(f"--resume: expected a checkpoint with {name}'s {what}, {key}: {expected.get(key)}, got "
-                     f"{found.get(key)}")
+            sys.exit(f"--resume: expected a checkpoint with {name}'s {what}, {key}: {expected.get(key)}, "
+                     f"got {found.get(key)}")

@@ -23,7 +23,7 @@
 
 Prints a line a step and a table of perplexities at the end. Writes the same records to
 OUT/log.jsonl, students to OUT/<name>, which evaluate.py measures more closely, and checkpoints for
---resume to OUT/<name>.ckpt. A step's data and random numbers follow from --seed and the step alone:
+--resume to OUT/<name>.ckpt, also when SIGTERM or Ctrl-C ends it, after the step. A step's data and random numbers follow from --seed and the step alone:
 a run that was killed and resumed goes on as if nothing had happened, and another number of processes,
 --shard or another --micro-batch change no more than rounding and dropout.
 """
@@ -105,8 +105,8 @@ TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
 
 
 def seed_of(step: int, seed: int) -> int:
-    """Of a step's random numbers, another for each --seed: the CPU's generator takes no more than 32 bits."""
-    return (seed * 2654435761 + step) % 2**32  # far apart: the multiplier is 2^32 over the golden ratio
+    """Of a step's random numbers: no more than the 32 bits that the CPU's generator looks at."""
+    return (seed * 2654435761 + step) % 2**32  # 2^32 over the golden ratio keeps seeds far apart
 
 
 def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
@@ -342,8 +342,8 @@ def stop_if_asked(name: str, student, optimizer, step: int, job: Job) -> None:
     asked = int(evaluate.over_processes([float(asked)], job.args, dist.ReduceOp.MAX)[0])
     if asked:
         checkpoints.write(name, student, optimizer, step, job.args)
-        print(f"{name} step {step:05d} | stopped by {signal.Signals(asked).name}, saved; --resume goes on",
-              flush=True)
+        print(f"{name} step {step:05d} | stopped by {signal.Signals(asked).name}, saved; --resume goes "
+              "on", flush=True)
         evaluate.stop_processes()
         sys.exit(128 + asked)
 
@@ -566,9 +566,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
         "query_stride, nbf, cell_keys (true or false), group, backend, max_positions (rows of the "
-        "position table of each layer, the model's own number unless given, which may be far more than "
-        "--seq-len trains); without --model, width=64 topk=16 unless given; with --load, topk, group and "
-        "backend only")
+        "position table of each layer: unless given the model's positions, which may be far more than "
+        "--seq-len trains); without --model, width=64 topk=16 unless given; with --load, topk, group "
+        "and backend only")
     add("--loss", type=settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
         "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
         "first token, they are most of the loss: hidden=0.005 is better there")
@@ -579,8 +579,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
         "the losses look at, and compute the rest again, for large models")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are "
-        "any. Options that change what is learned must be those of the run that wrote them; the number of "
-        "processes, --shard, --micro-batch, --method and how it is evaluated need not")
+        "any. Options that change what is learned must be those of the run that wrote them; the number "
+        "of processes, --shard, --micro-batch, --method and how it is evaluated need not")
     add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher "
         "(default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
@@ -707,12 +707,15 @@ def run(args, header: dict[str, str]) -> dict[str, float]:
     evaluate.windows(tokens, args.seq_len, text="training text")  # at least one
     valid = evaluate.windows(valid_tokens, args.seq_len, args.eval_windows, "validation text")
     args.fingerprint = fingerprint(tokens, original)
-    checkpoints.record_run(args)
 
     teacher = evaluate.to_device(copy.deepcopy(original) if args.shard else original, args)
-    teacher_ppl, n = evaluate.perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
+    teacher_ppl = evaluate.perplexity(teacher, valid, args)
+    if not math.isfinite(teacher_ppl):
+        sys.exit(f"--model: expected a teacher of finite perplexity, got {teacher_ppl} from {model}")
+    n = sum(p.numel() for p in original.parameters())
     print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} "
           f"windows of {args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
+    checkpoints.record_run(args)
     log.record(**header, args=vars(args), parameters=n, teacher_ppl=teacher_ppl)
 
     lines = [Line("teacher", teacher_ppl, (args.seq_len + 1) / 2)]

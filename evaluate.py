@@ -182,7 +182,8 @@ def pieces(document: str, tokenizer, size: int = 2**18, context: int = 100,
     are those of the whole.
 
     A cut is between words, where the `context` around it has the same ids together and apart; it leaves
-    the space away for a tokenizer that puts one before each text. No cut if `tries` places in a row fail.
+    the space away for a tokenizer that puts one before each text. After `tries` places in a row without
+    one, the rest stays whole.
     """
 
     def ids(text):
@@ -216,13 +217,7 @@ def load_teacher(model: str | Path, seq_len: int):
     """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
     often in half precision."""
     name = HUB.get(str(model), str(model))
-    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
-
-    tokenizer, teacher = hub(what, "give a local folder with --model DIR instead",
-                             lambda: tokenizer_and_model(name))
-    if hasattr(teacher.config, "sea"):
-        sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
-                 "--load of distill.py and --students of evaluate.py are for students")
+    tokenizer, teacher = from_hub(name)
     longest = teacher.config.max_position_embeddings
     if seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
@@ -230,12 +225,20 @@ def load_teacher(model: str | Path, seq_len: int):
     return teacher.eval().requires_grad_(False), tokenizer
 
 
-def tokenizer_and_model(name: str, dtype: torch.dtype = torch.float32):
-    """From the hub or a folder. Raises an exception of any kind if there is no such thing."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
-        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-    return tokenizer, whole_model(name, dtype)
+def from_hub(name: str, dtype: torch.dtype = torch.float32):
+    """Tokenizer and model, from the hub or a folder."""
+    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+
+    def load():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+            sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+        if hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "sea"):
+            sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
+                     "--load of distill.py and --students of evaluate.py are for students")
+        return tokenizer, whole_model(name, dtype)
+
+    return hub(what, "give a local folder with --model DIR instead", load)
 
 
 def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -248,8 +251,8 @@ def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def run_of(folder: Path) -> int | None:
-    """The number of the run of distill.py that saved a model in `folder`, 0 if that had none; None if there
-    is no model."""
+    """The number of the run of distill.py that saved a model in `folder`, 0 if that had none; None if
+    there is no model."""
     try:
         config = convert.whole(folder) / "config.json"
         return json.loads(config.read_text(encoding="utf-8")).get("sea_run", 0)

@@ -369,6 +369,24 @@ def test_a_run_that_is_refused_leaves_the_one_before(home, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.parametrize("something", ["file", "folder"])
+def test_what_is_no_model_is_not_replaced(home, tmp_path, something):
+    """And found before any work is done."""
+    (tmp_path / "sea").write_text("mine") if something == "file" else shutil.copytree(home, tmp_path / "sea")
+    with pytest.raises(SystemExit, match=f"^--out: expected a saved model or nothing as {tmp_path}/sea, got something else$"):
+        run_steps(home, tmp_path)
+    assert (tmp_path / "sea").exists() and not (tmp_path / "run.json").exists()
+
+
+def test_a_teacher_that_knows_nothing_is_refused(home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher")
+    model.get_input_embeddings().weight.data.fill_(math.nan)
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^--model: expected a teacher of finite perplexity, got nan from .*model$"):
+        run_steps(home, tmp_path, "--model", str(tmp_path / "model"))
+
+
 def test_resume_where_no_run_is_begins_one(home, tmp_path, capsys):
     run_steps(home, tmp_path, "--steps", "1", "--resume")
     assert f"--resume: there is no run in {tmp_path} yet, one begins" in capsys.readouterr().out
@@ -602,17 +620,30 @@ def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, 
 
 
 def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
-    """2 steps of one process, 2 of two with the weights spread over them, and 2 of one again are 6 of one, to rounding."""
+    """2 steps of one process, 2 of two with the weights spread over them, one of which is told to stop, and 2 of one again are 6 of
+    one, to rounding."""
     options = ["--steps", "6", "--batch", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "redraw_every=3"]
     whole, steps = run_steps(home, tmp_path / "whole", *options)
     write = checkpoints.write
     with monkeypatch.context() as stopping, pytest.raises(SystemExit):
         stopping.setattr(checkpoints, "write", lambda *args: (write(*args), sys.exit()))
         run_steps(home, tmp_path / "parts", *options)
-    # Processes that end while others still talk to them abort now and then.
-    (tmp_path / "stopping.py").write_text(
-        "import sys, checkpoints, distill, evaluate\nwrite = checkpoints.write\n"
-        "checkpoints.write = lambda *args: (write(*args), evaluate.stop_processes(), sys.exit())\ndistill.main()")
+    (tmp_path / "stopping.py").write_text("""
+import os, signal, sys, torch, distill
+clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+def stop(*args):
+    calls.append(args)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return clip(*args)
+
+torch.nn.utils.clip_grad_norm_ = stop
+try:
+    distill.main()
+except SystemExit as ended:
+    sys.exit(ended.code - 128 - signal.SIGTERM)
+""")
     torchrun(tmp_path / "stopping.py", *arguments(home, tmp_path / "parts"), *options, "--shard", "--gradient-checkpointing", "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
