@@ -23,9 +23,10 @@
 
 Prints a line a step and a table of perplexities at the end. Writes the same records to
 OUT/log.jsonl, students to OUT/<name>, which evaluate.py measures more closely, and checkpoints for
---resume to OUT/<name>.ckpt, also when SIGTERM or Ctrl-C ends it, after the step. A step's data and random numbers follow from --seed and the step alone:
-a run that was killed and resumed goes on as if nothing had happened, and another number of processes,
---shard or another --micro-batch change no more than rounding and dropout.
+--resume to OUT/<name>.ckpt, see checkpoints.py. SIGTERM or Ctrl-C ends a run after its step, saved. A
+step's data and random numbers follow from --seed and the step alone: a run that was killed and resumed
+goes on as if nothing had happened, and another number of processes, --shard or another --micro-batch
+change no more than rounding and dropout.
 """
 
 import argparse
