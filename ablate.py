@@ -19,6 +19,9 @@ from pathlib import Path
 
 import torch
 
+import distill
+import evaluate
+
 HERE = Path(__file__).parent
 BASE = ("--method sea --batch 4 --micro-batch 4 --eval-windows 48 "
         "--optimizer lr=1e-4 lr_new=5e-3 schedule=cosine warmup=30").split()
@@ -55,7 +58,25 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--variant", action="append", default=[], metavar="OPTIONS", help="one more, of these options "
         "of distill.py")
     add("--out", default="out/ablation", help="folder for the runs and the table")
-    return p.parse_known_args(argv)
+    args, rest = p.parse_known_args(argv)
+    if args.jobs < 1:
+        p.error(f"--jobs: expected an integer >= 1, got {args.jobs}")
+    if "--model" not in options_of_both(rest):
+        p.error("--model: expected the teacher of all variants, a folder or hub id, got none")
+    for name in (*args.only, *args.variant):  # a mistake in one ends all of them before they begin
+        options = options_of(name, rest)
+        distill.parse([*options, "--steps", args.steps])
+        evaluate.parse([*options_of_both(options), *at_topk(args)])
+    return args, rest
+
+
+def options_of(name: str, rest: list[str]) -> list[str]:
+    """A variant's, of distill.py."""
+    return [*BASE, *rest, *shlex.split(VARIANTS.get(name, name))]
+
+
+def at_topk(args) -> list[str]:
+    return ["--topk", *args.topk] if args.topk else []
 
 
 def options_of_both(argv: list[str]) -> list[str]:
@@ -77,11 +98,10 @@ def run(i: int, name: str, args, rest: list[str]) -> dict[str, float]:
         env["CUDA_VISIBLE_DEVICES"] = ours[i % len(ours)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.jsonl").unlink(missing_ok=True)
-    options = [*BASE, *rest, *shlex.split(VARIANTS.get(name, name))]
-    at_topk = ["--topk", *args.topk] if args.topk else []
+    options = options_of(name, rest)
     train = [sys.executable, HERE / "distill.py", *options, "--steps", args.steps,
              "--eval-every", args.steps, "--out", out]
-    measure = [sys.executable, HERE / "evaluate.py", *options_of_both(options), *at_topk,
+    measure = [sys.executable, HERE / "evaluate.py", *options_of_both(options), *at_topk(args),
                "--students", out / "sea", "--out", out]
     with (out / "log.txt").open("w") as file:
         for command in (train, measure):
@@ -111,6 +131,9 @@ def summary(out: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     args, rest = parse(argv)
     names = [*args.only, *args.variant]
+    evaluate.make_folder(args.out)
+    print(f"{len(names)} variants of {args.steps} steps, {args.jobs} at a time, what each prints in "
+          f"{args.out}/<variant>/log.txt", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(names, pool.map(lambda job: run(*job, args, rest), enumerate(names))))
     columns = dict.fromkeys(key for result in found.values() for key in result)
@@ -118,7 +141,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, result in found.items():
         cells = (f"{result[key]:.0f}" if key == "ms" else f"{result[key]:.4f}" for key in result)
         print(f"{name:30} " + " ".join(f"{cell:>8}" for cell in cells))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     report = dict(command=["ablate.py", *(sys.argv[1:] if argv is None else argv)], results=found)
     (Path(args.out) / "ablation.json").write_text(json.dumps(report, indent=1))
     if not all(found.values()):

@@ -94,6 +94,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for the files it writes")
     args = p.parse_args(argv)
+    for name in ("lengths", "batches", "strides", "heads", "d_head", "width", "topk", "train_steps",
+                 "batch", "layers", "profile"):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            p.error(f"--{name.replace('_', '-')}: expected integers >= 1, got {value}")
     if args.model and not args.data and not args.distill:
         p.error("--data: expected a text file with --model, got none")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -120,15 +125,12 @@ def default_lengths(args) -> list[int]:
 @torch.no_grad()
 def model_inputs(args, T: int) -> list[torch.Tensor]:
     """q, k, v (1, H, T, D) of a model's layers on text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import convert
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    text = "\n\n\n".join(evaluate.read_documents("--data", args.data))[: 8 * T]
+    tokenizer, model = evaluate.from_hub(args.model, torch.bfloat16)
     model = model.to(args.device).eval()
     model.set_attn_implementation("sea_teacher")
-    text = Path(args.data).read_text(encoding="utf-8")[: 8 * T]
     ids = tokenizer(text, verbose=False).input_ids
     window = min(TRAINED, T)
     n = -(-T // window) * window
@@ -394,9 +396,7 @@ def teacher_model(args, T: int) -> torch.nn.Module:
     """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be
     sharded is made on the CPU."""
     if args.model:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        _, model = evaluate.from_hub(args.model)
         longest = model.config.max_position_embeddings
         if T > longest:
             sys.exit(f"--lengths: expected at most the model's {longest} positions, got {T}")
@@ -753,6 +753,8 @@ def main_attention(args, argv) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
+    if not (args.break_even or args.profile):
+        evaluate.make_folder(args.out)
     if args.distill:
         return main_distill(args, argv)
     if args.prefill:

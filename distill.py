@@ -23,9 +23,10 @@
 
 Prints a line a step and a table of perplexities at the end. Writes the same records to
 OUT/log.jsonl, students to OUT/<name>, which evaluate.py measures more closely, and checkpoints for
---resume to OUT/<name>.ckpt. A step's data and random numbers follow from --seed and the step alone:
-a run that was killed and resumed goes on as if nothing had happened, and another number of processes,
---shard or another --micro-batch change no more than rounding and dropout.
+--resume to OUT/<name>.ckpt, see checkpoints.py. SIGTERM or Ctrl-C ends a run after its step, saved. A
+step's data and random numbers follow from --seed and the step alone: a run that was killed and resumed
+goes on as if nothing had happened, and another number of processes, --shard or another --micro-batch
+change no more than rounding and dropout.
 """
 
 import argparse
@@ -33,9 +34,9 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,13 +47,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+import checkpoints
 import convert
 import evaluate
 import sea
@@ -104,22 +105,27 @@ TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
 # -- data and teacher ------------------------------------------------------------------------------
 
 
+def seed_of(step: int, seed: int) -> int:
+    """Of a step's random numbers: no more than the 32 bits that the CPU's generator looks at."""
+    return (seed * 2654435761 + step) % 2**32  # 2^32 over the golden ratio keeps seeds far apart
+
+
 def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> Tensor:
     """Random windows (batch, seq_len) of a token stream, those of this step."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(seed_of(step, seed))
     starts = torch.randint(len(tokens) - seq_len + 1, (batch, 1), generator=generator)
-    return tokens[starts + torch.arange(seq_len)]
+    return tokens[starts + torch.arange(seq_len)].long()
 
 
 def train_tiny_teacher(args, log: "Log") -> Path:
-    """Train a tiny OPT from scratch on the job's text, unless there is one to resume with; returns its
-    folder."""
+    """Train a tiny OPT from scratch on the job's text, unless this run has; returns its folder."""
     folder, steps = Path(args.out) / "teacher", args.teacher_steps
-    if evaluate.rank_and_size()[0] == 0 and not (args.resume and folder.exists()):
+    if evaluate.rank_and_size()[0] == 0 and not (args.resume and evaluate.run_of(folder) == args.run):
         documents, _ = evaluate.load_texts(args)
         tokenizer = tiny_tokenizer(documents)
         tokens = evaluate.tokenize(documents, tokenizer)
         evaluate.windows(tokens, args.seq_len)  # at least one
+        checkpoints.record_run(args)
         model = tiny_model(len(tokenizer), args.seq_len, args.seed).to(args.device)
         optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
         for step in range(1, steps + 1):
@@ -133,6 +139,7 @@ def train_tiny_teacher(args, log: "Log") -> Path:
             optimizer.zero_grad()
             clock.tick(x.numel())
             log.step("teacher", step, steps, {"ce": loss.item()}, lr, clock)
+        model.config.sea_run = args.run
         convert.save(model, folder, tokenizer)
     if dist.is_initialized():
         dist.barrier()
@@ -263,6 +270,11 @@ class Job:
     tokens: Tensor  # (n,) to train on
     valid: Tensor  # (n, T) windows
     teacher_ppl: float
+    signals: list[int]  # that ask to stop, as they come in
+
+
+class Diverged(Exception):
+    """A student whose training cannot go on."""
 
 
 def train(name: str, student, job: Job) -> tuple[float, float | None]:
@@ -272,10 +284,12 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(student, config.lr, config.lr_new, config.weight_decay)
-    done = resume(name, student, optimizer, args)
+    done = checkpoints.resume(name, student, optimizer, args)
     if done:
         ppl = evaluate.perplexity(student, job.valid, args)
         print(f"{name} resumes after step {done:05d}, val ppl {ppl:.2f}", flush=True)
+        if done == args.steps:  # it may have been removed, or never saved
+            save_student(name, student, job)
     run, clock = data_parallel(student, args), Clock()
     for step in range(done + 1, args.steps + 1):
         student.train()
@@ -284,17 +298,18 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
         redraw_features(student, step, args)
         terms = add_gradients(student, run, step, job)
         if not math.isfinite(sum(terms.values())):
-            sys.exit(f"{name} step {step}: the loss is not finite: {terms}")
+            raise Diverged(f"{name} step {step}: the loss is not finite: {terms}")
         if not math.isfinite(clip_gradients(student, config.clip)):
-            sys.exit(f"{name} step {step}: the gradient is not finite, the loss is: {terms}")
+            raise Diverged(f"{name} step {step}: the gradient is not finite, the loss is: {terms}")
         optimizer.step()
         optimizer.zero_grad()
         clock.tick(args.batch * args.seq_len)
         job.log.step(name, step, args.steps, terms, lr, clock)
+        stop_if_asked(name, student, optimizer, step, job)
         if step % args.eval_every == 0 or step == args.steps:
             ppl = evaluate.perplexity(student, job.valid, args)
             save_student(name, student, job)
-            write_checkpoint(name, student, optimizer, step, args)
+            checkpoints.write(name, student, optimizer, step, args)
             print(f"{name} step {step:05d} | val ppl {ppl:.2f} (teacher {job.teacher_ppl:.2f}) | "
                   "saved", flush=True)
             job.log.record(name=name, step=step, ppl=ppl)
@@ -302,11 +317,43 @@ def train(name: str, student, job: Job) -> tuple[float, float | None]:
     return ppl, clock.tokens / clock.seconds if clock.steps else None
 
 
+@contextlib.contextmanager
+def noting_signals():
+    """A list of the signals SIGTERM and SIGINT (Ctrl-C) that came in, within, instead of their effect; a
+    second Ctrl-C has it."""
+    caught = []
+
+    def note(number, _):
+        # torchrun passes a Ctrl-C on to processes that have had it from the terminal
+        if number in caught and number == signal.SIGINT and not dist.is_initialized():
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked(name: str, student, optimizer, step: int, job: Job) -> None:
+    """End all processes after this step, if one of them got a signal."""
+    asked = max(job.signals, default=0)
+    asked = int(evaluate.over_processes([float(asked)], job.args, dist.ReduceOp.MAX)[0])
+    if asked:
+        checkpoints.write(name, student, optimizer, step, job.args)
+        print(f"{name} step {step:05d} | stopped by {signal.Signals(asked).name}, saved; --resume goes "
+              "on", flush=True)
+        evaluate.stop_processes()
+        sys.exit(128 + asked)
+
+
 def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
     """Forward and backward through this step's batch, a micro-batch at a time; returns the terms of the
     loss, of all processes."""
     args, (rank, size) = job.args, evaluate.rank_and_size()
-    torch.manual_seed((args.seed * 2**32 + step) * 2**10 + rank)  # dropout's
+    torch.manual_seed(seed_of(step, args.seed) * 2**10 + rank)  # dropout's
     mine = batch_of(step, job.tokens, args.seq_len, args.batch, args.seed)[rank::size]
     parts, total = mine.split(args.micro_batch), {}
     for i, x in enumerate(parts, start=1):
@@ -358,10 +405,28 @@ def redraw_features(student, step: int, args) -> None:
     """New random features in all layers, if they are due; the same in all processes."""
     every = args.optimizer.redraw_every
     if every and step > 1 and (step - 1) % every == 0:
-        generator = torch.Generator().manual_seed((args.seed + 1) * 2**32 + step)
+        generator = torch.Generator().manual_seed(seed_of(step, args.seed))
         for module in convert.attention_modules(student):
             if hasattr(module, "sea"):
                 module.sea.redraw_features(generator)
+
+
+def save_student(name: str, student, job: Job) -> None:
+    """All processes call this; the first writes."""
+    weights = get_model_state_dict(student, options=checkpoints.WHOLE) if job.args.shard else None
+    if evaluate.rank_and_size()[0] == 0:
+        student.config.sea_run = job.args.run
+        convert.save(student, Path(job.args.out) / name, job.tokenizer, weights)
+
+
+def fingerprint(tokens: Tensor, teacher) -> list[float]:
+    """Of the text and the teacher; a sum of weights may differ in its last bits on another machine."""
+    weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
+    position, text = 1, 0
+    for part in tokens.split(2**24):  # a copy of all in int64 would take twice their memory
+        text += int((part * torch.arange(position, position + len(part))).sum())
+        position += len(part)
+    return [len(tokens), text, round(weight, 2)]
 
 
 class Clock:
@@ -389,12 +454,17 @@ class Log:
     """Lines for people on standard output, the same records for programs in OUT/log.jsonl."""
 
     def __init__(self, args):
-        path = os.devnull if evaluate.rank_and_size()[0] else Path(args.out) / "log.jsonl"
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = Path(args.out) / "log.jsonl"
 
     def record(self, **fields) -> None:
-        self.file.write(json.dumps(fields, default=vars) + "\n")
-        self.file.flush()
+        if evaluate.rank_and_size()[0]:
+            return
+        with self.path.open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read(1) not in (b"", b"\n"):  # a line that a kill or a full disk cut off
+                file.write(b"\n")
+            file.write(evaluate.as_json(fields).encode() + b"\n")
 
     def step(self, name: str, step: int, steps: int, terms: dict[str, float], lr: float,
              clock: Clock) -> None:
@@ -406,91 +476,6 @@ class Log:
         print(f"{name} step {step:05d}/{steps:05d} ({100 * step // steps}%) | loss {loss:.3f} = "
               f"{parts} | lr {lr:.2g} | {ms:.0f} ms{speed}", flush=True)
         self.record(name=name, step=step, loss=loss, terms=terms, lr=lr, ms=ms)
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
-
-# Options that may differ between a run and the one that resumes it. The groups are compared field by
-# field instead.
-FREE = ("out", "resume", "method", "backend", "eval_every", "eval_windows", "valid_data",
-        "micro_batch", "device", "gradient_checkpointing", "shard", "teacher_steps", "sea", "loss", "optimizer")
-# State dicts hold all processes' weights by name, on the CPU of the first.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def save_student(name: str, student, job: Job) -> None:
-    """All processes call this; the first writes."""
-    weights = get_model_state_dict(student, options=WHOLE) if job.args.shard else None
-    if evaluate.rank_and_size()[0] == 0:
-        convert.save(student, Path(job.args.out) / name, job.tokenizer, weights)
-
-
-def write_checkpoint(name: str, student, optimizer, step: int, args) -> None:
-    """All that a step depends on, whole, however many processes there are. All of them call this; the
-    first writes, beside the old one, and then renames, so that a kill leaves the old or the new."""
-    model, state = get_state_dict(student, optimizer, options=WHOLE)
-    if evaluate.rank_and_size()[0]:
-        return
-    path = Path(args.out) / f"{name}.ckpt"
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        torch.save(dict(step=step, model=model, optimizer=state, args=fixed_options(args)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
-def resume(name: str, student, optimizer, args) -> int:
-    """With --resume, give the student the state in its checkpoint and return the steps behind it; 0 if
-    there is none. Without, remove an earlier run's."""
-    rank, size = evaluate.rank_and_size()
-    path, saved = Path(args.out) / f"{name}.ckpt", None
-    if args.resume and path.exists():
-        saved = read_checkpoint(path, args)
-    elif rank == 0:
-        path.unlink(missing_ok=True)
-    done = saved["step"] if saved else 0
-    if evaluate.over_processes([float(done)], args)[0] != done * size:
-        sys.exit(f"--out: expected one folder that all processes share, got {path} of step {done} in "
-                 "one of them, others in others")
-    if saved:
-        set_state_dict(student, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"], options=WHOLE)
-    return done
-
-
-def read_checkpoint(path: Path, args) -> dict:
-    """What write_checkpoint wrote, if it is of this run."""
-    try:  # mapped, it is in memory once for all processes
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
-        before, _ = saved["args"], saved["step"]
-    except Exception as error:  # torch raises whatever its zip and pickle readers do
-        reason = str(error).splitlines()[0]
-        sys.exit(f"--resume: expected a whole checkpoint, got {path} ({reason})")
-    for name, value in fixed_options(args).items():
-        # None: left to its default, or not yet an option
-        if before.get(name) is not None and before[name] != value:
-            what = "the text and the teacher" if name == "fingerprint" else f"{name} {before[name]}"
-            sys.exit(f"--resume: expected {what} as in {path}, got {value}")
-    return saved
-
-
-def fixed_options(args) -> dict:
-    """All that changes what is learned, by name."""
-    fields = args.sea  # a saved student has its own of the others
-    if not args.load:
-        fields = vars(sea.SEAConfig(n_head=1, d_head=2, **args.sea))
-        fields = {name: value for name, value in fields.items() if name not in FROM_MODEL}
-    weights = {f"{name}_weight": value for name, value in vars(args.loss).items()}
-    options = {**vars(args), **fields, **vars(args.optimizer), **weights}
-    return {name: value for name, value in options.items() if name not in FREE}
-
-
-def fingerprint(tokens: Tensor, teacher) -> list[float]:
-    """Of the text and the teacher; a sum of weights may differ in its last bits on another machine."""
-    weight = sum(p.double().abs().sum().item() for p in teacher.parameters())
-    position = torch.arange(1, len(tokens) + 1)
-    return [len(tokens), int((tokens * position).sum()), round(weight, 2)]
 
 
 # -- several processes -----------------------------------------------------------------------------
@@ -543,13 +528,12 @@ def peak_memory(args) -> float:
 
 # -- options ---------------------------------------------------------------------------------------
 
-FROM_MODEL = ("n_head", "n_kv_head", "d_head", "max_positions", "causal", "seed")  # of SEAConfig
 OF_SAVED = ("topk", "group", "backend")  # fields that no weight depends on
 
 
 def settings(config: type) -> Callable[[str], tuple[str, object]]:
     """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
-    kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in FROM_MODEL}
+    kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in checkpoints.FROM_MODEL}
 
     def setting(text: str) -> tuple[str, object]:
         name, _, value = text.partition("=")
@@ -582,8 +566,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
-        "query_stride, nbf, cell_keys (true or false), group, backend; without --model, width=64 "
-        "topk=16 unless given; with --load, topk, group and backend only")
+        "query_stride, nbf, cell_keys (true or false), group, backend, max_positions (rows of the "
+        "position table of each layer: unless given the model's positions, which may be far more than "
+        "--seq-len trains); without --model, width=64 topk=16 unless given; with --load, topk, group "
+        "and backend only")
     add("--loss", type=settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
         "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
         "first token, they are most of the loss: hidden=0.005 is better there")
@@ -594,8 +580,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
         "the losses look at, and compute the rest again, for large models")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are "
-        "any. Options that change what is learned must be those of the run that wrote them; the number of "
-        "processes, --shard, --micro-batch and how it is evaluated need not")
+        "any. Options that change what is learned must be those of the run that wrote them; the number "
+        "of processes, --shard, --micro-batch, --method and how it is evaluated need not")
     add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher "
         "(default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
@@ -635,6 +621,10 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
     except ValueError as error:
         p.error(f"{option} {error}")
+    evaluate.check_backend(p, "--sea", args.sea.get("backend"), args.device)
+    longest = args.sea.get("max_positions", args.seq_len)
+    if longest < args.seq_len:
+        p.error(f"--sea max_positions: expected at least --seq-len, {args.seq_len}, got {longest}")
 
 
 # -- the job ---------------------------------------------------------------------------------------
@@ -671,8 +661,13 @@ def distil(name: str, job: Job) -> list[Line]:
     evaluate.to_device(student, args)
     ppl, keys = evaluate.perplexity(student, valid, args), evaluate.keys_per_query(student, valid, args)
     before = Line(f"{name} before", ppl, keys)
-    with settled():
-        ppl, speed = train(name, student, job)
+    try:
+        with settled():
+            ppl, speed = train(name, student, job)
+    except Diverged as error:
+        print(error, flush=True)
+        job.log.record(name=name, diverged=str(error))
+        return [before, Line(name, math.inf, keys)]
     keys, seconds = evaluate.keys_per_query(student, valid, args), time.perf_counter() - began
     after = Line(name, ppl, keys, seconds, peak_memory(args), speed)
     job.log.record(**vars(after))
@@ -692,35 +687,49 @@ def print_table(lines: list[Line]) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Returns the perplexities of the table."""
-    args, began = parse(argv), time.perf_counter()
+    args = parse(argv)
     header = evaluate.start("distill.py", argv, args)
-    log = Log(args)
+    with checkpoints.locked(args.out), evaluate.room_for(args.out):
+        results = run(args, header)
+    evaluate.stop_processes()
+    diverged = [name for name, ppl in results.items() if not math.isfinite(ppl)]
+    if diverged:
+        sys.exit(f"diverged: {', '.join(diverged)}; a smaller lr or lr_new of --optimizer may help")
+    return results
 
+
+def run(args, header: dict[str, str]) -> dict[str, float]:
+    began, log = time.perf_counter(), Log(args)
+    args.run = checkpoints.find_run(args)
     model = args.model or train_tiny_teacher(args, log)
     original, tokenizer = evaluate.load_teacher(model, args.seq_len)
-    texts = evaluate.load_texts(args)
-    tokens, valid_tokens = (evaluate.tokenize(documents, tokenizer) for documents in texts)
-    evaluate.windows(tokens, args.seq_len)  # at least one
-    valid = evaluate.windows(valid_tokens, args.seq_len, args.eval_windows)
+    tokens, valid_tokens = evaluate.token_streams(lambda: evaluate.load_texts(args), tokenizer, original,
+                                                  args)
+    evaluate.windows(tokens, args.seq_len, text="training text")  # at least one
+    valid = evaluate.windows(valid_tokens, args.seq_len, args.eval_windows, "validation text")
     args.fingerprint = fingerprint(tokens, original)
 
     teacher = evaluate.to_device(copy.deepcopy(original) if args.shard else original, args)
-    teacher_ppl, n = evaluate.perplexity(teacher, valid, args), sum(p.numel() for p in original.parameters())
+    teacher_ppl = evaluate.perplexity(teacher, valid, args)
+    if not math.isfinite(teacher_ppl):
+        sys.exit(f"--model: expected a teacher of finite perplexity, got {teacher_ppl} from {model}")
+    n = sum(p.numel() for p in original.parameters())
     print(f"teacher {n / 1e6:.1f} M parameters | train {len(tokens):,} tokens | valid {len(valid)} "
           f"windows of {args.seq_len}, no overlap | ppl {teacher_ppl:.2f}", flush=True)
+    checkpoints.record_run(args)
     log.record(**header, args=vars(args), parameters=n, teacher_ppl=teacher_ppl)
 
-    job = Job(args, log, original, teacher, tokenizer, tokens, valid, teacher_ppl)
     lines = [Line("teacher", teacher_ppl, (args.seq_len + 1) / 2)]
-    for name in ["loaded"] if args.load else args.method:
-        lines += distil(name, job)
+    with noting_signals() as signals:
+        job = Job(args, log, original, teacher, tokenizer, tokens, valid, teacher_ppl, signals)
+        for name in ["loaded"] if args.load else args.method:
+            lines += distil(name, job)
 
     print_table(lines)
     results, seconds = {line.name: line.ppl for line in lines}, time.perf_counter() - began
     log.record(results=results, seconds=seconds)
     print(f"\n{seconds / 60:.1f} minutes, peak memory {max(line.gib for line in lines):.2f} GiB of a "
           f"process, written to {args.out}/")
-    evaluate.stop_processes()
     return results
 
 

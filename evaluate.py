@@ -17,22 +17,28 @@ OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in th
 import argparse
 import contextlib
 import copy
+import dataclasses
+import errno
 import functools
 import json
 import logging
+import math
 import os
+import re
 import sys
+import tempfile
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -71,10 +77,15 @@ def load_wikitext():
 
 
 def read_documents(option: str, file: str) -> list[str]:
+    """Documents that hold more than white space."""
     try:
-        return Path(file).read_text(encoding="utf-8").split("\n\n\n")
+        text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
+    documents = [document for document in text.split("\n\n\n") if document.strip()]
+    if not documents:
+        sys.exit(f"{option}: expected a text file in UTF-8, got {file}, which holds no text")
+    return documents
 
 
 def hub(what: str, instead: str, load: Callable):
@@ -84,9 +95,13 @@ def hub(what: str, instead: str, load: Callable):
     print(f"loading {what}", flush=True)
     try:
         return load()
-    except (OSError, ConnectionError, ImportError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"This needed {what} and could not get it ({reason}); {instead}.")
+    except Exception as error:  # a folder with the wrong things in it gives any
+        sys.exit(f"This needed {what} and could not get it ({reason(error)}); {instead}.")
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -100,20 +115,99 @@ def last_tenth_apart(documents: list[str]) -> tuple[list[str], list[str]]:
     return [*documents[:-1], documents[-1][:cut]], [documents[-1][cut:]]
 
 
-def tokenize(documents: list[str], tokenizer) -> Tensor:
-    """One stream of token ids, an end-of-text token before each document if there are several."""
-    ids = tokenizer(documents, add_special_tokens=False, verbose=False).input_ids
+def token_streams(load: Callable[[], list[list[str]]], tokenizer, teacher, args) -> list[Tensor]:
+    """The token ids of each text that `load` gives, int32 (n,): read and tokenized by the first process,
+    for all of them."""
+    streams = []
+    if rank_and_size()[0] == 0:
+        streams = [tokenize(documents, tokenizer) for documents in load()]
+        known = teacher.get_input_embeddings().num_embeddings
+        largest = max((int(ids.max()) for ids in streams if len(ids)), default=0)
+        if largest >= known:
+            sys.exit(f"--model: expected a tokenizer whose ids are below {known}, since the model's "
+                     f"embedding has no more, got {largest} from the one in {tokenizer.name_or_path}")
+    (n,) = over_processes([float(len(streams))], args)
+    streams = streams or [None] * int(n)
+    return [from_first_process(ids, args) for ids in streams]
+
+
+def from_first_process(x: Tensor | None, args, part: int = 2**24) -> Tensor:
+    """The first process's x, int32 (n,), in all of them, which pass anything."""
+    if not dist.is_initialized():
+        return x
+    rank, _ = rank_and_size()
+    (n,) = over_processes([0.0 if rank else float(len(x))], args)
+    whole = torch.empty(int(n), dtype=torch.int32) if rank else x
+    for piece in whole.split(part):  # through the GPU if the processes talk over NCCL
+        sent = piece.to(args.device)
+        dist.broadcast(sent, 0)
+        piece.copy_(sent)
+    return whole
+
+
+BETWEEN_WORDS = re.compile(r"(?<=\S)\s(?=\S)")
+
+
+def tokenize(documents: list[str], tokenizer, at_once: int = 2**22) -> Tensor:
+    """One stream of token ids, int32, an end-of-text token before each document if there are several.
+
+    About `at_once` characters at a time, since a tokenizer takes over 100 bytes for each.
+    """
     several = len(documents) > 1 and tokenizer.eos_token_id is not None
-    start = [tokenizer.eos_token_id] if several else []
-    return torch.tensor([i for document in ids for i in start + document])
+    ids, batch, size = array("i"), [], 0
+    for document in documents:
+        for i, piece in enumerate(pieces(document, tokenizer)):
+            batch.append((several and i == 0, piece))
+            size += len(piece)
+            if size >= at_once:
+                add_ids(ids, batch, tokenizer)
+                batch, size = [], 0
+    add_ids(ids, batch, tokenizer)
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
 
 
-def windows(tokens: Tensor, seq_len: int, most: int | None = None) -> Tensor:
-    """Windows without overlap, remainder dropped: (n, seq_len)."""
+def add_ids(ids: array, batch: list[tuple[bool, str]], tokenizer) -> None:
+    """Those of each text of the batch, after an end-of-text token where its flag says so."""
+    texts = [text for _, text in batch]
+    found = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    for (begins, _), more in zip(batch, found, strict=True):
+        if begins:
+            ids.append(tokenizer.eos_token_id)
+        ids.extend(more)
+
+
+def pieces(document: str, tokenizer, size: int = 2**18, context: int = 100,
+           tries: int = 50) -> Iterator[str]:
+    """Cut a long document into pieces of about `size` characters, whose ids, one piece after the other,
+    are those of the whole.
+
+    A cut is between words, where the `context` around it has the same ids together and apart; it leaves
+    the space away for a tokenizer that puts one before each text. After `tries` places in a row without
+    one, the rest stays whole.
+    """
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    start, failed, space = 0, 0, BETWEEN_WORDS.search(document, size)
+    while space and failed < tries:
+        place = space.start()
+        before, after = document[max(0, place - context) : place], document[place : place + context]
+        apart = [ids(before) + ids(after[skip:]) for skip in (0, 1)]
+        together, failed, following = ids(before + after), failed + 1, place + 1
+        if together in apart:
+            yield document[start:place]
+            start, failed, following = place + apart.index(together), 0, place + size
+        space = BETWEEN_WORDS.search(document, following)
+    yield document[start:]
+
+
+def windows(tokens: Tensor, seq_len: int, most: int | None = None, text: str = "text") -> Tensor:
+    """Windows without overlap, remainder dropped, int64 (n, seq_len). text: what it is, in words."""
     n = len(tokens) // seq_len
     if n == 0:
-        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the text, got {seq_len}")
-    return tokens[: n * seq_len].view(n, seq_len)[:most]
+        sys.exit(f"--seq-len: expected at most the {len(tokens)} tokens of the {text}, got {seq_len}")
+    return tokens[: n * seq_len].view(n, seq_len)[:most].long()
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -123,18 +217,7 @@ def load_teacher(model: str | Path, seq_len: int):
     """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
     often in half precision."""
     name = HUB.get(str(model), str(model))
-    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
-
-    def load():
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if hasattr(AutoConfig.from_pretrained(name), "sea"):
-            sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
-                     "--load of distill.py and --students of evaluate.py are for students")
-        return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-
-    tokenizer, teacher = hub(what, "give a local folder with --model DIR instead", load)
-    if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
-        sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+    tokenizer, teacher = from_hub(name)
     longest = teacher.config.max_position_embeddings
     if seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
@@ -142,25 +225,61 @@ def load_teacher(model: str | Path, seq_len: int):
     return teacher.eval().requires_grad_(False), tokenizer
 
 
+def from_hub(name: str, dtype: torch.dtype = torch.float32):
+    """Tokenizer and model, from the hub or a folder."""
+    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+
+    def load():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+            sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
+        if hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "sea"):
+            sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
+                     "--load of distill.py and --students of evaluate.py are for students")
+        return tokenizer, whole_model(name, dtype)
+
+    return hub(what, "give a local folder with --model DIR instead", load)
+
+
+def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
+    """A causal language model. Raises ValueError if a weight is not in its files: it would be random."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(f"expected all weights, got none for {min(found['missing_keys'])}")
+    return model
+
+
+def run_of(folder: Path) -> int | None:
+    """The number of the run of distill.py that saved a model in `folder`, 0 if that had none; None if
+    there is no model."""
+    try:
+        config = convert.whole(folder) / "config.json"
+        return json.loads(config.read_text(encoding="utf-8")).get("sea_run", 0)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def load_student(option: str, folder: str, original, teacher, **changes):
     """Which of METHODS an earlier run saved in `folder`, and the student, in fp32. changes: fields of
     SEAConfig that no weight depends on."""
     try:
-        config, expected = AutoConfig.from_pretrained(folder), original.config.get_text_config()
+        folder = convert.whole(Path(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        expected = original.config.get_text_config()
         for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
             found, wanted = getattr(config.get_text_config(), field), getattr(expected, field)
             if found != wanted:
                 sys.exit(f"{option}: expected a student of --model, {field} {wanted}, got {found} "
                          f"in {folder}")
         if not hasattr(config, "sea"):
-            student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            student = whole_model(folder)
             student.set_attn_implementation("sea_teacher")
             return "dense", student
         student = convert.load(folder, dtype=torch.float32)
         convert.set_option(student, **changes)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({reason})")
+    except Exception as error:  # a folder with the wrong things in it gives any
+        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} ({reason(error)})")
     if getattr(config, "sea_oracle", False):
         follow_teacher(student, teacher)
         return "oracle", student
@@ -203,11 +322,14 @@ def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
 
 # -- several processes -----------------------------------------------------------------------------
 
+# All wait while the first tokenizes a large text or saves; torchrun ends them if one of them ends.
+PATIENCE = timedelta(hours=6)
+
 
 def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
     """Join the other processes, make --out, print and return what runs: command, versions, device."""
     _, size = start_processes(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     transformers.utils.logging.disable_progress_bar()  # logs are files
     launcher, device = "python", f"CPU, {torch.get_num_threads()} threads"
     if args.device.startswith("cuda"):
@@ -222,6 +344,31 @@ def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
     return header
 
 
+def make_folder(out: str) -> None:
+    """--out, before any work is done that could not be kept there."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        sys.exit(f"--out: expected a folder that can be written to, got {out} ({error.strerror})")
+
+
+@contextlib.contextmanager
+def room_for(out: str) -> Iterator[None]:
+    """A disk that gets full, within, ends the process in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # torch.save raises another error in its place; safetensors says the number only
+        errors = [e for e in (error, error.__context__) if e is not None]
+        if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(e)
+               for e in errors):
+            sys.exit(f"--out: expected room on the disk, got a full one at {out}; what was saved before "
+                     "is whole")
+        raise
+
+
 def start_processes(args) -> tuple[int, int]:
     """This process's rank and how many there are, under torchrun; (0, 1) without. Only rank 0 prints
     and writes."""
@@ -230,13 +377,15 @@ def start_processes(args) -> tuple[int, int]:
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl", device_id=torch.device(args.device))
+            dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device(args.device))
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
     elif args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if rank:
         sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a text may hold what another encoding than UTF-8 cannot
+        sys.stdout.reconfigure(errors="backslashreplace")
     return rank, size
 
 
@@ -277,6 +426,21 @@ def to_device(model, args):
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def as_json(value, **options) -> str:
+    """JSON proper, without infinity and NaN: they are written as strings, which float() reads."""
+
+    def plain(x):
+        if dataclasses.is_dataclass(x):
+            return plain(vars(x))
+        if isinstance(x, dict):
+            return {key: plain(y) for key, y in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(y) for y in x]
+        return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(value), allow_nan=False, **options)
 
 
 def autocast(args, **options):
@@ -426,13 +590,33 @@ def check_common_options(p: argparse.ArgumentParser, args: argparse.Namespace, *
             p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {value}")
     if args.seq_len < 2:
         p.error(f"--seq-len: expected an integer >= 2, a token predicts the next, got {args.seq_len}")
+    check_device(p, args)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--shard: expected several processes to spread over, under torchrun, got one")
 
 
+def check_device(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        p.error(f"--device: expected a torch device such as cpu or cuda, got {args.device}")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        p.error(f"--device: expected cpu or one of the {found} GPUs that PyTorch sees, got "
+                f"{args.device}")
+
+
+def check_backend(p: argparse.ArgumentParser, option: str, backend: str | None, device: str) -> None:
+    if backend == "triton" and not device.startswith("cuda") and "TRITON_INTERPRET" not in os.environ:
+        p.error(f"{option}: expected auto or torch on {device}, since triton needs a GPU, got triton")
+
+
 def layer_and_head(text: str) -> tuple[int, int]:
-    layer, head = text.split(".")
-    return int(layer), int(head)
+    try:
+        layer, head = map(int, text.split("."))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LAYER.HEAD, two integers, got {text!r}") from None
+    return layer, head
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -440,7 +624,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_common_options(p)
     add = p.add_argument
     add("--students", nargs="+", metavar="DIR", help="saved students of --model (none: without --model "
-        "those in --out, else none)")
+        "those in --out of the teacher's run, else none)")
     add("--split", choices=("validation", "test"), default="validation", help="of WikiText-2: the "
         "paper's, or the usual one (default: %(default)s)")
     add("--topk", type=int, nargs="+", default=[], metavar="K", help="numbers of keys to measure SEA "
@@ -454,13 +638,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)")
     args = p.parse_args(argv)
     check_common_options(p, args, "new_tokens")
+    check_backend(p, "--backend", args.backend, args.device)
     if any(k < 1 for k in args.topk):
         p.error(f"--topk: expected integers >= 1, got {args.topk}")
     if not args.model and not (Path(args.out) / "teacher").exists():
         p.error(f"--model: expected a teacher, or one that distill.py trained in --out, got {args.out}")
     if args.students is None:
-        saved = [Path(args.out) / method for method in METHODS]
-        args.students = [] if args.model else [str(path) for path in saved if path.exists()]
+        run, saved = run_of(Path(args.out) / "teacher"), [Path(args.out) / method for method in METHODS]
+        args.students = [] if args.model else [str(path) for path in saved if run_of(path) == run]
     return args
 
 
@@ -548,7 +733,11 @@ def check_against_model(args, teacher, tokenizer) -> None:
                  f"{args.new_tokens}")
     most = longest - args.new_tokens
     for prompt in args.prompt:
-        n = len(tokenizer(prompt).input_ids)
+        try:
+            n = len(tokenizer(prompt).input_ids)
+        except Exception as error:  # whatever a tokenizer's own code raises
+            sys.exit(f"--prompt: expected a text that the model's tokenizer takes, got {prompt[:40]!r} "
+                     f"({reason(error)})")
         if not 0 < n <= most:
             sys.exit(f"--prompt: expected 1 to {most} tokens, since the model has {longest} positions and "
                      f"--new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
@@ -642,12 +831,12 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
     """The prompt's greedy continuation, with transformers' cache; plain text, whatever chat template
     there is."""
     model.eval()
-    x = tokenizer(prompt, return_tensors="pt").to(args.device)
+    x = torch.tensor([tokenizer(prompt).input_ids], device=args.device)
     with autocast(args):
         # of one sequence no padding is needed, but not to name a token for it is warned of
-        ids = model.generate(x.input_ids, attention_mask=x.attention_mask, do_sample=False,
-                             pad_token_id=0, max_new_tokens=args.new_tokens, synced_gpus=args.shard)
-    return tokenizer.decode(ids[0, x.input_ids.shape[1] :], skip_special_tokens=True)
+        ids = model.generate(x, attention_mask=torch.ones_like(x), do_sample=False, pad_token_id=0,
+                             max_new_tokens=args.new_tokens, synced_gpus=args.shard)
+    return tokenizer.decode(ids[0, x.shape[1] :], skip_special_tokens=True)
 
 
 # -- of a student ----------------------------------------------------------------------------------
@@ -831,7 +1020,7 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) ->
     def keep(row: dict) -> dict:
         return {field: row[field] for field in ("ppl", "attention_ms", "clock")}
 
-    path.with_suffix(".json").write_text(json.dumps(dict(
+    path.with_suffix(".json").write_text(as_json(dict(
         points={name: {k: keep(row) for k, row in line.items()} for name, line in points.items()},
         lines={name: keep(row) for name, row in lines.items()}, timed=timed), indent=1))
 
@@ -904,10 +1093,17 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Returns what is known of each model, by the names in the table."""
     args = parse(argv)
     header = start("evaluate.py", argv, args)
+    with room_for(args.out):
+        rows = measure_all(args, header)
+    stop_processes()
+    return rows
+
+
+def measure_all(args, header: dict[str, str]) -> dict[str, dict]:
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
     check_against_model(args, original, tokenizer)
-    tokens = tokenize(load_documents(args), tokenizer)
-    valid = windows(tokens, args.seq_len, args.eval_windows)
+    (tokens,) = token_streams(lambda: [load_documents(args)], tokenizer, original, args)
+    valid = windows(tokens, args.seq_len, args.eval_windows, "validation text")
     teacher = to_device(copy.deepcopy(original) if args.shard else original, args)
 
     setting = Setting(args, original, teacher, tokenizer, valid)
@@ -924,10 +1120,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     if rank_and_size()[0] == 0:
         if args.topk and not args.shard:
             draw_curves(rows, Path(args.out) / "topk", args.seq_len, header["device"])
-        report = json.dumps(dict(**header, args=vars(args), models=rows), indent=1)
+        report = as_json(dict(**header, args=vars(args), models=rows), indent=1)
         (Path(args.out) / "evaluate.json").write_text(report)
     print(f"\nwritten to {args.out}/")
-    stop_processes()
     return rows
 
 

@@ -1,6 +1,7 @@
 """The main job end to end, on models and texts that take seconds: distill.py, and the README's own code.
 What measures it is in test_evaluate.py."""
 
+import errno
 import gc
 import importlib
 import json
@@ -8,16 +9,21 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import ablate
+import checkpoints
 import convert
 import distill
 import evaluate
@@ -172,6 +178,115 @@ def test_logit_losses_in_chunks_are_those_of_all_tokens(chunk):
     torch.testing.assert_close(torch.autograd.grad(our_ce + 2 * our_kd, student), torch.autograd.grad(ce + 2 * kd, student))
 
 
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_step_has_windows_of_its_own():
+    """The same again for the same step and seed, others for another; in the end all there are, first and last."""
+    stream = torch.arange(10, 21, dtype=torch.int32)
+    batch = lambda step, seed=0: distill.batch_of(step, stream, 8, 4, seed)
+    assert torch.equal(batch(1), batch(1)) and batch(1).shape == (4, 8) and batch(1).dtype == torch.int64
+    assert not torch.equal(batch(1), batch(2)) and not torch.equal(batch(1), batch(1, seed=1))
+    windows = torch.cat([batch(step) for step in range(1, 31)])
+    assert torch.equal(windows, windows[:, :1] + torch.arange(8)) and set(windows[:, 0].tolist()) == {10, 11, 12, 13}
+
+
+def test_another_seed_draws_other_features_and_dropout(monkeypatch):
+    """On the CPU, too, whose generator takes the lower 32 bits of a seed; redraws differ from step to step."""
+    student, teacher = student_and_teacher()
+    drawn, lost = [], []
+    monkeypatch.setattr(distill, "batch_of", lambda *_: tokens())
+    for layer in student.get_decoder().layers:
+        layer.dropout = 0.5
+    student.train()
+    for seed, step in ((0, 2), (1, 2), (0, 3)):
+        args = distill.parse([*SMALL, "--seed", str(seed), "--optimizer", "redraw_every=1"])
+        job = distill.Job(args, None, None, teacher, None, None, None, 1.0, [])
+        lost.append(distill.add_gradients(student, student, step, job)["context"])
+    for seed, step in ((0, 2), (1, 2), (0, 3)):
+        distill.redraw_features(student, step, distill.parse([*SMALL, "--seed", str(seed), "--optimizer", "redraw_every=1"]))
+        drawn.append(convert.attention_modules(student)[0].sea.projection[0, 0].item())
+    assert len(set(drawn)) == 3 and len(set(lost)) == 3
+
+
+@pytest.mark.parametrize("documents", [["a" * 100], ["a" * 5, "b" * 95], ["a" * 50, "b" * 45, "c" * 5], ["a" * 9, "b"] * 10])
+def test_validation_and_training_text_are_apart(documents):
+    """Together all of it in its order, a tenth or a little more or less to validate on."""
+    train, valid = evaluate.last_tenth_apart(documents)
+    assert "".join(train + valid) == "".join(documents) and 4 <= 100 * len("".join(valid)) / len("".join(documents)) <= 12
+
+
+def test_an_end_of_text_token_stands_before_each_of_several_documents(home):
+    tokenizer = AutoTokenizer.from_pretrained(home / "teacher")
+    a, b = (tokenizer(text).input_ids for text in ("The quick", " dog"))
+    end = tokenizer.eos_token_id
+    assert evaluate.tokenize(["The quick", " dog"], tokenizer).tolist() == [end, *a, end, *b]
+    assert evaluate.tokenize(["The quick"], tokenizer).tolist() == a
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As Llama's: a space before the text, and no cuts between words before merges."""
+    words = "The quick brown fox jumps over lazy dogs".split()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?", fuse_unk=True))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("\u2581"),
+                                                            tokenizers.normalizers.Replace(" ", "\u2581")])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, special_tokens=["?"], show_progress=False)
+    tokenizer.train_from_iterator(words * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_pieces_of_a_document_have_the_ids_of_the_whole(kind):
+    text = "The quick brown  fox jumps\n\nover the lazy\ndog's   dogs. \n" * 12 + "x" * 300 + " end " * 30
+    tokenizer = distill.tiny_tokenizer([text], 300) if kind == "bytes" else sentencepiece_like()
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    found = [*evaluate.pieces(text, tokenizer, size=40, context=30)]
+    assert len(found) > 10 and [i for piece in found for i in ids(piece)] == ids(text)
+    documents = [text, "The end"] * 3
+    assert evaluate.tokenize(documents, tokenizer, at_once=700).tolist() == evaluate.tokenize(documents, tokenizer).tolist()
+
+
+def test_documents_without_text_are_none(tmp_path):
+    """Nor is the byte order mark, which Windows puts first, a part of the first one."""
+    (tmp_path / "text").write_bytes("\ufeffone\n\n\ntwo\n\n\n \n\n\n\n\n\n".encode())
+    assert evaluate.read_documents("--data", tmp_path / "text") == ["one", "two"]
+    (tmp_path / "text").write_text("\n" * 7)
+    with pytest.raises(SystemExit, match="^--data: expected a text file in UTF-8, got .*text, which holds no text$"):
+        evaluate.read_documents("--data", tmp_path / "text")
+
+
+def test_a_text_too_short_is_named(home, tmp_path):
+    (tmp_path / "short").write_text("dog")
+    for option, text in (("--data", "training"), ("--valid-data", "validation")):
+        with pytest.raises(SystemExit, match=f"^--seq-len: expected at most the . tokens of the {text} text, got 16$"):
+            run_steps(home, tmp_path, "--valid-data", str(home / "text.txt"), option, str(tmp_path / "short"))
+
+
+def test_ids_that_the_model_does_not_know_are_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher")
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^--model: expected a tokenizer whose ids are below 200, .*, got 2.. from .*model$"):
+        run_steps(home, tmp_path, "--model", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("change", ["order", "text", "teacher"])
+def test_the_fingerprint_tells_texts_and_teachers_apart(change):
+    teacher, stream = tiny("opt"), torch.arange(50, dtype=torch.int32)
+    before = distill.fingerprint(stream, teacher)
+    if change == "order":
+        stream = stream.flip(0)
+    elif change == "text":
+        stream = stream[:-1]
+    else:
+        next(teacher.parameters()).data[0] += 1
+    assert distill.fingerprint(stream, teacher) != before
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
 def arguments(home, out, *small) -> list[str]:
     return ["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *(small or SMALL), "--out", str(out), "--method", "sea",
             "--steps", "3", "--optimizer", "lr=1e-3", "lr_new=1e-2"]
@@ -212,11 +327,11 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run_steps(home, tmp_path / "parts", *options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*sea.ckpt, got 0.002"):
+    with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*run.json, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
-    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*sea.ckpt, got query"):  # a default then
+    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*run.json, got query"):  # a default then
         run_steps(home, tmp_path / "parts", *options, "--resume", "--sea", "group=query")
-    with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*sea.ckpt"):
+    with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*run.json"):
         changed.setattr(evaluate, "tokenize", lambda *x, tokenize=evaluate.tokenize: tokenize(*x)[:-1])  # the same file, edited
         run_steps(home, tmp_path / "parts", *options, "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
@@ -226,12 +341,218 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     assert len(still) == len(resumed) and all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-def test_a_fresh_run_forgets_the_checkpoints_of_the_last(home, tmp_path, monkeypatch):
+TINY = ["--device", "cpu", "--teacher-steps", "2", "--steps", "1", "--eval-windows", "2", "--method", "sea"]
+
+
+def test_a_run_takes_nothing_from_an_earlier_one_in_its_folder(tmp_path, monkeypatch):
+    """Killed while its teacher trains, it resumes with a teacher and a student of its own and the options it began with."""
+    job = lambda out, *options: distill.main([*TINY, "--out", str(tmp_path / out), *options])
+    whole = job("whole", "--seed", "7")
+    job("parts", "--seed", "0")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(distill, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        job("parts", "--seed", "7")
+    before = (tmp_path / "parts/sea.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="^--resume: expected seed 7 as in .*run.json, got 0$"):
+        job("parts", "--seed", "0", "--resume")
+    assert (tmp_path / "parts/sea.ckpt").read_bytes() == before
+    assert job("parts", "--seed", "7", "--resume") == whole
+    numbers = {evaluate.run_of(tmp_path / "parts" / name) for name in ("teacher", "sea")}
+    assert numbers == {json.loads((tmp_path / "parts/run.json").read_text())["run"]}
+
+
+def test_a_run_that_is_refused_leaves_the_one_before(home, tmp_path):
     run_steps(home, tmp_path, "--steps", "1")
-    monkeypatch.setattr(distill, "distillation_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(home, tmp_path, "--steps", "1")
-    assert not (tmp_path / "sea.ckpt").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "log.jsonl"}
+    for wrong in (["--data", "no.txt"], ["--model", str(tmp_path / "sea")], ["--seq-len", "33"]):
+        with pytest.raises(SystemExit):
+            run_steps(home, tmp_path, *wrong)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("something", ["file", "folder"])
+def test_what_is_no_model_is_not_replaced(home, tmp_path, something):
+    """And found before any work is done."""
+    (tmp_path / "sea").write_text("mine") if something == "file" else shutil.copytree(home, tmp_path / "sea")
+    with pytest.raises(SystemExit, match=f"^--out: expected a saved model or nothing as {tmp_path}/sea, got"):
+        run_steps(home, tmp_path)
+    assert (tmp_path / "sea").exists() and not (tmp_path / "run.json").exists()
+
+
+def test_a_teacher_that_knows_nothing_is_refused(home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher")
+    model.get_input_embeddings().weight.data.fill_(math.nan)
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="^--model: expected a teacher of finite perplexity, got nan from .*model$"):
+        run_steps(home, tmp_path, "--model", str(tmp_path / "model"))
+
+
+def test_resume_where_no_run_is_begins_one(home, tmp_path, capsys):
+    run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert f"--resume: there is no run in {tmp_path} yet, one begins" in capsys.readouterr().out
+    run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert "sea resumes after step 00001" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_runs_and_methods_are_not_resumed(home, tmp_path, capsys):
+    whole, _ = run_steps(home, tmp_path / "a", "--steps", "1", "--method", "sea", "performer")
+    run_steps(home, tmp_path / "b", "--steps", "1")
+    shutil.copy(tmp_path / "b/sea.ckpt", tmp_path / "a/sea.ckpt")  # the same options, another job
+    again, _ = run_steps(home, tmp_path / "a", "--steps", "1", "--method", "sea", "performer", "--resume")
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/a/sea.ckpt is of an earlier run: sea begins anew" in printed
+    assert "performer resumes after step 00001" in printed
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    shutil.copy(tmp_path / "a/performer.ckpt", tmp_path / "a/sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a checkpoint of sea, got one of performer in .*sea.ckpt$"):
+        run_steps(home, tmp_path / "a", "--steps", "1", "--resume")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, tmp_path, capsys):
+    """One flipped bit of a weight is noticed; the steps since are done again."""
+    whole, steps = run_steps(home, tmp_path, "--steps", "3", "--eval-every", "1")
+    file = tmp_path / "sea.ckpt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again, more = run_steps(home, tmp_path, "--steps", "3", "--eval-every", "1", "--resume")
+    printed = capsys.readouterr().out
+    assert re.search(r"damaged: .*sea.ckpt \(.* in it differs from its checksum\); sea goes on from .*sea.ckpt.1", printed)
+    assert terms_of(more[3:]) == terms_of(steps[2:])
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("change", [
+    lambda state: state.clear(),
+    lambda state: state.pop(next(iter(state))),
+    lambda state: state.update(more=next(iter(state.values())))], ids=["none", "one less", "one more"])
+def test_a_checkpoint_has_all_of_the_state_and_no_more(home, one_step, tmp_path, part, change):
+    """What it lacks would stay as fresh as it is."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(tmp_path / "sea.ckpt")
+    change(saved["model"] if part == "model" else saved["optimizer"]["state"])
+    torch.save(saved, tmp_path / "sea.ckpt")
+    what = dict(model="weights", optimizer="optimizer's state")[part]
+    with pytest.raises(SystemExit, match=f"^--resume: expected a checkpoint with sea's {what}, .*: .*, got "):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_a_checkpoint_runs_no_code(home, one_step, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    torch.save(torch.load(tmp_path / "sea.ckpt") | dict(code=Code()), tmp_path / "sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a whole checkpoint, got .*sea.ckpt"):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("lost", ["removed", "emptied"])
+def test_resume_writes_a_lost_student_again(home, one_step, tmp_path, lost):
+    whole = convert.load(one_step / "sea").state_dict()
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "sea/config.json").write_bytes(b"") if lost == "emptied" else shutil.rmtree(tmp_path / "sea")
+    again, _ = run_steps(home, tmp_path, "--steps", "1", "--resume")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(home, tmp_path, monkeypatch, capsys, number):
+    """Saved, with the shell's code for it; resumed, it is the run that was not stopped."""
+    whole, steps = run_steps(home, tmp_path / "whole")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return clip(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+        run_steps(home, tmp_path / "parts")
+    assert ended.value.code == 128 + number and signal.getsignal(number) == before
+    assert capsys.readouterr().out.endswith(f"sea step 00002 | stopped by {number.name}, saved; --resume goes on\n")
+    parts, resumed = run_steps(home, tmp_path / "parts", "--resume")
+    assert terms_of(resumed) == terms_of(steps) and all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), distill.noting_signals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_two_runs_do_not_write_to_one_folder(home, tmp_path):
+    pytest.importorskip("fcntl", reason="Windows locks nothing")
+    refusal = "^--out: expected a folder that no other run is writing to, got"
+    with checkpoints.locked(tmp_path), pytest.raises(SystemExit, match=refusal):
+        run_steps(home, tmp_path)
+    run_steps(home, tmp_path, "--steps", "1")  # nor does a run that has ended
+
+
+def out_of_space(kind: str):
+    """As the system, torch.save and safetensors say it."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if kind == "safetensors":
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    try:
+        raise full
+    finally:
+        if kind == "torch":
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize("kind", ["system", "torch", "safetensors"])
+def test_a_full_disk_is_told_in_a_sentence(kind):
+    with pytest.raises(SystemExit, match="^--out: expected room on the disk, got a full one at out; "), evaluate.room_for("out"):
+        out_of_space(kind)
+
+
+def test_a_run_that_filled_the_disk_resumes(home, tmp_path, monkeypatch):
+    whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
+
+    def write_or_fail(name, student, optimizer, step, args, write=checkpoints.write):
+        with monkeypatch.context() as full:
+            if step == 2:
+                full.setattr(torch, "save", lambda content, file: (file.write(b"half"), out_of_space("torch")))
+            write(name, student, optimizer, step, args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^--out: expected room on the disk"):
+        patch.setattr(checkpoints, "write", write_or_fail)
+        run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1")
+    assert not [*tmp_path.glob("*.new")]  # which would keep it full
+    again, steps = run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--resume")
+    assert [r["step"] for r in steps] == [1, 2, 2] and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_log_line_that_was_cut_off_stands_alone(tmp_path):
+    log = distill.Log(distill.parse(["--device", "cpu", "--out", str(tmp_path)]))
+    log.record(a=1)
+    (tmp_path / "log.jsonl").open("a").write('{"b": ')
+    log.record(c=math.inf, d=[math.nan])  # JSON has neither
+    assert (tmp_path / "log.jsonl").read_text() == '{"a": 1}\n{"b": \n{"c": "inf", "d": ["nan"]}\n'
+
+
+def test_an_infinite_option_is_told_in_json_and_resumes(home, tmp_path):
+    refuse = lambda text: pytest.fail(f"not JSON: {text}")
+    for more in ([], ["--resume"]):
+        run_steps(home, tmp_path, "--steps", "1", "--optimizer", "clip=inf", *more)
+    for line in [*(tmp_path / "log.jsonl").read_text().splitlines(), (tmp_path / "run.json").read_text()]:
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def one_step(home, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one_step")
+    run_steps(home, out, "--steps", "1")
+    return out
 
 
 def with_dropout(loaded):
@@ -243,7 +564,8 @@ def with_dropout(loaded):
 
 def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
     run_steps(home, tmp_path, "--steps", "1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "sea", "sea.ckpt"]  # nothing half-written
+    names = ["lock", "log.jsonl", "run.json", "sea", "sea.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names  # nothing half-written
     file = tmp_path / "sea.ckpt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SystemExit, match="--resume: expected a whole checkpoint, got .*sea.ckpt"):
@@ -259,7 +581,8 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
              "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
     assert set(names) <= saved["args"].keys()
     saved["args"] = {name: saved["args"][name] for name in names} | dict(valid_data=None, query_stride=None, nbf=None, cell_keys=True, steps=2)
-    torch.save(saved, tmp_path / "sea.ckpt")
+    torch.save({part: saved[part] for part in ("step", "model", "optimizer", "args")}, tmp_path / "sea.ckpt")
+    (tmp_path / "run.json").unlink()
     resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
@@ -300,17 +623,30 @@ def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, 
 
 
 def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):
-    """2 steps of one process, 2 of two with the weights spread over them, and 2 of one again are 6 of one, to rounding."""
+    """2 steps of one process, 2 of two with the weights spread over them, until one is told to stop, and 2 of one again are
+    6 of one, to rounding."""
     options = ["--steps", "6", "--batch", "4", "--eval-every", "2", "--optimizer", "schedule=cosine", "redraw_every=3"]
     whole, steps = run_steps(home, tmp_path / "whole", *options)
-    write = distill.write_checkpoint
+    write = checkpoints.write
     with monkeypatch.context() as stopping, pytest.raises(SystemExit):
-        stopping.setattr(distill, "write_checkpoint", lambda *args: (write(*args), sys.exit()))
+        stopping.setattr(checkpoints, "write", lambda *args: (write(*args), sys.exit()))
         run_steps(home, tmp_path / "parts", *options)
-    # Processes that end while others still talk to them abort now and then.
-    (tmp_path / "stopping.py").write_text(
-        "import sys, distill, evaluate\nwrite = distill.write_checkpoint\n"
-        "distill.write_checkpoint = lambda *args: (write(*args), evaluate.stop_processes(), sys.exit())\ndistill.main()")
+    (tmp_path / "stopping.py").write_text("""
+import os, signal, sys, torch, distill
+clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+def stop(*args):
+    calls.append(args)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return clip(*args)
+
+torch.nn.utils.clip_grad_norm_ = stop
+try:
+    distill.main()
+except SystemExit as ended:
+    sys.exit(ended.code - 128 - signal.SIGTERM)
+""")
     torchrun(tmp_path / "stopping.py", *arguments(home, tmp_path / "parts"), *options, "--shard", "--gradient-checkpointing", "--resume")
     parts, resumed = run_steps(home, tmp_path / "parts", *options, "--resume")
     assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
@@ -384,6 +720,40 @@ def test_micro_batches_add_up_to_the_batch(home, tmp_path):
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def test_gradients_are_those_of_the_whole_batch(home):
+    """However many micro-batches: clipping and AdamW would hide a factor."""
+    student, teacher = student_and_teacher()
+    found = []
+    for size in ("4", "2", "1"):
+        args = distill.parse([*SMALL, "--batch", "4", "--micro-batch", size])
+        student.zero_grad()
+        job = distill.Job(args, None, None, teacher, None, tokens(9).flatten(), None, 1.0, [])
+        distill.add_gradients(student, student, 1, job)
+        found.append({name: p.grad.clone() for name, p in student.named_parameters()})
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_student_trains_with_dropout_and_the_teacher_without(home, tmp_path, monkeypatch):
+    modes = []
+
+    def losses(student, teacher, *args, do=distill.distillation_losses):
+        modes.append((student.training, teacher.training))
+        return do(student, teacher, *args)
+
+    monkeypatch.setattr(distill, "distillation_losses", losses)
+    run_steps(home, tmp_path, "--eval-every", "1")  # which is without
+    assert set(modes) == {(True, False)}
+
+
+def test_the_position_table_may_have_fewer_rows_than_the_model(home, tmp_path):
+    rows = lambda weights: {len(x) for name, x in weights.items() if name.endswith("sea.position")}
+    assert rows(run_steps(home, tmp_path / "a", "--steps", "1")[0]) == {32}
+    assert rows(run_steps(home, tmp_path / "b", "--steps", "1", "--sea", "max_positions=20")[0]) == {20}
+    with pytest.raises(SystemExit, match="^--resume: expected max_positions 20 as in .*run.json, got the model's$"):
+        run_steps(home, tmp_path / "b", "--steps", "1", "--resume")
+
+
 def test_schedule_clip_and_redraw(home, tmp_path):
     weights, steps = run_steps(home, tmp_path / "a", "--optimizer", "schedule=linear")
     assert [r["lr"] for r in steps] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
@@ -435,6 +805,7 @@ def test_optimizer_groups():
     student, _ = student_and_teacher()
     names = {id(p): n for n, p in student.named_parameters()}
     groups = distill.make_optimizer(student, 1e-5, 1e-3, 0.01).param_groups
+    assert {group["betas"] for group in groups} == {(0.9, 0.95)}
     assert sum(len(g["params"]) for g in groups) == len(names)
     for group in groups:
         for parameter in group["params"]:
@@ -466,6 +837,7 @@ def test_wikitext_without_a_network_says_what_to_give(home, monkeypatch, tmp_pat
 
 def test_the_papers_defaults():
     args, config = distill.parse(["--model", "opt-125m"]), sea.SEAConfig(n_head=12, d_head=64)
+    assert (args.eval_every, args.seed, distill.parse([]).eval_every) == (500, 0, 60)
     assert (args.steps, args.batch, args.seq_len, args.sea, config.width, config.topk) == (10_000, 32, 2048, {}, 256, 64)
     assert (args.optimizer.lr, args.optimizer.lr_new, args.optimizer.schedule, args.optimizer.weight_decay) == (2e-6, 1e-4, "constant", 0.01)
     assert (args.loss.ce, args.loss.hidden, args.loss.kd) == (0.1, 5, 0.2) and set(args.method) == {"sea", "performer", "dense"}
@@ -480,7 +852,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
 
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
-    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, cell_keys, backend, got 'widht=8'"),
+    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, max_positions, cell_keys, backend, got 'widht=8'"),
     (["--sea", "cell_keys=no"], "--sea: expected cell_keys of type bool, got 'no'"),
     (["--sea", "width=8.5"], "--sea: expected width of type int, got '8.5'"),
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
@@ -488,6 +860,9 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
     (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
+    (["--sea", "max_positions=100"], "--sea max_positions: expected at least --seq-len, 256, got 100"),
+    (["--device", "gpu"], "--device: expected a torch device such as cpu or cuda, got gpu"),
+    (["--device", "cuda:99"], "GPUs that PyTorch sees, got cuda:99"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
     (["--optimizer", "redraw_every=-1"], "--optimizer redraw_every: expected an integer >= 0, got -1"),
     (["--optimizer", "warmup=-1"], "--optimizer warmup: expected an integer >= 0, got -1"),
@@ -502,6 +877,22 @@ def test_bad_options_name_the_option(argv, message, capsys):
     with pytest.raises(SystemExit):
         distill.parse(argv)
     assert message in capsys.readouterr().err
+
+
+def test_kernels_without_a_gpu_are_refused(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for script, option, value in ((distill, "--sea", "backend=triton"), (evaluate, "--backend", "triton")):
+        with pytest.raises(SystemExit):
+            script.parse(["--model", "x", "--device", "cpu", option, value])
+        assert f"{option}: expected auto or torch on cpu, since triton needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [distill, evaluate])
+def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(home, tmp_path, script):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/out"):
+        with pytest.raises(SystemExit, match=f"^--out: expected a folder that can be written to, got {tmp_path}/{out} "):
+            script.main(["--model", "no-such-model", "--device", "cpu", "--out", str(tmp_path / out)])
 
 
 def test_sequences_longer_than_the_model_are_refused(home, tmp_path):
@@ -529,18 +920,30 @@ def test_students_are_in_memory_one_at_a_time(home, tmp_path, monkeypatch):
     assert len(students) == 3
 
 
-def test_non_finite_gradients_stop_before_they_reach_the_weights(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(SystemExit, match="sea step 1: the gradient is not finite"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--steps", "1", "--out", str(tmp_path)])
-    assert not (tmp_path / "sea.ckpt").exists() and not (tmp_path / "sea").exists()
+def test_a_diverged_student_stops_and_the_next_one_goes_on(home, tmp_path, monkeypatch, capsys):
+    """Before a gradient that is not finite reaches the weights; what it saved stays; the table and the exit say so."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def diverge(*args):
+        calls.append(args)
+        return torch.tensor(math.nan) if len(calls) == 2 else clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", diverge)
+    with pytest.raises(SystemExit, match="^diverged: sea; "):
+        run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--method", "sea", "performer")
+    printed = capsys.readouterr().out
+    assert re.search(r"\nsea step 2: the gradient is not finite, the loss is: .*\n(.*\n)*sea +inf +inf .*\n", printed)
+    results = last_results(tmp_path)
+    assert results["sea"] == "inf" and math.isfinite(results["performer"])
+    assert torch.load(tmp_path / "sea.ckpt")["step"] == 1 and torch.load(tmp_path / "performer.ckpt")["step"] == 2
 
 
-def test_non_finite_loss_stops_with_its_terms(home, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_is_told_with_its_terms(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sea, "score_loss", lambda *_, **__: torch.tensor(math.nan))
-    with pytest.raises(SystemExit, match="sea step 1: the loss is not finite: .*'score': nan"):
-        distill.main(["--model", str(home / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--loss", "score=1", "--steps",
-                      "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^diverged: sea; "):
+        run_steps(home, tmp_path, "--loss", "score=1", "--steps", "1")
+    assert re.search("\nsea step 1: the loss is not finite: .*'score': nan", capsys.readouterr().out)
+    assert not (tmp_path / "sea.ckpt").exists() and not (tmp_path / "sea").exists()
 
 
 # -- README.md ---------------------------------------------------------------------------------------------------------

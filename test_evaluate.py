@@ -1,9 +1,11 @@
 """evaluate.py and ablate.py, on models and texts that take seconds. Where the students come from is in test_distill.py."""
 
 import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -12,9 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ablate
+import bench
+import checkpoints
 import convert
 import distill
 import evaluate
@@ -266,6 +271,58 @@ def test_models_that_do_not_fit_are_refused_by_name(home, tmp_path, script, opti
         start(teacher, tmp_path / "student")
 
 
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_a_teacher_that_lacks_a_weight_is_refused(home, tmp_path, change):
+    """It would be random."""
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weight = weights.pop("model.decoder.layers.0.fc1.weight")
+    if change == "shape":
+        weights["model.decoder.layers.0.fc1.weight"] = weight[1:].contiguous()
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="^This needed the model .*model and could not get it"):
+        evaluate.main(arguments(home, "--model", tmp_path / "model", "--out", tmp_path))
+    with pytest.raises(SystemExit, match="^--students: expected a folder that distill.py wrote, got .*model "):
+        evaluate.main(arguments(home, "--students", tmp_path / "model", "--out", tmp_path))
+
+
+def test_no_code_of_a_folder_runs(home, tmp_path, monkeypatch):
+    """Whatever is answered to the question whether it may."""
+    shutil.copytree(home / "teacher", tmp_path / "model")
+    config = dict(model_type="strange", auto_map=dict(AutoConfig="code.C", AutoModelForCausalLM="code.M"))
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for options in (["--model", tmp_path / "model"], ["--students", tmp_path / "model"]):
+        with pytest.raises(SystemExit, match="custom code"):
+            evaluate.main(arguments(home, *options, "--out", tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_students_of_the_teachers_run_are_measured(tmp_path):
+    """Not what an earlier run left beside them."""
+    for name, run in dict(teacher=5, sea=5, performer=4, oracle=None).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({} if run is None else dict(sea_run=run)))
+    assert evaluate.parse(["--out", str(tmp_path)]).students == [str(tmp_path / "sea")]
+
+
+def test_what_an_output_cannot_encode_is_escaped(home, tmp_path, monkeypatch):
+    """As that of a redirected output on Windows."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    evaluate.main(arguments(home, "--prompt", "na\u00efve \u2192", "--new-tokens", "3", "--out", tmp_path))
+    output.flush()
+    assert b"'na\\xefve \\u2192'" in output.buffer.getvalue() and (tmp_path / "evaluate.json").exists()
+
+
+def test_a_prompt_that_the_tokenizer_fails_on_is_named(home):
+    args = evaluate.parse(arguments(home, "--prompt", "one", "--new-tokens", "3"))
+    model = AutoModelForCausalLM.from_pretrained(home / "teacher")
+    with pytest.raises(SystemExit, match=r"^--prompt: expected a text that .* takes, got 'one' \(no such text\)$"):
+        evaluate.check_against_model(args, model, lambda text: (_ for _ in ()).throw(TypeError("no such text")))
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
     splits = {name: {"text": [f" {name} \n", "", " = A title = \n"]} for name in ("train", "validation", "test")}
@@ -278,9 +335,30 @@ def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
 # -- ablate.py ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("argv, message", [
+    ([], "--model: expected the teacher of all variants, a folder or hub id, got none"),
+    (["--model", "x", "--jobs", "0"], "--jobs: expected an integer >= 1, got 0"),
+    (["--model", "x", "--topk", "0"], "--topk: expected integers >= 1, got [0]"),
+    (["--model", "x", "--variant=--sea topk=0"], "--sea topk: expected an integer >= 1, got 0"),
+    (["--model", "x", "--stesp", "3"], "unrecognized arguments: --stesp 3"),
+])
+def test_a_mistake_ends_all_ablations_before_they_begin(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        ablate.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--topk", "--lengths", "--strides", "--d-head", "--layers", "--profile"])
+def test_sizes_of_the_benchmark_are_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse([option, "0"])
+    assert f"{option}: expected integers >= 1, got " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [name for name in ablate.VARIANTS if name != "base"])
 def test_an_ablation_changes_what_is_learned(name):
-    base, other = (distill.fixed_options(distill.parse([*ablate.BASE, *options.split()])) for options in ("", ablate.VARIANTS[name]))
+    base, other = (checkpoints.fixed_options(distill.parse([*ablate.BASE, *options.split()]))
+                   for options in ("", ablate.VARIANTS[name]))
     assert base != other
 
 
