@@ -433,10 +433,11 @@ def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
     """
     n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
-    inside = (bins < n_bins) & (i < n_new[:, None])
+    outside = (bins >= n_bins) | (i >= n_new[:, None])
     bins_of_past = (torch.arange(n_bins, device=k.device) >> rise).expand(len(k), -1)
     sums = _add_to_bins(torch.zeros_like(past), past, bins_of_past)
-    return _add_to_bins(sums, k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))
+    k = k.masked_fill(outside[:, None, :, None], 0)  # not times 0, which leaves inf a nan
+    return _add_to_bins(sums, k, bins.clamp(max=n_bins - 1))
 
 
 def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
