@@ -144,10 +144,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def is_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor):
     """Switches autocast off, which would run the matmuls of fp32 sums in half precision."""
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -180,8 +183,9 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
 def orthogonal_features(d_head: int, n_features: int,
                         generator: torch.Generator | None = None) -> Tensor:
     """Random projection (D, m) with orthogonal columns in blocks of D and the norms of Gaussian
-    vectors (FAVOR+)."""
-    draw = dict(generator=generator, dtype=torch.float64)
+    vectors (FAVOR+), on the device of the generator, whatever the default device is."""
+    device = "cpu" if generator is None else generator.device
+    draw = dict(generator=generator, dtype=torch.float64, device=device)
     blocks = [torch.linalg.qr(torch.randn(d_head, d_head, **draw))[0]
               for _ in range(-(-n_features // d_head))]
     norms = torch.randn(n_features, d_head, **draw).norm(dim=1)
@@ -328,9 +332,14 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
     channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob and
     s_mix before their sigmoid.
     """
-    autocast = torch.is_autocast_enabled(v.device.type)
+    dtype = v.dtype if is_autocast(v) else gate.weight.dtype
     x = torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1)  # (B, H, R, 3D)
-    z = encoder(x.to(v.dtype if autocast else gate.weight.dtype))  # (B, H, R, 2D)
+    if dtype == torch.float16:  # values of 6e4 would overflow before the norm
+        with no_autocast(v):
+            weights = {name: w.float() for name, w in encoder.named_parameters()}
+            z = torch.func.functional_call(encoder, weights, x.float()).to(dtype)
+    else:
+        z = encoder(x.to(dtype))  # (B, H, R, 2D)
     image = rearrange(decoder(z), "b h t (c p) -> b (h c) t p", c=cnn.channels)
     return cnn.norm(image), gate(z)
 
@@ -421,6 +430,10 @@ def bin_level(seen, n_bins: int):
     """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys: an int or a tensor."""
     if isinstance(seen, int):
         return (max(0, seen - 1) // n_bins).bit_length()
+    if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return next(e for e in range(40) if statically_known_true(seen <= n_bins * 2**e))
     return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
