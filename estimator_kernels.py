@@ -5,6 +5,8 @@ kernels.py re-exports these operations. What its docstring says of signatures, d
 steps holds here, too.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -184,7 +186,7 @@ def _running_sums(x: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
     """x (N, n, ...), initial (N, ...) -> (N, n + 1, ...), fp32: sums before each place, or from it on."""
     x, initial = x.contiguous(), initial.float().contiguous()
     N, n = x.shape[:2]
-    E = x[0, 0].numel()
+    E = math.prod(x.shape[2:])
     out = _new(x, N, n + 1, *x.shape[2:], dtype=torch.float32)
     tiles = _running_sums_tiles(E)
     _running_sums_kernel[(_cdiv(E, tiles["BLOCK_E"]) * N,)](x, initial, out, n, E, REVERSE=reverse, **tiles)
@@ -866,7 +868,7 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr,
 
 
 def _flatten_rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 class _EncodeRows(torch.autograd.Function):
@@ -933,7 +935,7 @@ CONV = dict(programs=256, walk=32)
 
 def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
     """Programs per sequence, and blocks of rows that each of them walks."""
-    n_block = _cdiv(_cdiv(n_row, block) * B, CONV["programs"])
+    n_block = max(1, _cdiv(_cdiv(n_row, block) * B, CONV["programs"]))  # 1 of an empty batch
     return _cdiv(_cdiv(n_row, block), n_block), n_block
 
 
@@ -1528,7 +1530,7 @@ def _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D: tl.constexpr, BLOCK
 # (cdiv(N_BINS, BLOCK_B) * n_level * B * Hkv,). A sum is a product with ones, BLOCK_N keys at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
 #   past, sums (B, Hkv, N_BINS, D) fp32: at the levels of count and of count + n_new
-#   means (B * Hkv, n_level, N_BINS, D) in the dtype of k
+#   means (B, Hkv, n_level, N_BINS, D) in the dtype of k
 # fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
 # twice. Reference: sea.bin_sums.
 @triton.jit
@@ -1680,7 +1682,7 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
-    (B, H, R, D), width, (n_kv, n_level, _, _) = q.shape, x.shape[-1], means.shape
+    (B, H, R, D), width, (Hkv, n_level) = q.shape, x.shape[-1], means.shape[1:3]
     tiles = _cell_keys_tiles(q.dtype, D, width)
     n_tile = _cdiv(R, tiles["BLOCK_R"]) * B * H
     n_program = min(n_tile, CELL_KEYS["programs"])
@@ -1688,7 +1690,7 @@ def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     _cell_keys_kernel[(n_program,)](
         x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(),
         seen_strides=row_seen.stride(), H=H, R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale,
-        GROUP=B * H // n_kv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
+        GROUP=H // Hkv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
@@ -1738,7 +1740,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
             return scores, sums
         # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
         n_level = ((T - 1) // n_bins).bit_length() + 2
-        means = _new(k, B * Hkv, n_level, n_bins, D)
+        means = _new(k, B, Hkv, n_level, n_bins, D)
         _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
             k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
             N_BINS=n_bins, BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)

@@ -943,7 +943,7 @@ def _sparse_attention_dkdv(q, k, v, do, bits, seen, row, lse, delta, union, soft
         BLOCK_TILE=VISITORS)
 
     # -- a program per list, and up to n_extra more for lists with many visitors, in at most 2 n_extra parts
-    n_extra = min(MAX_EXTRA_PROGRAMS, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
+    n_extra = min(MAX_EXTRA_PROGRAMS, max(1, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM)))
     per_program = (counts.sum() + n_extra - 1).div(n_extra, rounding_mode="floor")
     per_program = per_program.clamp(min=PAIRS_PER_PROGRAM)
     n_part = ((counts + per_program - 1) // per_program).clamp(min=1)
@@ -1282,6 +1282,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     if name == "__path__" and __name__ == "kernels":
         return [str(init.parent)]
+    if name == "__version__" and __name__ == "kernels":  # bitsandbytes asks
+        return importlib.metadata.version("kernels")
     if name.startswith("__") or __name__ != "kernels":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     package = sys.modules.get("_hf_kernels")
