@@ -5,6 +5,8 @@ kernels.py re-exports these operations. What its docstring says of signatures, d
 steps holds here, too.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -72,6 +74,13 @@ def _new(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @triton.jit
+def _program(n):
+    """A program's number among the n of its head, and its head (int64)."""
+    pid = tl.program_id(0)
+    return pid % n, (pid // n).to(tl.int64)
+
+
+@triton.jit
 def _load_tile(ptr, row, col, row_stride, col_stride, mask):
     """Rows (int64) and columns of one head, 0 where masked: (rows, columns)."""
     return tl.load(ptr + row[:, None] * row_stride + col[None, :] * col_stride, mask=mask, other=0.0)
@@ -88,7 +97,7 @@ ROWS = dict(BLOCK=256, num_warps=4)
 
 
 # Which tokens are rows, and which row each token uses.
-# One program: BLOCK tokens of one sequence, and as many rows; grid (cdiv(T, BLOCK), B).
+# One program: BLOCK tokens of one sequence, and as many rows; grid (cdiv(T, BLOCK) * B,).
 #   count, n_new, n_rows, next_count (B,), seen, row (B, T), row_seen (B, N_BEFORE + R), place (B, R), last
 #   (B, 1) or, with stride 1, (B, 0): int64, contiguous
 # One launch for what eager computes in a dozen. Reference: sea.choose_rows.
@@ -96,7 +105,7 @@ ROWS = dict(BLOCK=256, num_warps=4)
 def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, place_ptr, n_rows_ptr,
                         last_ptr, next_count_ptr, T, R, STRIDE: tl.constexpr, N_BEFORE: tl.constexpr,
                         BLOCK: tl.constexpr):
-    pid_t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pid_t, b = _program(tl.cdiv(T, BLOCK))
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
     first = (STRIDE - count % STRIDE) % STRIDE
     offs = (pid_t * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -128,7 +137,7 @@ def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int
     seen, row, row_seen, place = (_new(count, B, n) for n in (T, T, n_before + R, R))
     n_rows, last, next_count = _new(count, B), _new(count, B, min(stride - 1, 1)), _new(count, B)
     with torch.cuda.device_of(count):
-        _choose_rows_kernel[(_cdiv(T, ROWS["BLOCK"]), B)](
+        _choose_rows_kernel[(_cdiv(T, ROWS["BLOCK"]) * B,)](
             count.contiguous(), n_new.contiguous(), seen, row, row_seen, place, n_rows, last, next_count,
             T=T, R=R, STRIDE=stride, N_BEFORE=n_before, **ROWS)
     return seen, row, row_seen, place, n_rows, last, next_count
@@ -143,14 +152,14 @@ def _running_sums_tiles(E: int) -> dict:
 
 
 # out[i] = initial + x[0] + ... + x[i-1] for i = 0 ... n; REVERSE: initial + x[i] + ... + x[n-1].
-# One program: BLOCK_E columns of one group, BLOCK_N rows at a time, in order; grid (cdiv(E, BLOCK_E), N).
+# One program: BLOCK_E columns of one group, BLOCK_N rows at a time, in order; grid (cdiv(E, BLOCK_E) * N,).
 #   x (N, n, E), initial (N, E) -> out (N, n + 1, E): fp32, contiguous
 # Reads and writes once, where eager pads, sums, concatenates and copies. Reference: torch.cumsum.
 @triton.jit(do_not_specialize=["n"])
 def _running_sums_kernel(x_ptr, initial_ptr, out_ptr, n, E, REVERSE: tl.constexpr, BLOCK_N: tl.constexpr,
                          BLOCK_E: tl.constexpr):
-    pid_n = tl.program_id(1).to(tl.int64)
-    offs_n, offs_e = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    pid_e, pid_n = _program(tl.cdiv(E, BLOCK_E))
+    offs_n, offs_e = tl.arange(0, BLOCK_N), pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     x_ptr += pid_n * n * E + offs_e
     out_ptr += pid_n * (n + 1) * E + offs_e
@@ -177,10 +186,10 @@ def _running_sums(x: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
     """x (N, n, ...), initial (N, ...) -> (N, n + 1, ...), fp32: sums before each place, or from it on."""
     x, initial = x.contiguous(), initial.float().contiguous()
     N, n = x.shape[:2]
-    E = x[0, 0].numel()
+    E = math.prod(x.shape[2:])
     out = _new(x, N, n + 1, *x.shape[2:], dtype=torch.float32)
     tiles = _running_sums_tiles(E)
-    _running_sums_kernel[(_cdiv(E, tiles["BLOCK_E"]), N)](x, initial, out, n, E, REVERSE=reverse, **tiles)
+    _running_sums_kernel[(_cdiv(E, tiles["BLOCK_E"]) * N,)](x, initial, out, n, E, REVERSE=reverse, **tiles)
     return out
 
 
@@ -315,19 +324,20 @@ def _store_sums(sums_ptr, of_pos, of_v, of_ones, D: tl.constexpr, M: tl.constexp
 
 
 # sums[segment] = sum over its keys of phi(k)^T [pos ; v ; 1].
-# One program: one segment (n_chunk chunks of CHUNK places) of one key/value head; grid (n_segment, B * Hkv).
+# One program: one segment (n_chunk chunks of CHUNK places) of one key/value head; grid
+# (n_segment * B * Hkv,).
 #   k, v (B, Hkv, T, D), any strides; pos (n_position, D), w (D, m), any dtype, and count, n_new (B,) int:
 #   contiguous
 #   sums (B * Hkv, n_segment, m, 2D+1) fp32, contiguous
 # fp32: features, rounded to DOT where they enter the sums' dots, and sums, which stay in registers. Reads
 # each key once. Reference: sea.causal_context.
-@triton.jit(do_not_specialize=["n_chunk"])
+@triton.jit(do_not_specialize=["n_segment", "n_chunk"])
 def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, k_strides, v_strides,
-                         n_position, HKV, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr,
+                         n_position, HKV, n_segment, n_chunk, k_scale, D: tl.constexpr, M: tl.constexpr,
                          STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
                          BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
                          PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    pid_s, pid_bkv = _program(n_segment)
     head = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
                          n_position, pid_bkv // HKV, pid_bkv % HKV, D, M, STRIDE, BLOCK_D, BLOCK_F)[0]
     sum_pos, sum_v = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
@@ -347,20 +357,20 @@ def _context_sums_kernel(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sum
 # same = sum of (phi(q_i) . phi(k_j)) vcat_j over the keys of this chunk that row i sees, and den_i is the
 # numerator with 1 for vcat_j.
 # One program: one segment of one query head, chunk by chunk, each with CHUNK // STRIDE rows; grid
-# (n_segment, B * H).
+# (n_segment * B * H,).
 #   q (B, H, R, D), any strides; k ... n_new as above
 #   sums (B * Hkv, n_segment + 1, m, 2D+1) fp32: what precedes each segment
 #   context (B, H, R, 2D), den (B, H, R) fp32 (0 as 1), contiguous
 # fp32: features and sums, rounded to DOT where they enter dots; den, quotient. Reads q once, and k and v once
 # for each of the GROUP heads that share them; writes 2D numbers per row. Fast, since the sums stay on chip
 # from chunk to chunk and the segments fill the GPU. Reference: sea.causal_context.
-@triton.jit(do_not_specialize=["n_chunk"])
+@triton.jit(do_not_specialize=["n_segment", "n_chunk"])
 def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr, den_ptr,
-                    q_strides, k_strides, v_strides, n_position, H, GROUP, R, n_chunk, q_scale, k_scale,
-                    D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+                    q_strides, k_strides, v_strides, n_position, H, GROUP, R, n_segment, n_chunk, q_scale,
+                    k_scale, D: tl.constexpr, M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
                     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                     BLOCK_F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    pid_s, pid_bh = _program(n_segment)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
@@ -403,14 +413,14 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
 #   sum of phi(q)^T [g ; g_den]
 # fp32: features, sums and g, rounded to DOT where they enter dots. Reference: autograd through
 # sea.causal_context.
-@triton.jit(do_not_specialize=["n_chunk"])
+@triton.jit(do_not_specialize=["n_segment", "n_chunk"])
 def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, sums_ptr, context_ptr,
                        dcontext_ptr, den_ptr, dq_ptr, g_den_ptr, dsums_ptr, q_strides, k_strides, v_strides,
-                       n_position, H, GROUP, R, n_chunk, q_scale, k_scale, D: tl.constexpr, M: tl.constexpr,
-                       STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+                       n_position, H, GROUP, R, n_segment, n_chunk, q_scale, k_scale, D: tl.constexpr,
+                       M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
                        BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DOT: tl.constexpr,
                        PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    pid_s, pid_bh = _program(n_segment)
     b, h, kv = pid_bh // H, pid_bh % H, pid_bh % H // GROUP
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += b * q_strides[0] + h * q_strides[1]
@@ -462,19 +472,20 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
 
 
 # dk, dv, dpos.
-# One program: one segment of one key/value head, from its last chunk to its first; grid (n_segment, B * Hkv).
+# One program: one segment of one key/value head, from its last chunk to its first; grid
+# (n_segment * B * Hkv,).
 #   dsums (B * Hkv, n_segment + 1, m, 2D+1) fp32: sum of phi(q)^T [g ; g_den] from each segment on
 #   dk, dv (B, Hkv, T, D), dpos the same, fp32: contiguous
 # fp32: features, sums and g, rounded to DOT where they enter dots. In a fixed order.
 # Reference: autograd through sea.causal_context.
-@triton.jit(do_not_specialize=["n_chunk"])
+@triton.jit(do_not_specialize=["n_segment", "n_chunk"])
 def _context_dkdv_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, dsums_ptr, dcontext_ptr,
                          den_ptr, g_den_ptr, dk_ptr, dv_ptr, dpos_ptr, q_strides, k_strides, v_strides,
-                         n_position, H, GROUP, T, R, n_chunk, q_scale, k_scale, D: tl.constexpr,
+                         n_position, H, GROUP, T, R, n_segment, n_chunk, q_scale, k_scale, D: tl.constexpr,
                          M: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
                          DOT: tl.constexpr, PRECISION: tl.constexpr):
-    pid_s, n_segment, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    pid_s, pid_bkv = _program(n_segment)
     b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
     offs_r, offs_c, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     head, w = _keys_of_head(k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, k_strides, v_strides,
@@ -555,7 +566,8 @@ def _sum_positions_kernel(dpos_ptr, count_ptr, n_new_ptr, dposition_ptr, n_head,
 
 
 # One token per sequence: sums = past + phi(k)^T [pos ; v ; 1], c = phi(q) sums / den.
-# One program: the half of pos or that of v, of one key/value head and its query heads; grid (2, B * Hkv).
+# One program: the half of pos or that of v, of one key/value head and its query heads; grid
+# (2 * B * Hkv,).
 #   q (B, H, 1, D), k, v (B, Hkv, 1, D), any strides; pos ... n_new as above
 #   past, sums (B, Hkv, m, 2D+1) fp32; context (B, H, 1, 2D): contiguous
 # fp32: everything, no dots. Reads and writes the sums once. Reference: sea.causal_context.
@@ -564,7 +576,7 @@ def _context_step_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_p
                          context_ptr, q_strides, k_strides, v_strides, n_position, HKV, q_scale, k_scale,
                          GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_F: tl.constexpr):
-    pid_half, pid_bkv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pid_half, pid_bkv = _program(2)
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_d, offs_f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     mask_d, mask_f = offs_d < D, offs_f < M
@@ -602,7 +614,7 @@ def _causal_context_step(q, k, v, position, past, projection, count, n_new, soft
     Hkv, m = k.shape[1], projection.shape[1]
     sums = _new(q, B, Hkv, m, 2 * D + 1, dtype=torch.float32)
     context = _new(q, B, H, 1, 2 * D)
-    _context_step_kernel[(2, B * Hkv)](
+    _context_step_kernel[(2 * B * Hkv,)](
         q, k, v, position, projection, count, n_new, past.float().contiguous(), sums, context,
         q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), n_position=len(position), HKV=Hkv,
         q_scale=softmax_scale * D**0.25, k_scale=D**-0.25, GROUP=H // Hkv, D=D, M=m,
@@ -615,8 +627,8 @@ def _context_launch(q, k, v, position, projection, softmax_scale, stride, backwa
     (_, H, R, D), m = q.shape, projection.shape[1]
     n_segment, tiles = _context_tiles(q, k, m, stride, backward)
     block_r = tiles.pop("BLOCK_R")
-    of_keys = dict(tiles, k_strides=k.stride(), v_strides=v.stride(), n_position=len(position),
-                   k_scale=D**-0.25, D=D, M=m)
+    of_keys = dict(tiles, n_segment=n_segment, k_strides=k.stride(), v_strides=v.stride(),
+                   n_position=len(position), k_scale=D**-0.25, D=D, M=m)
     of_rows = dict(of_keys, q_strides=q.stride(), H=H, GROUP=H // k.shape[1], R=R,
                    q_scale=softmax_scale * D**0.25, BLOCK_R=block_r)
     return n_segment, of_keys, of_rows
@@ -629,10 +641,10 @@ class _CausalContext(torch.autograd.Function):
         inputs = (k, v, position, projection, count, n_new)
         n_segment, of_keys, of_rows = _context_launch(q, k, v, position, projection, softmax_scale, stride)
         sums = _new(q, B * Hkv, n_segment, m, 2 * D + 1, dtype=torch.float32)
-        _context_sums_kernel[(n_segment, B * Hkv)](*inputs, sums, HKV=Hkv, **of_keys)
+        _context_sums_kernel[(n_segment * B * Hkv,)](*inputs, sums, HKV=Hkv, **of_keys)
         sums = _running_sums(sums, past.flatten(0, 1))  # what precedes each segment, and all
         context, den = _new(q, B, H, R, 2 * D), _new(q, B, H, R, dtype=torch.float32)
-        _context_kernel[(n_segment, B * H)](q, *inputs, sums, context, den, **of_rows)
+        _context_kernel[(n_segment * B * H,)](q, *inputs, sums, context, den, **of_rows)
         ctx.save_for_backward(q, *inputs, sums, context, den)
         ctx.constants = softmax_scale, stride
         return context, sums[:, -1].view(B, Hkv, m, 2 * D + 1).clone()
@@ -646,14 +658,14 @@ class _CausalContext(torch.autograd.Function):
         n_segment, _, of_rows = _context_launch(q, k, v, position, projection, *ctx.constants, backward=True)
         dcontext, dq, g_den = dcontext.contiguous(), _new(q, *q.shape), torch.empty_like(den)
         dsums = _new(sums, B * H, n_segment, m, 2 * D + 1)
-        _context_dq_kernel[(n_segment, B * H)](q, *inputs, sums, context, dcontext, den, dq, g_den, dsums,
-                                               **of_rows)
+        _context_dq_kernel[(n_segment * B * H,)](q, *inputs, sums, context, dcontext, den, dq, g_den, dsums,
+                                                 **of_rows)
         if H != Hkv:
             dsums = dsums.view(B * Hkv, H // Hkv, n_segment, m, 2 * D + 1).sum(1)
         dsums = _running_sums(dsums, dsums_out.flatten(0, 1), reverse=True)
         dk, dv, dpos = _new(k, *k.shape), _new(v, *v.shape), _new(den, *k.shape)
-        _context_dkdv_kernel[(n_segment, B * Hkv)](q, *inputs, dsums, dcontext, den, g_den, dk, dv, dpos, T=T,
-                                                   **of_rows)
+        _context_dkdv_kernel[(n_segment * B * Hkv,)](q, *inputs, dsums, dcontext, den, g_den, dk, dv, dpos,
+                                                     T=T, **of_rows)
         dposition = dpast = None
         if ctx.needs_input_grad[3]:
             dposition = _new(position, *position.shape)
@@ -741,7 +753,7 @@ def _first_layer(c_ptr, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D: tl.con
 
 
 # z = GELU(LayerNorm([c ; v] W1 + b1)); gates = z Wg + bg; image = LayerNorm(z W2 + b2) per channel.
-# One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R), B * H).
+# One program: BLOCK_R rows of one head; grid (cdiv(R, BLOCK_R) * B * H,).
 #   context (B, H, R, 2D) contiguous, v (B, Hkv, R, D) any strides; w1 (2D, 3D), w2 (2P, 2D), wg (2, 2D) and
 #   vectors: b1, b2, bg biases of linear layers, gain and bias of norms, any dtype
 #   image (B, 2H, R, P), gates (B, H, R, 2) fp32, contiguous
@@ -752,7 +764,7 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_
                    bias2_ptr, wg_ptr, bg_ptr, image_ptr, gates_ptr, v_strides, H, GROUP, R, D: tl.constexpr,
                    P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr,
                    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
-    pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pid_r, pid_bh = _program(tl.cdiv(R, BLOCK_R))
     b, h = pid_bh // H, pid_bh % H
     row = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_z, offs_p = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
@@ -793,7 +805,7 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr,
                        v_strides, H, GROUP, R, D: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr,
                        BLOCK_D: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_P: tl.constexpr,
                        PRECISION: tl.constexpr):
-    pid_r, pid_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pid_r, pid_bh = _program(tl.cdiv(R, BLOCK_R))
     b, h = pid_bh // H, pid_bh % H
     row = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_d, offs_z, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_P)
@@ -803,7 +815,7 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr,
     mask_rd = mask_r[:, None] & mask_d[None, :]
     dtype = context_ptr.dtype.element_ty
     of_row = pid_bh * R + row
-    sums_ptr += (pid_bh * tl.num_programs(0) + pid_r) * (6 * D + 4 * P)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (6 * D + 4 * P)
     v_ptr += b * v_strides[0] + (h // GROUP) * v_strides[1]
     z1 = _first_layer(context_ptr + pid_bh * R * 2 * D, v_ptr, w1_ptr, b1_ptr, row, mask_r, v_strides, D,
                       BLOCK_R, BLOCK_D, BLOCK_Z, PRECISION)
@@ -856,7 +868,7 @@ def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr,
 
 
 def _flatten_rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 class _EncodeRows(torch.autograd.Function):
@@ -865,7 +877,7 @@ class _EncodeRows(torch.autograd.Function):
         (B, H, R, D2), P, context = context.shape, weights[6].shape[0], context.contiguous()
         weights, tiles = [w.contiguous() for w in weights], _encode_tiles(context, P, backward=False)
         image, gates = _new(context, B, 2 * H, R, P), _new(context, B, H, R, 2, dtype=torch.float32)
-        _encode_kernel[(_cdiv(R, tiles["BLOCK_R"]), B * H)](
+        _encode_kernel[(_cdiv(R, tiles["BLOCK_R"]) * B * H,)](
             context, v, *weights, image, gates, v_strides=v.stride(), H=H, GROUP=H // v.shape[1], R=R,
             D=D2 // 2, P=P, **tiles)
         ctx.save_for_backward(context, v, *weights)
@@ -881,9 +893,9 @@ class _EncodeRows(torch.autograd.Function):
         D, tiles = D2 // 2, _encode_tiles(context, P, backward=True)
         dimage, dgates = (x if x is None else x.contiguous() for x in (dimage, dgates))
         dcontext, dv, z, dz1, dx = (_new(context, B, H, R, n) for n in (D2, D, D2, D2, 2 * P))
-        grid = (_cdiv(R, tiles["BLOCK_R"]), B * H)
-        sums = _new(context, grid[0] * grid[1], 6 * D + 4 * P, dtype=torch.float32)
-        _encode_bwd_kernel[grid](
+        n_program = _cdiv(R, tiles["BLOCK_R"]) * B * H
+        sums = _new(context, n_program, 6 * D + 4 * P, dtype=torch.float32)
+        _encode_bwd_kernel[(n_program,)](
             context, v, w1, b1, gain1, bias1, w2, b2, gain2, wg, dimage, dgates, dcontext, dv, z, dz1, dx,
             sums, v_strides=v.stride(), H=H, GROUP=H // Hkv, R=R, D=D, P=P, **tiles)
         # -- weights: products over all rows
@@ -923,7 +935,7 @@ CONV = dict(programs=256, walk=32)
 
 def _split_rows(n_row: int, B: int, block: int = 1) -> tuple[int, int]:
     """Programs per sequence, and blocks of rows that each of them walks."""
-    n_block = _cdiv(_cdiv(n_row, block) * B, CONV["programs"])
+    n_block = max(1, _cdiv(_cdiv(n_row, block) * B, CONV["programs"]))  # 1 of an empty batch
     return _cdiv(_cdiv(n_row, block), n_block), n_block
 
 
@@ -1058,26 +1070,28 @@ def _store_rows(acc, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, o
 # input gradient: without a bias, x is the gradient of such a convolution's sum and out that of its input: the
 #   same with mirrored taps. With of_relu it goes on through the relu that gave that input, except in rows of
 #   the past, which have been through theirs.
-# One program: n_block pairs of rows, all channels; grid (cdiv(R, 2 n_block), B). It walks down the rows of x
+# One program: n_block pairs of rows, all channels; grid (n_program * B,). It walks down the rows of x
 #   and holds the sums of the three pairs of rows that the pair at hand is a tap of, so that 3 loads of the
 #   pair, one for each shift, serve 9 products of (C, C) with (C, 2P).
-# no WALK: one row, 9 loads; grid (R, B). In fp32 and for rows of more than 4096 numbers, whose sums registers
-#   would not hold.
+# no WALK: one row, 9 loads; grid (R * B,). In fp32 and for rows of more than 4096 numbers, whose sums
+#   registers would not hold.
 #   x (B, C, N, P), row `begin` of which is the first tap of row 0; w (C, C, 3, 3), up (4H, C)
 #   out (B, C, R, P), of_relu as out, or with up scores (B, H, R, width)
 #   LAST, OUT_LAST: channels lie last in memory
 # fp32: accumulators and the norm. Where channels lie last, shifted loads stay aligned: 16 bytes each, to
 # shared memory during the products before. Reads a row 3 times, mostly from the cache, and writes it once.
 # Reference: sea.causal_cnn.
-@triton.jit(do_not_specialize=["begin", "n_block"])
+@triton.jit(do_not_specialize=["begin", "n_program", "n_block"])
 def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_relu_ptr, out_ptr, x_stride,
-                 out_stride, N, R, P, begin, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-                 LAST: tl.constexpr, OUT_LAST: tl.constexpr, WALK: tl.constexpr, BLOCK_P: tl.constexpr,
-                 BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+                 out_stride, N, R, P, begin, n_program, n_block, WIDTH: tl.constexpr, C: tl.constexpr,
+                 H: tl.constexpr, LAST: tl.constexpr, OUT_LAST: tl.constexpr, WALK: tl.constexpr,
+                 BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                 PRECISION: tl.constexpr):
     BLOCK_R: tl.constexpr = 2 if WALK else 1
     BACK: tl.constexpr = b_ptr is None
     shift: tl.constexpr = 2 * (C if LAST else 1)  # two places, in memory
-    b, first_row = tl.program_id(1).to(tl.int64), tl.program_id(0) * n_block * BLOCK_R
+    pid_r, b = _program(n_program)
+    first_row = pid_r * n_block * BLOCK_R
     offs_rp, mask_c = tl.arange(0, BLOCK_R * BLOCK_P), (tl.arange(0, BLOCK_C) < C)[None, :]
     row, p = begin + first_row + offs_rp // BLOCK_P, offs_rp % BLOCK_P
     x_ptrs = _row_ptrs(x_ptr + b * x_stride, (begin + first_row).to(tl.int64), N, P, C, LAST, BLOCK_R,
@@ -1117,13 +1131,14 @@ def _conv_kernel(x_ptr, w_ptr, b_ptr, up_ptr, up_b_ptr, gain_ptr, bias_ptr, of_r
 
 
 # The HISTORY rows before row n_rows of what entered the first convolution and the second, 0 before row 0.
-# One program: one channel of one sequence; grid (C, B).
+# One program: one channel of one sequence; grid (C * B,).
 #   x1, x2 (B, C, n_past + R, P), any strides; n_rows (B,) int -> out1, out2 (B, C, HISTORY, P), contiguous
 # A launch for both, where eager copies or gathers each. Reference: sea.causal_cnn.
 @triton.jit
 def _last_rows_kernel(x1_ptr, x2_ptr, n_rows_ptr, out1_ptr, out2_ptr, x1_strides, x2_strides, n_past, C, P,
                       HISTORY: tl.constexpr, BLOCK_P: tl.constexpr):
-    c, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    c, b = _program(C)
+    c = c.to(tl.int64)
     offs_n, offs_p = tl.arange(0, HISTORY), tl.arange(0, BLOCK_P)
     row = tl.load(n_rows_ptr + b) + n_past - HISTORY + offs_n
     mask_p = (offs_p < P)[None, :]
@@ -1205,17 +1220,19 @@ def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr
 
 
 # From the gradient of scores to dx, that of the second convolution's sum.
-# One program: `n_block` rows, all channels; grid (programs, B). It computes their cells again.
+# One program: `n_block` rows, all channels; grid (n_program * B,). It computes their cells again.
 #   x (B, C, R, P) what the second convolution gave, dx likewise, channels last in memory
 #   dscores (B, H, R, width) contiguous
 #   each program's share of the gradients of up, of its bias, and of the norm's gain and bias, all fp32:
 #   dup (programs, 4 BLOCK_H, C), dup_b (.., 4 BLOCK_H), dnorm (.., 2, width)
 # fp32: accumulators and the norm. Reference: autograd through sea.causal_cnn.
-@triton.jit(do_not_specialize=["n_block"])
+@triton.jit(do_not_specialize=["n_program", "n_block"])
 def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_ptr, dup_b_ptr, dnorm_ptr, R,
-                   P, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK_P: tl.constexpr,
-                   BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
-    b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+                   P, n_program, n_block, WIDTH: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+                   BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    pid_r, b = _program(n_program)
+    program = tl.program_id(0).to(tl.int64)
     offs_c, offs_u, offs_h = tl.arange(0, BLOCK_C), tl.arange(0, 4 * BLOCK_H), tl.arange(0, BLOCK_H)
     offs_p, offs_w = tl.arange(0, BLOCK_P), tl.arange(0, 4 * BLOCK_P)
     mask_c, mask_u, mask_w = offs_c < C, offs_u < 4 * H, offs_w < WIDTH
@@ -1224,7 +1241,7 @@ def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_p
     dup, dup_b = tl.zeros((4 * BLOCK_H, BLOCK_C), tl.float32), tl.zeros((4 * BLOCK_H,), tl.float32)
     dgain, dbias = tl.zeros((4 * BLOCK_P,), tl.float32), tl.zeros((4 * BLOCK_P,), tl.float32)
     for i in range(0, n_block):
-        row = tl.program_id(0) * n_block + i
+        row = pid_r * n_block + i
         mask_x = (offs_p < P)[:, None] & mask_c[None, :] & (row < R)
         offs_x = b * C * R * P + row.to(tl.int64) * P * C + (offs_p[:, None] * C + offs_c[None, :])
         x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)  # (BLOCK_P, BLOCK_C)
@@ -1250,19 +1267,20 @@ def _up_bwd_kernel(x_ptr, up_ptr, up_b_ptr, gain_ptr, dscores_ptr, dx_ptr, dup_p
 
 # Gradients of a convolution's weights and bias: sums over all places of dout x^T.
 # One program: all taps of (BLOCK, BLOCK) weights over `n_block` rows of x, each CHUNKS times BLOCK_P places;
-# grid (programs, B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3
+# grid (n_program * B, BLOCKS * BLOCKS). Places of x are loaded at 3 shifts, and with them those of dout, in 3
 # rows, that they are taps of: 6 loads for 9 products. Loads go to shared memory during the products before.
 #   x (B, C, n_past + R, P), dout (B, C, R, P), with channels last, and of x if LAST
 #   each program's share: dw (programs, 9, C, C) [tap, out, in], db (programs, C), fp32
-@triton.jit(do_not_specialize=["n_block"])
-def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, n_past, n_block, C: tl.constexpr,
-                    LAST: tl.constexpr, BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-                    BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
-    b, program = tl.program_id(1).to(tl.int64), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    m_0, n_0 = tl.program_id(2) // BLOCKS * BLOCK, tl.program_id(2) % BLOCKS * BLOCK
+@triton.jit(do_not_specialize=["n_program", "n_block"])
+def _conv_dw_kernel(x_ptr, dout_ptr, dw_ptr, db_ptr, dout_stride, R, P, n_past, n_program, n_block,
+                    C: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr,
+                    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
+    pid_r, b = _program(n_program)
+    program = tl.program_id(0).to(tl.int64)
+    m_0, n_0 = tl.program_id(1) // BLOCKS * BLOCK, tl.program_id(1) % BLOCKS * BLOCK
     offs_p, offs_c = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK)
     mask_m, mask_n = (m_0 + offs_c < C)[:, None], (n_0 + offs_c < C)[None, :]
-    first_row, n_row = tl.program_id(0) * n_block, n_past + R
+    first_row, n_row = pid_r * n_block, n_past + R
     place: tl.constexpr = C if LAST else 1
     offs_b = b * C * n_row * P + (n_0 if LAST else n_0.to(tl.int64) * n_row * P)
     x_ptrs = _row_ptrs(x_ptr + offs_b, first_row.to(tl.int64), n_row, P, C, LAST, 1, BLOCK_P, BLOCK)
@@ -1321,9 +1339,9 @@ def _conv(x, w, out, begin, *, bias=None, up=(None,) * 4, of_relu=None, last, ou
     B, C, N, P = x.shape
     R = out.shape[2]
     n_program, tiles = _conv_tiles(x.dtype, B, R, C, P, last)
-    _conv_kernel[(n_program, B)](
+    _conv_kernel[(n_program * B,)](
         x, w, bias, *up, of_relu, out, x_stride=x.stride(0), out_stride=out.stride(0), N=N, R=R, P=P,
-        begin=begin, C=C, LAST=last, OUT_LAST=out_last, **tiles, **constants)
+        begin=begin, n_program=n_program, C=C, LAST=last, OUT_LAST=out_last, **tiles, **constants)
 
 
 def _conv_dw(x, dout, last):
@@ -1334,9 +1352,9 @@ def _conv_dw(x, dout, last):
     tiles = _conv_dw_tiles(x.dtype, C, P)
     dw = _new(x, n_program * B, 9, C, C, dtype=torch.float32)
     db = _new(x, n_program * B, C, dtype=torch.float32)
-    _conv_dw_kernel[(n_program, B, tiles["BLOCKS"] ** 2)](
-        x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, n_past=N - R, n_block=n_block, C=C, LAST=last,
-        **tiles)
+    _conv_dw_kernel[(n_program * B, tiles["BLOCKS"] ** 2)](
+        x, dout, dw, db, dout_stride=dout.stride(0), R=R, P=P, n_past=N - R, n_program=n_program,
+        n_block=n_block, C=C, LAST=last, **tiles)
     return dw.sum(0).unflatten(0, (3, 3)).permute(2, 3, 0, 1), db.sum(0)
 
 
@@ -1349,8 +1367,8 @@ def _image(like, rows):
 def _last_rows(x1, x2, n_rows, n_past):
     B, C, _, P = x1.shape
     out1, out2 = _new(x1, B, C, HISTORY, P), _new(x2, B, C, HISTORY, P)
-    _last_rows_kernel[(C, B)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(),
-                              n_past=n_past, C=C, P=P, HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
+    _last_rows_kernel[(C * B,)](x1, x2, n_rows, out1, out2, x1_strides=x1.stride(), x2_strides=x2.stride(),
+                                n_past=n_past, C=C, P=P, HISTORY=HISTORY, BLOCK_P=_next_power_of_2(P))
     return out1, out2
 
 
@@ -1397,8 +1415,9 @@ class _CausalCNN(torch.autograd.Function):
         dup = _new(x1, n_program * B, 4 * constants["BLOCK_H"], C, dtype=torch.float32)
         dup_b, dnorm = _new(dup, *dup.shape[:2]), _new(dup, len(dup), 2, width)
         _conv(x2, w2, x3, n_past - HISTORY, bias=b2, last=True, **constants)
-        _up_bwd_kernel[(n_program, B)](x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R=R, P=P,
-                                       n_block=n_block, C=C, **_up_bwd_tiles(x1.dtype, C, P), **constants)
+        _up_bwd_kernel[(n_program * B,)](
+            x3, ups, up_b, gain, dscores, dout, dup, dup_b, dnorm, R=R, P=P, n_program=n_program,
+            n_block=n_block, C=C, **_up_bwd_tiles(x1.dtype, C, P), **constants)
         del x3
         dup, dup_b = dup.sum(0)[: 4 * H, :, None, None], dup_b.sum(0)[: 4 * H]
         dgain, dbias = dnorm.sum(0)
@@ -1483,28 +1502,51 @@ def _bin_of_cell(p, seen, e, WIDTH: tl.constexpr):
     return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
+@triton.jit
+def _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D: tl.constexpr, BLOCK_B: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr):
+    """Sums of the keys begin ... end - 1 in bins of 2^e keys, the first from `origin` on: (BLOCK_B, BLOCK_D)
+    fp32. SELECT: a bin with a key that is not finite is nan, and the others have their sums, to the bit."""
+    offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    acc, n_bad = tl.zeros((BLOCK_B, BLOCK_D), tl.float32), tl.zeros((BLOCK_B,), tl.int32)
+    for start in range(begin, end, BLOCK_N):
+        j = (start + offs_n).to(tl.int64)
+        # (BLOCK_N, BLOCK_D)
+        mask_k = (j < end)[:, None] & (offs_d < D)[None, :]
+        k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_k)
+        mask_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
+        if SELECT:
+            mask_finite = tl.abs(k.to(tl.float32)) < float("inf")
+            bad = tl.max((~mask_finite).to(tl.int32), axis=1)  # of a key
+            n_bad += tl.sum(tl.where(mask_in, bad[None, :], 0), axis=1)
+            k = tl.where(mask_finite, k, 0.0).to(k.dtype)
+        acc += tl.dot(mask_in.to(k.dtype), k, input_precision="ieee")
+    return tl.where((n_bad > 0)[:, None], float("nan"), acc) if SELECT else acc
+
+
 # Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e from that of count to
 # that of count + n_new.
 # One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid
-# (cdiv(N_BINS, BLOCK_B), n_level, B * Hkv). A sum is a product with ones, BLOCK_N keys at a time.
+# (cdiv(N_BINS, BLOCK_B) * n_level * B * Hkv,). A sum is a product with ones, BLOCK_N keys at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
 #   past, sums (B, Hkv, N_BINS, D) fp32: at the levels of count and of count + n_new
-#   means (B * Hkv, n_level, N_BINS, D) in the dtype of k
+#   means (B, Hkv, n_level, N_BINS, D) in the dtype of k
 # fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
 # twice. Reference: sea.bin_sums.
 @triton.jit
-def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV,
+def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, n_level,
                      D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr):
-    pid_b, pid_e, n_level = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    pid_bkv = tl.program_id(2).to(tl.int64)
+    n_block: tl.constexpr = (N_BINS + BLOCK_B - 1) // BLOCK_B
+    pid, pid_bkv = _program(n_block * n_level)
+    pid_b, pid_e = pid % n_block, pid // n_block
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     lowest, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
     e = lowest + pid_e
     if e > last:
         return
-    offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_b, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
     offs_bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
     mask_d = (offs_d < D)[None, :]
     # -- the new keys of these bins
@@ -1512,13 +1554,9 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
     begin = tl.minimum(tl.maximum(origin, 0), n_new).to(tl.int32)
     end = tl.minimum(tl.maximum(origin + (tl.full((), BLOCK_B, tl.int64) << e), 0), n_new).to(tl.int32)
     k_ptr += b * k_strides[0] + kv * k_strides[1]
-    acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = (start + offs_n).to(tl.int64)
-        # (BLOCK_N, BLOCK_D)
-        k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], (j < end)[:, None] & mask_d)
-        mask_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
-        acc += tl.dot(mask_in.to(k.dtype), k, input_precision="ieee")
+    acc = _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D, BLOCK_B, BLOCK_N, BLOCK_D, SELECT=False)
+    if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:  # 0 * inf has reached other bins
+        acc = _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D, BLOCK_B, BLOCK_N, BLOCK_D, SELECT=True)
     # -- the past's bins that lie in these; from n_past_bin on they are empty
     n_past_bin = (count + (1 << lowest) - 1) >> lowest
     for i in range(0, tl.minimum(1 << pid_e, n_past_bin - (pid_b * BLOCK_B << pid_e))):
@@ -1644,7 +1682,7 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
 
 
 def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
-    (B, H, R, D), width, (n_kv, n_level, _, _) = q.shape, x.shape[-1], means.shape
+    (B, H, R, D), width, (Hkv, n_level) = q.shape, x.shape[-1], means.shape[1:3]
     tiles = _cell_keys_tiles(q.dtype, D, width)
     n_tile = _cdiv(R, tiles["BLOCK_R"]) * B * H
     n_program = min(n_tile, CELL_KEYS["programs"])
@@ -1652,7 +1690,7 @@ def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
     _cell_keys_kernel[(n_program,)](
         x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(),
         seen_strides=row_seen.stride(), H=H, R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale,
-        GROUP=B * H // n_kv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
+        GROUP=H // Hkv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
@@ -1702,10 +1740,10 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
             return scores, sums
         # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
         n_level = ((T - 1) // n_bins).bit_length() + 2
-        means = _new(k, B * Hkv, n_level, n_bins, D)
-        _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]), n_level, B * Hkv)](
-            k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, D=D, N_BINS=n_bins,
-            BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)
+        means = _new(k, B, Hkv, n_level, n_bins, D)
+        _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
+            k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
+            N_BINS=n_bins, BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)
         return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
 
 
@@ -1716,11 +1754,13 @@ MIX_STEP = dict(num_warps=1)
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 
-# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block, B * Hkv). v, seen as below.
+# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block * B * Hkv,). v and seen as
+# below.
 @triton.jit
 def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n_block = tl.cdiv(T, BLOCK_T)
+    pid_t, pid_bkv = _program(n_block)
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
@@ -1744,7 +1784,7 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
 
 
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys seen.
-# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T), B * H). The mean: the sum of the blocks
+# One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T) * B * H,). The mean: the sum of the blocks
 # before, given, and a product with a triangle of ones inside the block.
 #   v (B, Hkv, T, D) any strides; sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32
 #   gates (B, H, R, 2) before their sigmoid, seen and row (B, T) int -> out (B, H, T, D): contiguous
@@ -1753,7 +1793,8 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
 @triton.jit
 def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T,
                 R, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bh = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n_block = tl.cdiv(T, BLOCK_T)
+    pid_t, pid_bh = _program(n_block)
     b, kv = pid_bh // H, pid_bh % H // GROUP
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
@@ -1772,7 +1813,8 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
 
 
 # dsparse = s_mix s_prob do; dv_j = sum over i >= j of w_i = (1 - s_mix) * do / seen; and dgates.
-# One program: BLOCK_T queries of the heads that share one key/value head; grid (cdiv(T, BLOCK_T), B * Hkv).
+# One program: BLOCK_T queries of the heads that share one key/value head; grid
+# (cdiv(T, BLOCK_T) * B * Hkv,).
 # Two launches: the first (after_ptr None) writes dsparse, dgates and the sum of w over the block, the second
 # dv.
 #   do (B, H, T, D) any strides
@@ -1784,7 +1826,8 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
 def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr,
                     dgates_ptr, w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R,
                     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_t, n_block, pid_bkv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n_block = tl.cdiv(T, BLOCK_T)
+    pid_t, pid_bkv = _program(n_block)
     b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < T, offs_d < D
@@ -1827,12 +1870,13 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
 
 
 # out[r] = sum of x over the queries of row r, neighbours since `row` does not fall.
-# One program: BLOCK_R rows of one head, a query of each at a time; grid (cdiv(R, BLOCK_R), B * H).
+# One program: BLOCK_R rows of one head, a query of each at a time; grid (cdiv(R, BLOCK_R) * B * H,).
 #   x (B, H, T, 2), ends (B, R) int: the first query after row r -> out (B, H, R, 2), fp32, contiguous
 # In a fixed order. Reference: Tensor.scatter_add.
 @triton.jit
 def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
-    pid_bh, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    pid_r, pid_bh = _program(tl.cdiv(R, BLOCK_R))
+    row = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     ends_ptr += pid_bh // H * R + row
     end = tl.load(ends_ptr, mask=row < R, other=0)
     begin = tl.load(ends_ptr - 1, mask=(row < R) & (row > 0), other=0)
@@ -1873,12 +1917,12 @@ class _MixAverage(torch.autograd.Function):
         Hkv, block_d = v.shape[1], _dot_block(D, v.dtype)
         n_block = _cdiv(T, MIX["BLOCK_T"])
         sums = _new(v, B * Hkv, n_block, D, dtype=torch.float32)
-        _block_sums_kernel[(n_block, B * Hkv)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D,
-                                               BLOCK_D=block_d, **MIX)
+        _block_sums_kernel[(n_block * B * Hkv,)](v, seen, sums, v_strides=v.stride(), HKV=Hkv, T=T, D=D,
+                                                 BLOCK_D=block_d, **MIX)
         before = _running_sums(sums, past.flatten(0, 1))  # what precedes each block, and all
         out = _new(sparse, B, H, T, D)
-        _mix_kernel[(n_block, B * H)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H,
-                                      GROUP=H // Hkv, T=T, R=gates.shape[2], D=D, BLOCK_D=block_d, **MIX)
+        _mix_kernel[(n_block * B * H,)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H,
+                                        GROUP=H // Hkv, T=T, R=gates.shape[2], D=D, BLOCK_D=block_d, **MIX)
         ctx.save_for_backward(sparse, v, gates, before, seen, row)
         return out, before[:, -1].view(B, Hkv, D).clone()
 
@@ -1891,7 +1935,7 @@ class _MixAverage(torch.autograd.Function):
         dsparse, dv = _new(sparse, B, H, T, D), _new(v, B, Hkv, T, D)
         w_sums = _new(before, B * Hkv, n_block, D)
         per_query, dgates = _new(before, B, H, T, 2), _new(before, B, H, R, 2)
-        after, grid = None, (n_block, B * Hkv)
+        after, grid = None, (n_block * B * Hkv,)
         for _ in range(2):
             _mix_bwd_kernel[grid](
                 sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv,
@@ -1900,8 +1944,8 @@ class _MixAverage(torch.autograd.Function):
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         rows = torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous()
         ends = torch.searchsorted(row, rows, right=True)
-        _sum_rows_kernel[(_cdiv(R, SUM_ROWS["BLOCK_R"]), B * H)](per_query, ends, dgates, H=H, T=T, R=R,
-                                                                 **SUM_ROWS)
+        _sum_rows_kernel[(_cdiv(R, SUM_ROWS["BLOCK_R"]) * B * H,)](per_query, ends, dgates, H=H, T=T, R=R,
+                                                                   **SUM_ROWS)
         dpast = after[:, 0].view(dsum.shape) if ctx.needs_input_grad[3] else None
         return dsparse, dv, dgates.to(gates.dtype), dpast, None, None
 

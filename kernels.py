@@ -12,6 +12,10 @@ head, unlike `group`, which says whose cells compete in the top-k.
 A mask of cells is packed into one bit per cell (CellBits): 32 bytes per query and head at width 256. It
 is never expanded.
 
+Programs are numbered on the grid's first axis, those of one head side by side: number h * n + i is program
+i of the n of head h, of all sequences. The other axes hold at most 65,535, fewer than a batch may have heads.
+Offsets are 64-bit where B, H, T or a stride is a factor.
+
 A decoding step, one query per sequence without gradient, is bound by launch overhead and latency. So
 most operations have a separate kernel for it: one launch, without tiles, chunks or segments.
 """
@@ -33,13 +37,13 @@ from torch.autograd.function import once_differentiable
 if __package__:  # the files were copied into a package
     from .estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
                                     MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
-                                    _next_power_of_2, _vector, add_cell_keys, causal_cnn, causal_context,
-                                    choose_rows, encode_rows, mix_average)
+                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
+                                    causal_context, choose_rows, encode_rows, mix_average)
 else:
     from estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
                                    MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
-                                   _next_power_of_2, _vector, add_cell_keys, causal_cnn, causal_context,
-                                   choose_rows, encode_rows, mix_average)
+                                   _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
+                                   causal_context, choose_rows, encode_rows, mix_average)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
@@ -157,7 +161,7 @@ def _bisect(x, n, count, low, high):
 #   -> bits (B, H, R, words) int32:
 # the n = round(HEADS * topk * width / seen) largest of the HEADS x width cells of one query; of equal cells
 # those of lower index. budget = 2 * HEADS * topk * width.
-# One program: the cells that compete, all in registers; grid (R, B * H / HEADS).
+# One program: the cells that compete, all in registers; grid (R * B * H / HEADS,).
 # Floats order as their bits do, read as integers, so bisection over integers finds the n-th largest:
 # exact, without a sort. SOFTMAX ranks log-probabilities, which bisection finds in fewer steps.
 # Reads x once and writes a bit per cell, where eager writes the softmax, sorts it and keeps an int64
@@ -167,14 +171,14 @@ def _bisect(x, n, count, low, high):
 def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl.constexpr,
                    WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
     WORDS: tl.constexpr = (WIDTH + 31) // 32
-    pid_r, pid_group = tl.program_id(0), tl.program_id(1)
-    b, h = (pid_group * HEADS // H).to(tl.int64), pid_group * HEADS % H
+    pid_r, pid_group = _program(R)
+    b, h = pid_group * HEADS // H, pid_group * HEADS % H
     offs_h, offs_p = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P)
     mask_hp = (offs_h < HEADS)[:, None] & (offs_p < WIDTH)[None, :]
     # (BLOCK_H, BLOCK_P)
     x_ptr += (b * x_strides[0] + (h + offs_h)[:, None].to(tl.int64) * x_strides[1]
               + pid_r.to(tl.int64) * x_strides[2])
-    x_ptr += offs_p[None, :] * x_strides[3]
+    x_ptr += offs_p[None, :].to(tl.int64) * x_strides[3]
     x = tl.load(x_ptr, mask=mask_hp, other=-float("inf")).to(tl.float32)
 
     # -- log-softmax of each head
@@ -241,7 +245,7 @@ def _select(x: Tensor, seen: Tensor, topk: int, group: str, softmax: bool) -> Ce
             f"at most {MAX_RANKED} cells that compete, heads and width padded to powers of two", n_ranked)
     bits = torch.empty(B, H, R, _cdiv(width, 32), dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        _select_kernel[(R, B * H // heads)](
+        _select_kernel[(R * B * H // heads,)](
             x, seen.contiguous(), bits, x_strides=x.stride(), H=H, R=R, budget=2 * heads * topk * width,
             HEADS=heads, WIDTH=width, SOFTMAX=softmax, **tiles)
     return CellBits(bits, width)
@@ -419,7 +423,7 @@ def _max(a, b):
 
 
 # The keys that each tile of queries visits.
-# One program: one tile; grid (n_tile, B * H), n_tile = cdiv(T, BLOCK_M).
+# One program: one tile; grid (B * H * n_tile,), n_tile = cdiv(T, BLOCK_M).
 #   bits (B, H, R, words) int32; seen (B, T) int; row (B, T) int or None: query i uses row i
 #   runs (B * H * n_tile, max_runs + 1, 2) int32: first unit and end of each run, ascending, more than
 #   GAP units apart; then unit 0, for the walk, which reads one run ahead
@@ -435,11 +439,11 @@ def _max(a, b):
 def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H, T, R, n_key, max_runs,
                  WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     WORDS: tl.constexpr = (WIDTH + 31) // 32
-    pid_m, pid_bh = tl.program_id(0), tl.program_id(1)
-    pid_tile = pid_bh * tl.num_programs(0) + pid_m
+    pid_tile = tl.program_id(0)
+    pid_m, pid_bh = _program(tl.cdiv(T, BLOCK_M))
     offs_m, offs_w = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_W)
     mask_m, mask_w = offs_m < T, offs_w < WORDS
-    t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=(pid_bh // H).to(tl.int64), pid_bh=pid_bh,
+    t, words_ptr = _seen_and_words(seen_ptr, row_ptr, bits_ptr, b=pid_bh // H, pid_bh=pid_bh,
                                    offs_m=offs_m, mask_m=mask_m, T=T, R=R, WIDTH=WIDTH)
     t_max = tl.max(t, axis=0)
     t_min = tl.min(tl.where(t > 0, t, t_max), axis=0)
@@ -498,7 +502,7 @@ def _plan(bits: Tensor, seen: Tensor, row: Tensor | None, width: int, n_key: int
     max_runs = min(_cdiv(width, 2), _cdiv(n_key, UNIT.value * (GAP.value + 2)))
     runs = torch.empty(B * H * n_tile, max_runs + 1, 2, dtype=torch.int32, device=bits.device)
     steps = torch.empty(B * H * n_tile, dtype=torch.int32, device=bits.device)
-    _plan_kernel[(n_tile, B * H)](
+    _plan_kernel[(len(steps),)](
         bits, seen, row, runs, steps, union, H=H, T=T, R=R, n_key=n_key, max_runs=max_runs, WIDTH=width,
         BLOCK_M=tiles["BLOCK_M"], BLOCK_N=tiles["BLOCK_N"], **_plan_tiles(words))
     return runs, steps, max_runs
@@ -524,6 +528,8 @@ def _tile_of_queries(pid_tile, seen_ptr, row_ptr, bits_ptr, H, T, R, n_tile, WID
 def _first_block(ptr, strides, b, h, offs_n, offs_d, ROW: tl.constexpr):
     """Pointers to a head's first block of keys or values, (BLOCK_N, BLOCK_D). ROW is strides[2] as a
     constant, so that a block's addresses are one base plus constant offsets."""
+    if ROW >= 2**26:  # 32 keys would not fit into 32 bits
+        offs_n = offs_n.to(tl.int64)
     return ptr + (b * strides[0] + h * strides[1] + offs_n[:, None] * ROW + offs_d[None, :] * strides[3])
 
 
@@ -760,14 +766,16 @@ def _visits(union_ptr, offs_tile, mask_tile, pid_n, n_key, WIDTH: tl.constexpr, 
 
 
 # How many tiles visit each key block, and which is the first.
-# One program: one key block of one key/value head; grid (n_block, B * Hkv).
+# One program: one key block of one key/value head; grid (n_block * B * Hkv,).
 #   union as in _plan_kernel
 #   counts, firsts (B * Hkv, n_block) int32, among the GROUP * n_tile tiles of the heads that share the block
 # Looks at every tile: quadratic in T, but BLOCK_M * BLOCK_N (query, key) pairs cost one look at four words.
 @triton.jit
 def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP: tl.constexpr,
                          WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILE: tl.constexpr):
-    pid_n, pid_bkv, n_group_tile = tl.program_id(0), tl.program_id(1), GROUP * n_tile
+    i_list, n_group_tile = tl.program_id(0), GROUP * n_tile
+    n_block = tl.cdiv(n_key, BLOCK_N)
+    pid_n, pid_bkv = i_list % n_block, i_list // n_block
     count, first = 0, n_group_tile
     for start in range(0, n_group_tile, BLOCK_TILE):
         offs_tile = start + tl.arange(0, BLOCK_TILE)
@@ -775,7 +783,6 @@ def _count_visits_kernel(union_ptr, counts_ptr, firsts_ptr, n_tile, n_key, GROUP
                              n_key, WIDTH=WIDTH, BLOCK_N=BLOCK_N)
         count += tl.sum(mask_visit.to(tl.int32), axis=0)
         first = tl.minimum(first, tl.min(tl.where(mask_visit, offs_tile, n_group_tile), axis=0))
-    i_list = pid_bkv * tl.num_programs(0) + pid_n
     tl.store(counts_ptr + i_list, count)
     tl.store(firsts_ptr + i_list, first)
 
@@ -931,12 +938,12 @@ def _sparse_attention_dkdv(q, k, v, do, bits, seen, row, lse, delta, union, soft
     n_tile, n_block = sizes["n_tile"], _cdiv(S, tiles["BLOCK_N"])
     n_list = B * Hkv * n_block
     counts, firsts = (torch.empty(n_list, dtype=torch.int32, device=q.device) for _ in range(2))
-    _count_visits_kernel[(n_block, B * Hkv)](
+    _count_visits_kernel[(n_list,)](
         union, counts, firsts, n_tile=n_tile, n_key=S, GROUP=H // Hkv, WIDTH=width, BLOCK_N=tiles["BLOCK_N"],
         BLOCK_TILE=VISITORS)
 
     # -- a program per list, and up to n_extra more for lists with many visitors, in at most 2 n_extra parts
-    n_extra = min(MAX_EXTRA_PROGRAMS, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM))
+    n_extra = min(MAX_EXTRA_PROGRAMS, max(1, _cdiv(n_list * n_tile * (H // Hkv), PAIRS_PER_PROGRAM)))
     per_program = (counts.sum() + n_extra - 1).div(n_extra, rounding_mode="floor")
     per_program = per_program.clamp(min=PAIRS_PER_PROGRAM)
     n_part = ((counts + per_program - 1) // per_program).clamp(min=1)
@@ -1142,8 +1149,8 @@ def _add_in_cell(a, is_first_a, b, is_first_b):
 
 # A = softmax(q k^T * softmax_scale) over the keys seen; cells = sum of A over each cell's keys;
 # a_log_a, a_square = sums of each row.
-# One program: BLOCK_M queries, twice over all their keys, for the lse and then A; grid (cdiv(T, BLOCK_M),
-# B * H).
+# One program: BLOCK_M queries, twice over all their keys, for the lse and then A; grid
+# (cdiv(T, BLOCK_M) * B * H,).
 #   q (B, H, T, D), k (B, Hkv, S, D), any strides; seen (B, T) int
 #   cells (B, H, T, width) fp32, zeros, since cells without keys are not written
 #   a_log_a, a_square (B, H, T) fp32
@@ -1155,8 +1162,10 @@ def _add_in_cell(a, is_first_a, b, is_first_b):
 def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_square_ptr, q_strides, k_strides,
                            H, T, n_key, qk_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_m, pid_bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # causal: the longest first
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    n_tile = tl.cdiv(T, BLOCK_M)
+    pid_m, pid_bh = _program(n_tile)
+    pid_m = n_tile - 1 - pid_m  # causal: the longest first
+    b, h = pid_bh // H, pid_bh % H
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_m, mask_d = offs_m < T, offs_d < D
@@ -1176,7 +1185,7 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
         l_i, m_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), axis=1), m_new
     lse = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i))
 
-    offs_bhm = pid_bh.to(tl.int64) * T + offs_m
+    offs_bhm = pid_bh * T + offs_m
     a_log_a, a_square = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     carry = tl.zeros((BLOCK_M,), tl.float32)  # sum of the cell that the previous block left unfinished
     for start in range(0, end, BLOCK_N):
@@ -1213,7 +1222,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     cells = torch.zeros(B, H, T, width, dtype=torch.float32, device=q.device)
     a_log_a, a_square = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
-        _pool_attention_kernel[(_cdiv(T, tiles["BLOCK_M"]), B * H)](
+        _pool_attention_kernel[(_cdiv(T, tiles["BLOCK_M"]) * B * H,)](
             q, k, seen.contiguous(), cells, a_log_a, a_square, q_strides=q.stride(), k_strides=k.stride(),
             H=H, T=T, n_key=S, qk_scale=scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width, **tiles)
     return PooledAttention(cells, a_log_a, a_square, S)
@@ -1273,6 +1282,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     if name == "__path__" and __name__ == "kernels":
         return [str(init.parent)]
+    if name == "__version__" and __name__ == "kernels":  # bitsandbytes asks
+        return importlib.metadata.version("kernels")
     if name.startswith("__") or __name__ != "kernels":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     package = sys.modules.get("_hf_kernels")

@@ -40,6 +40,8 @@ same operations in Triton and takes over on a GPU.
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
 whatever the input is. "Differs" marks where we leave the paper or its authors' code.
+Numbers that are not finite: padding may hold any. A key that is inf or nan changes no earlier row. A
+value does, as in any attention that multiplies by a mask's zeros, since 0 * inf is nan.
 
 Left out: attention dropout, cross-attention, sliding windows.
 """
@@ -155,10 +157,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def is_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor):
     """Switches autocast off, which would run the matmuls of fp32 sums in half precision."""
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -191,8 +196,9 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
 def orthogonal_features(d_head: int, n_features: int,
                         generator: torch.Generator | None = None) -> Tensor:
     """Random projection (D, m) with orthogonal columns in blocks of D and the norms of Gaussian
-    vectors (FAVOR+)."""
-    draw = dict(generator=generator, dtype=torch.float64)
+    vectors (FAVOR+), on the device of the generator, whatever the default device is."""
+    device = "cpu" if generator is None else generator.device
+    draw = dict(generator=generator, dtype=torch.float64, device=device)
     blocks = [torch.linalg.qr(torch.randn(d_head, d_head, **draw))[0]
               for _ in range(-(-n_features // d_head))]
     norms = torch.randn(n_features, d_head, **draw).norm(dim=1)
@@ -260,6 +266,7 @@ def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Ten
     Keys of earlier chunks count through their sum, keys of the same chunk one by one.
     """
     n_group, T = q_feat.shape[1] // k_feat.shape[1], k_feat.shape[2]
+    chunk = T if isinstance(T, torch.SymInt) else chunk  # torch.export: any T, not a number of chunks
     # Each row to its token's place, so that rows and keys are cut into the same chunks.
     slots = q_feat.new_zeros(*q_feat.shape[:2], T, q_feat.shape[3])
     slots = slots.scatter(2, place[:, None, :, None].expand_as(q_feat), q_feat)
@@ -339,9 +346,14 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
     channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob and
     s_mix before their sigmoid.
     """
-    autocast = torch.is_autocast_enabled(v.device.type)
+    dtype = v.dtype if is_autocast(v) else gate.weight.dtype
     x = torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1)  # (B, H, R, 3D)
-    z = encoder(x.to(v.dtype if autocast else gate.weight.dtype))  # (B, H, R, 2D)
+    if dtype == torch.float16:  # values of 6e4 would overflow before the norm
+        with no_autocast(v):
+            weights = {name: w.float() for name, w in encoder.named_parameters()}
+            z = torch.func.functional_call(encoder, weights, x.float()).to(dtype)
+    else:
+        z = encoder(x.to(dtype))  # (B, H, R, 2D)
     image = rearrange(decoder(z), "b h t (c p) -> b (h c) t p", c=cnn.channels)
     return cnn.norm(image), gate(z)
 
@@ -410,7 +422,7 @@ class BidirectionalCNN(nn.Module):
         n_half = (n_rows + 1) // 2
         x = F.relu(self.conv1(image * is_token(image, n_rows)))
         x = F.relu(self.conv2(x * is_token(x, n_half)))
-        x = x.repeat_interleave(2, dim=2)[:, :, : image.shape[2]]
+        x = x.index_select(2, torch.arange(image.shape[2], device=x.device) // 2)
         x = self.up(x * is_token(x, n_rows))
         return rearrange(x, "b (h s) t p -> b h t (p s)", s=2)[..., : self.width]
 
@@ -432,6 +444,10 @@ def bin_level(seen, n_bins: int):
     """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys: an int or a tensor."""
     if isinstance(seen, int):
         return (max(0, seen - 1) // n_bins).bit_length()
+    if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return next(e for e in range(40) if statically_known_true(seen <= n_bins * 2**e))
     return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
@@ -444,10 +460,11 @@ def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
     """
     n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
-    inside = (bins < n_bins) & (i < n_new[:, None])
+    outside = (bins >= n_bins) | (i >= n_new[:, None])
     bins_of_past = (torch.arange(n_bins, device=k.device) >> rise).expand(len(k), -1)
     sums = _add_to_bins(torch.zeros_like(past), past, bins_of_past)
-    return _add_to_bins(sums, k * inside[:, None, :, None], bins.clamp(max=n_bins - 1))
+    k = k.masked_fill(outside[:, None, :, None], 0)  # not times 0, which leaves inf a nan
+    return _add_to_bins(sums, k, bins.clamp(max=n_bins - 1))
 
 
 def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
@@ -625,10 +642,12 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
             weights = attention_weights(q, k, mask, seen, softmax_scale)
             return weights.to(v.dtype) @ repeat_heads(v, H)
 
+    if isinstance(T, torch.SymInt) or T <= block:  # torch.export: any T, not a number of blocks
+        return part(q, k, v, mask, seen)
     outs = []
     for i in range(0, T, block):
         x = q[:, :, i : i + block], k, v, mask[:, :, i : i + block], seen[:, i : i + block]
-        outs.append(part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
+        outs.append(checkpoint(part, *x, use_reentrant=False))
     return torch.cat(outs, dim=2)
 
 
@@ -954,6 +973,33 @@ def operations(config: SEAConfig, q: Tensor):
     return torch_operations
 
 
+PLAIN_MODULES = frozenset((nn.Sequential, nn.Linear, nn.LayerNorm, nn.GELU, nn.Conv2d, CausalCNN))
+PLAIN_WEIGHTS = frozenset((nn.Parameter, Tensor))
+
+
+def is_plain(module: nn.Module, q: Tensor) -> bool:
+    """Whether a module's weights say all that it computes, and stand where q does, in fp32 or the dtype
+    of q: no LoRA around a layer, no hook, no parametrization, nothing quantized or offloaded."""
+    fields = vars(module)
+    if (type(module) not in PLAIN_MODULES or module._forward_hooks or module._forward_pre_hooks
+            or module._backward_hooks or module._backward_pre_hooks or "forward" in fields):
+        return False
+    for w in fields["_parameters"].values():
+        if (w is None or type(w) not in PLAIN_WEIGHTS or w.device != q.device
+                or w.dtype not in (torch.float32, q.dtype)):
+            return False
+    for child in fields["_modules"].values():
+        if not is_plain(child, q):
+            return False
+    return True
+
+
+def operations_reading(ops, q: Tensor, *modules: nn.Module):
+    """`ops`, or this file, which calls the modules, where kernels that only read weights would not do
+    what the modules do. 9 us on a CPU for all modules of a layer."""
+    return ops if ops is torch_operations or all(is_plain(m, q) for m in modules) else torch_operations
+
+
 class SEAttention(nn.Module):
     """One SEA attention layer: everything between the q, k, v projections and the output projection.
 
@@ -1051,12 +1097,14 @@ class SEAttention(nn.Module):
         q_row, v_row = rows.of(q), rows.of(v)
         context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
                                            config.query_stride, past.count, n_new, past.sums)
-        image, gates = ops.encode_rows(context, v_row, *layers)
-        scores, conv_rows = ops.causal_cnn(image, cnn, past.conv_rows, rows.n_rows)
+        cnn_ops = operations_reading(ops, q, cnn)
+        row_ops = operations_reading(cnn_ops, q, self.encoder, self.decoder, self.gate)
+        image, gates = row_ops.encode_rows(context, v_row, *layers)
+        scores, conv_rows = cnn_ops.causal_cnn(image, cnn, past.conv_rows, rows.n_rows)
         key_sums = past.key_sums
         if config.cell_keys:
             row_seen = rows.row_seen[:, -q_row.shape[2] :]
-            scores, key_sums = ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
+            scores, key_sums = cnn_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
                                                  softmax_scale, past.count, n_new, key_sums)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(past, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2], sums=sums,

@@ -82,6 +82,7 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 LAYOUTS = st.sampled_from(["contiguous", "heads last", "gaps"])
+LAYOUT_OF_V = {"contiguous": "gaps", "heads last": "contiguous", "gaps": "heads last"}  # by that of q and k: strides differ
 
 
 def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], relu: bool = False) -> None:
@@ -160,8 +161,8 @@ def test_packing_loses_nothing(width, n_row, density, seed):
 
 
 # A kernel may call global functions.
-_is_kept, _cells_per_key, _window, _in_window = (kernels._is_kept, kernels._cells_per_key, kernels._window,
-                                                 kernels._in_window)
+_is_kept, _cells_per_key, _window, _in_window, _first_block = (
+    kernels._is_kept, kernels._cells_per_key, kernels._window, kernels._in_window, kernels._first_block)
 
 
 @triton.jit
@@ -260,6 +261,13 @@ def test_zeros_of_either_sign_tie():
         assert torch.equal(kernels.topk_mask(x, seen, 3, group), sea.topk_mask(x, seen, 3, group))
 
 
+@pytest.mark.parametrize("group", list(sea.GROUPS))
+def test_a_huge_topk_keeps_everything(group):
+    seen = torch.tensor([[0, 1, 7, 10**9]], device=DEVICE)
+    cells = kernels.select_cells(torch.rand(1, 2, 4, 5, device=DEVICE), seen, 2**62, group)
+    assert torch.equal(cells.unpack(), (seen > 0)[:, None, :, None].expand(1, 2, 4, 5))
+
+
 @pytest.mark.parametrize("H, width", [(1, 5), (3, 40), (4, 64)])
 def test_selection_ends_and_stays_within_the_width_whatever_the_scores(H, width):
     """-inf ranks last, ties among it to the lower index; a row of NaN costs no other row anything."""
@@ -311,8 +319,8 @@ class Sparse:
     def tensors(self):
         (B, Hkv, group), (T, S) = self.heads, (self.T, self.T + self.extra)
         generator = torch.Generator().manual_seed(self.seed)
-        make = lambda h, n: lay_out(torch.randn(B, h, n, self.D, generator=generator).to(self.dtype), self.layout)
-        q, k, v = make(Hkv * group, T), make(Hkv, S), make(Hkv, S)
+        make = lambda h, n, layout: lay_out(torch.randn(B, h, n, self.D, generator=generator).to(self.dtype), layout)
+        q, k, v = make(Hkv * group, T, self.layout), make(Hkv, S, self.layout), make(Hkv, S, LAYOUT_OF_V[self.layout])
         mask = torch.rand(B, Hkv * group, -(-T // self.stride), self.width, generator=generator) < self.density
         mask[:, :1] &= torch.rand(B, 1, mask.shape[2], 1, generator=generator) < 0.7  # empty rows, and heads that differ
         seen = (torch.arange(T) + 1 + self.extra if self.causal else torch.full((T,), S)).repeat(B, 1)
@@ -372,6 +380,23 @@ def test_keys_in_any_order():
     order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
     expected = kernels.sparse_attention(q, sea.take(k, order), sea.take(v, order), mask, seen, row=row)
     assert torch.equal(kernels.sparse_attention(q, k, v, mask, seen, row=row, order=order), expected)
+
+
+@triton.jit
+def first_block_kernel(x_ptr, out_ptr, strides, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    ptrs = _first_block(x_ptr, strides, 0, 0, offs, offs, ROW)
+    out = ptrs.to(tl.int64) - x_ptr.to(tl.int64)
+    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], out)
+
+
+@pytest.mark.parametrize("row", [5, 2**26 - 1, 2**27 - 1, 2**30, 2**33])
+def test_rows_of_keys_may_lie_far_apart(row):
+    """Where the 32 rows of a block pass 2^31; only the addresses are looked at."""
+    x, out = torch.zeros(1, device=DEVICE), torch.empty(32, 32, dtype=torch.int64, device=DEVICE)
+    first_block_kernel[(1,)](x, out, (1, 1, row, 3), ROW=row, BLOCK=32)
+    offs = torch.arange(32, device=DEVICE)
+    assert torch.equal(out, (offs[:, None] * row + offs * 3) * 4)
 
 
 def test_seen_in_any_order():
@@ -481,8 +506,9 @@ class Layer:
 
     def qkv(self):
         (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
-        return [lay_out(torch.randn(B, h, self.T, self.D, generator=generator).to(self.dtype), self.layout)
-                for h in (Hkv * group, Hkv, Hkv)]
+        layouts = self.layout, self.layout, LAYOUT_OF_V[self.layout]
+        return [lay_out(torch.randn(B, h, self.T, self.D, generator=generator).to(self.dtype), layout)
+                for h, layout in zip((Hkv * group, Hkv, Hkv), layouts)]
 
     def valid(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -524,7 +550,8 @@ def in_fp32(x):
 def _check_causal_context(case):
     (q, k, v), (count, n_new), (B, Hkv, _), D, m = case.qkv(), case.tokens(), case.heads, case.D, case.D // 2 + 1
     generator = torch.Generator().manual_seed(case.seed)
-    position = torch.randn(case.T + MOST_BEFORE + 3, D, generator=generator).to(DEVICE, case.dtype)
+    longest = max(1, int((count + n_new).max()))  # whose last token has the table's last row
+    position = torch.randn(longest, D, generator=generator).to(DEVICE, case.dtype)
     projection = sea.orthogonal_features(D, m, generator).to(DEVICE)
     past = torch.rand(B, Hkv, m, 2 * D + 1, generator=generator).to(DEVICE, case.dtype) * (case.seed % 2)
 
@@ -713,6 +740,167 @@ def test_what_padding_holds_goes_nowhere(case, rows):
         assert torch.equal(zeros, nans)
 
 
+@pytest.mark.parametrize("stride, dtype, number", [(1, torch.float32, math.inf), (3, torch.float16, math.nan)])
+def test_a_key_that_is_not_finite_changes_no_earlier_row(stride, dtype, number):
+    """In its tile and among its neighbours in bins of cell keys, those of the past included."""
+    case = Layer(dtype, 18, stride, (1, 1, 2), 8, 4, 4, False, "contiguous", 1)
+    layer, (q, k, v), first, place = case.layer(backend="triton").to(dtype), case.qkv(), 5, 14
+    bad = k.clone()
+    bad[:, :, place, 2] = number
+    with torch.no_grad():
+        state = layer(*(x[:, :, :first] for x in (q, k, v)), kv_cached=True).state
+        before, after = (layer(q[:, :, first:], keys, v, state=state, kv_cached=True) for keys in (k, bad))
+    for name in ("probs", "mask", "out"):
+        x, y = (getattr(result, name)[:, :, : place - first] for result in (before, after))
+        assert torch.equal(x, y), name
+    assert not after.out[:, :, place - first :].isfinite().all()
+
+
+def test_an_empty_batch_gives_an_empty_batch():
+    layer = Layer(torch.float32, 9, 1, (1, 1, 2), 8, 8, 4, False, "contiguous", 1).layer(backend="triton")
+    q, k, v = (torch.zeros(0, h, 9, 8, device=DEVICE, requires_grad=True) for h in (2, 1, 1))
+    result = layer(q, k, v)
+    result.out.sum().backward()
+    assert result.out.shape == q.grad.shape == (0, 2, 9, 8) and layer.gate.weight.grad is not None
+    with torch.no_grad():
+        assert layer(*(x[:, :, :1] for x in (q, k, v)), state=result.state).out.shape == (0, 2, 1, 8)
+    assert kernels.pool_attention(q, k, torch.ones(0, 9, dtype=torch.long, device=DEVICE), 4).cells.shape == (0, 2, 9, 4)
+
+
+# -- many heads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
+    """The other two end at 65,535. Grids of all kernels, forward, backward and decoding, of 70,000 sequences of two heads;
+    nothing is computed."""
+    grids = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            grids.setdefault(self.name, []).append(grid)
+            return lambda *args, **kwargs: None
+
+    zeros = lambda *size, **kwargs: torch.zeros(*size, **{"device": DEVICE, **kwargs})
+    modules = {module: [name for name in vars(module) if name.endswith("_kernel")]
+               for module in (kernels, estimator_kernels)}
+    with contextlib.ExitStack() as stack:
+        for module, names in modules.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, Recorder(name)))
+        stack.enter_context(mock.patch.object(torch, "empty", zeros))
+        stack.enter_context(mock.patch.object(torch, "empty_like", torch.zeros_like))
+        B, T = 70_000, 2
+        config = sea.SEAConfig(n_head=2, d_head=2, width=4, nbf=1, query_stride=2, max_positions=4, backend="triton")
+        layer = sea.SEAttention(config).to(DEVICE)
+        qkv = [torch.zeros(B, 2, T, 2, device=DEVICE, requires_grad=True) for _ in range(3)]
+        result = layer(*qkv)
+        (result.out.sum() + result.scores.sum()).backward()
+        with torch.no_grad():
+            layer(*(x[:, :, :1] for x in qkv), state=result.state)
+            kernels.select_cells(result.scores, result.seen[:, :1], 1, "query")
+            kernels.pool_attention(qkv[0], qkv[1], result.seen, 4)
+            kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
+    assert grids.keys() == {name for names in modules.values() for name in names}
+    assert all(n <= 65_535 for found in grids.values() for grid in found for n in grid[1:]), grids
+
+
+# -- modules that are more than their weights --------------------------------------------------------------------------
+
+
+def lora(layer):
+    """As PEFT's "all-linear" does to a model."""
+    peft = pytest.importorskip("peft", reason="what LoRA wraps is the question")
+    config = peft.LoraConfig(r=2, target_modules=["encoder.0", "decoder", "gate"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, layer)
+
+
+def offload(layer):
+    """The weights change, then leave for the CPU's memory: a hook brings each to its module and takes it away again."""
+    accelerate = pytest.importorskip("accelerate", reason="what its hooks move is the question")
+    layer.cnn.up.weight.data *= 2
+    accelerate.cpu_offload(layer, execution_device=DEVICE)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def replace_forward(layer):
+    forward = layer.encoder[0].forward
+    layer.encoder[0].forward = lambda x: forward(2 * x)
+
+
+CHANGES = {
+    "lora": lora,
+    "offloading": offload,
+    "hook": lambda layer: layer.gate.register_forward_hook(lambda module, args, out: 2 * out),
+    "hook before": lambda layer: layer.cnn.conv1.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "hook on all": lambda layer: layer.cnn.register_forward_hook(lambda module, args, out: (out[0].tanh(), out[1])),
+    "parametrization": lambda layer: torch.nn.utils.parametrize.register_parametrization(layer.decoder, "weight", Doubled()),
+    "forward": replace_forward,
+    "another layer": lambda layer: layer.encoder.__setitem__(2, torch.nn.ReLU()),
+    "no bias": lambda layer: setattr(layer.decoder, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_is_more_than_its_weights_changes_both_backends_alike(change):
+    """Kernels read weights; where these are not all, PyTorch calls the modules. A call, gradients of some, a step."""
+    case, results = Layer(torch.float32, 6, 1, (1, 1, 1), 4, 4, 4, False, "contiguous", 1), []
+    for backend in ("torch", "triton"):
+        layer, (q, k, v) = case.layer(backend=backend), case.qkv()
+        plain = case.layer(backend="torch")(q, k, v)
+        CHANGES[change](layer)
+        xs = [x[:, :, :-1].requires_grad_(change in ("lora", "hook on all")) for x in (q, k, v)]
+        result = layer(*xs)
+        if xs[0].requires_grad:
+            (result.out.sum() + result.scores.square().sum()).backward()
+        with torch.no_grad():
+            step = layer(*(x[:, :, -1:] for x in (q, k, v)), state=result.state)
+        results.append([result.scores, result.out, step.scores, step.out, *(x.grad for x in xs if x.requires_grad)])
+        changed = ((getattr(plain, name)[:, :, :-1] - getattr(result, name)).abs().max() for name in ("out", "scores"))
+        assert max(changed) > 1e-3
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_only_what_reads_a_module_leaves_the_kernels():
+    layer, q = Layer(torch.float32, 20, 1, (1, 1, 2), 8, 8, 4, False, "contiguous", 1).layer(), torch.zeros(1, device=DEVICE)
+    modules = [layer.encoder, layer.decoder, layer.gate, layer.cnn]
+    assert sea.operations_reading(kernels, q, *modules) is kernels is sea.operations_reading(kernels, q.half(), *modules)
+    for module in [m for root in modules for m in root.modules()]:
+        for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                         "register_full_backward_pre_hook"):
+            handle = getattr(module, register)(lambda *args: None)
+            assert sea.operations_reading(kernels, q, *modules) is sea
+            handle.remove()
+    assert sea.operations_reading(kernels, q, *modules) is kernels
+    layer.gate.half()
+    assert sea.operations_reading(kernels, q, *modules) is sea  # fp32 rows, weights in half precision
+    layer.gate.to("meta")
+    assert sea.operations_reading(kernels, q.half(), *modules) is sea
+
+
+def test_lora_on_all_linear_layers_of_a_student_is_the_same_on_both_backends():
+    peft = pytest.importorskip("peft", reason="LoRA is its own")
+    import convert
+    from test_convert import SEQ, tiny, tokens
+
+    logits = {}
+    for backend in ("torch", "triton"):
+        student = convert.attach(tiny("opt").to(DEVICE).eval(), width=8, topk=SEQ, backend=backend)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(student, config)
+        with torch.no_grad():
+            logits[backend] = model(tokens(1, 3).to(DEVICE)).logits
+    torch.testing.assert_close(logits["triton"], logits["torch"], rtol=1e-3, atol=1e-3)
+
+
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 
@@ -756,7 +944,8 @@ def check_step(case):
         return run
 
     mix = lambda f: lambda sparse, v, gates, past: f(sparse, v, gates, seen, row, in_fp32(past))
-    xs = [q, k, v, make(MOST_BEFORE + 1, case.D), make(B, Hkv, m, 2 * case.D + 1).abs() * has_past]
+    longest = max(1, int((count + n_new).max()))  # whose last token has the table's last row
+    xs = [q, k, v, make(longest, case.D), make(B, Hkv, m, 2 * case.D + 1).abs() * has_past]
     step_as_accurate_as_eager(case, context(kernels.causal_context), context(sea.causal_context), xs)
     xs = [q, v, make(B, H, row_seen.shape[1], 2), make(B, Hkv, case.D) * has_past]
     step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), xs)
@@ -1134,12 +1323,12 @@ def hugging_face(tmp_path):
 def test_hugging_face_kernels_is_found_behind_ours(order, hugging_face):
     run_python(order + "; import kernels, kernels.layer.mode; assert kernels.__file__.endswith('kernels.py'); "
                "kernels.sparse_attention; kernels.kernelize(); from kernels import Mode; assert Mode is kernels.layer.mode.Mode; "
-               "assert not hasattr(kernels, 'no_such_name')", hugging_face)
+               "assert not hasattr(kernels, 'no_such_name'); assert kernels.__version__ == '0.16.9'", hugging_face)
 
 
 def test_without_hugging_face_kernels_a_missing_name_is_an_attribute_error():
     with mock.patch("importlib.metadata.distribution", side_effect=kernels.importlib.metadata.PackageNotFoundError):
-        assert not hasattr(kernels, "CUDAProperties") and not hasattr(kernels, "__path__")
+        assert not any(hasattr(kernels, name) for name in ("CUDAProperties", "__path__", "__version__"))
 
 
 @pytest.mark.parametrize("order", ["import kernels; from transformers import OPTForCausalLM",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sea
@@ -113,6 +113,20 @@ def test_past_ignores_future(case, data):
     after = layer(*perturbed)
     for name in ("probs", "mask", "out"):
         assert torch.equal(getattr(before, name)[:, :, :cut], getattr(after, name)[:, :, :cut]), name
+
+
+@given(causal_cases, st.integers(0, 99), st.sampled_from([torch.inf, -torch.inf, torch.nan]), st.booleans())
+@example(Case(True, 1, [17], 1, 1, 4, 8, 4, "query", 0, cell_keys=True), 16, torch.inf, False)  # the first key after a level
+def test_a_key_that_is_not_finite_changes_no_earlier_row(case, place, number, in_two_calls):
+    layer, (q, k, v) = case.layer(), case.qkv()
+    place %= q.shape[2]
+    bad = k.clone()
+    bad[:, :, place, 0] = number
+    cuts = {place // 2} - {0} if in_two_calls else set()
+    before, after = (split_and_run(layer, q, keys, v, None, cuts, kv_cached=True) for keys in (k, bad))
+    for name in ("probs", "mask", "out"):
+        x, y = (torch.cat([getattr(part, name) for part in parts], 2)[:, :, :place] for parts in (before, after))
+        assert torch.equal(x, y), name
 
 
 @given(causal_cases, st.data())
@@ -339,6 +353,70 @@ def test_every_dtype_runs_and_keeps_its_dtype(case, dtype):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * (1 + v.abs().max().item()))
 
 
+@given(cases(), st.sampled_from("qkv"), st.booleans())
+def test_one_token_of_6e4_is_no_nan_in_fp16(case, name, autocast):
+    """The largest number of fp16 is 65504, and the encoder's first layer adds up a row before its norm."""
+    case = replace(case, tokens=[8], width=4)
+    layer = open_gates(case.layer())
+    for parameter in layer.encoder[0].parameters():
+        parameter.data += 1
+    inputs = {x: y.half() for x, y in zip("qkv", case.qkv())}
+    inputs[name][:, :, 3] = 6e4
+    expected = layer(*(x.double() for x in inputs.values()), topk=99)
+    layer = layer.float() if autocast else layer.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        result = layer(*inputs.values(), topk=99)
+    assert result.out.isfinite().all() and result.scores.isfinite().all()
+    torch.testing.assert_close(result.out.double(), expected.out, rtol=4e-3, atol=4e-2)
+    if name == "v":  # relu features of a q or k of 6e4 may round to the other side of 0
+        assert (result.scores - expected.scores).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_layer_is_exported_for_any_length(causal):
+    """With its example of one chunk and one level of cell keys, for lengths of several."""
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    layer = case.layer(max_positions=300)
+    length = torch.export.Dim("length", min=3, max=300)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, q, k, v):
+            return self.layer(q, k, v).out
+
+    exported = torch.export.export(Model(), tuple(case.qkv()), dynamic_shapes=[{2: length}] * 3, strict=False).module()
+    for n in (3, 9, 40, 300):
+        torch.testing.assert_close(exported(*case.qkv(n)), layer(*case.qkv(n)).out, **CLOSE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_shapes_alone_go_through_a_layer(causal):
+    """On the device "meta", for which there is no autocast."""
+    case = Case(causal, 1, [9, 7], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    result = case.layer().to("meta")(*(x.to("meta") for x in case.qkv()))
+    assert result.out.shape == (2, 2, 9, 4) and result.out.is_meta
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [SEAttention, PerformerAttention])
+def test_an_empty_batch_gives_an_empty_batch(causal, kind):
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    result = case.layer(kind)(*(x[:0] for x in case.qkv()))
+    assert result.out.shape == (0, 2, 9, 4)
+
+
+def test_the_default_device_changes_no_feature():
+    """Random features are drawn where their generator is."""
+    expected = SEAttention(SEAConfig(n_head=2, d_head=8)).projection
+    with torch.device("meta"):
+        drawn = sea.orthogonal_features(8, expected.shape[1], torch.Generator("cpu").manual_seed(0))
+        assert SEAttention(SEAConfig(n_head=2, d_head=8)).projection.is_meta
+    assert torch.equal(drawn, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @given(cases(), st.booleans())
 def test_gpu_is_cpu(case, padded):
@@ -486,6 +564,32 @@ def test_a_layer_is_the_method_written_out(case):
         out, scores = naive_layer(layer, q[0], k[0], v[0])
     torch.testing.assert_close(result.scores[0, :, result.row[0]], scores, **CLOSE)
     torch.testing.assert_close(result.out[0], out, **CLOSE)
+
+
+def test_a_config_says_how_many_features_are_drawn_and_from_which_seed():
+    layer = lambda **fields: SEAttention(SEAConfig(n_head=2, d_head=64, max_positions=4, **fields))
+    for nbf, m in ((8, 33), (1, 266), (1000, 1), (2.5, 106)):
+        assert layer(nbf=nbf).projection.shape == (64, m)
+    expected = sea.orthogonal_features(64, 33, torch.Generator().manual_seed(5))
+    assert torch.equal(layer(seed=5).projection, expected) and not torch.equal(layer().projection, expected)
+
+
+def test_cell_keys_begin_with_a_gain_of_1():
+    layer = SEAttention(SEAConfig(n_head=3, d_head=8))
+    assert torch.equal(layer.key_gain, torch.ones(3))
+
+
+def test_every_position_is_used_and_by_its_own_token():
+    """Of max_positions tokens, the last has the last row of the table; one more is refused."""
+    case = Case(True, 1, [6], 1, 2, 4, 8, 4, "query", 0)
+    layer, qkv = case.layer(max_positions=6), case.qkv()
+    assert len(layer.position) == 6
+    before = layer(*qkv).scores
+    layer.position.data[5] += 10
+    after = layer(*qkv).scores
+    assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(before[:, :, 5], after[:, :, 5])
+    with pytest.raises(ValueError, match="^k: expected at most max_positions = 6 tokens, padding included, got 7"):
+        layer(*case.qkv(7))
 
 
 def test_new_gates_are_open():
@@ -752,6 +856,16 @@ def test_attention_csr_is_the_sparse_attention_exactly(case, density, block):
         torch.testing.assert_close(matrix.to_dense(), dense[b, h], **CLOSE)
         torch.testing.assert_close(matrix @ v[b, h // case.heads_per_kv], out[b, h], **CLOSE)
         torch.testing.assert_close(dense[b, h].sum(-1), (n_key[b, h] > 0).double(), **CLOSE)
+
+
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_attention_weights_are_the_same_under_autocast(case, dtype):
+    (q, k, _), seen = [x.to(dtype) for x in case.qkv()], seen_by(case)
+    mask = torch.ones(*q.shape[:3], case.width, dtype=torch.bool)
+    expected = sea.attention_weights(q, k, mask, seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = sea.attention_weights(q, k, mask, seen)
+    assert weights.dtype == torch.float32 and torch.equal(weights, expected)
 
 
 @given(cases())
