@@ -216,19 +216,19 @@ def test_causality_is_the_configs_and_the_calls():
 DOCUMENTS = (3, 1, 12, 8)  # tokens
 
 
-@pytest.mark.parametrize("kind", ["opt", "llama", "mixtral", "bert"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "qwen2", "bert"])
 @pytest.mark.parametrize("method", ["sea", "performer"])
 def test_packed_documents_are_each_alone(kind, method):
     """Positions that begin again are documents, which see nothing of each other, forward and backward."""
-    model = convert.attach(tiny(kind), method, width=8, topk=3)
+    model = convert.attach(tiny(kind).double(), method, width=8, topk=3)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     x = tokens()
     position = torch.cat([torch.arange(n) for n in DOCUMENTS]).expand(2, -1)
-    weight = torch.randn(SEQ, generator=torch.Generator().manual_seed(3))[:, None]
+    weight = torch.randn(SEQ, 1, generator=torch.Generator().manual_seed(3))
     packed = model(x, position_ids=position)[0]
     alone = torch.cat([model(part, use_cache=False)[0] for part in x.split(DOCUMENTS, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(packed, model(x)[0], atol=1e-2)
     for out in (packed, alone):
         model.zero_grad()
@@ -237,7 +237,7 @@ def test_packed_documents_are_each_alone(kind, method):
         if out is packed:
             of_packed = gradients
     for mine, expected in zip(of_packed, gradients, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-5)
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_packed_documents_have_no_cache_weights_or_records():

@@ -377,7 +377,6 @@ def test_a_layer_is_exported_for_any_length(causal):
     """With its example of one chunk and one level of cell keys, for lengths of several."""
     case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
     layer = case.layer(max_positions=300)
-    length = torch.export.Dim("length", min=3, max=300)
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -387,7 +386,8 @@ def test_a_layer_is_exported_for_any_length(causal):
         def forward(self, q, k, v):
             return self.layer(q, k, v).out
 
-    exported = torch.export.export(Model(), tuple(case.qkv()), dynamic_shapes=[{2: length}] * 3, strict=False).module()
+    lengths = [{2: torch.export.Dim.DYNAMIC}] * 3
+    exported = torch.export.export(Model(), tuple(case.qkv()), dynamic_shapes=lengths, strict=False).module()
     for n in (3, 9, 40, 300):
         torch.testing.assert_close(exported(*case.qkv(n)), layer(*case.qkv(n)).out, **CLOSE)
 
