@@ -302,15 +302,22 @@ def complete_positions(names: tuple[str, ...], rotary: bool, model: PreTrainedMo
     given = dict(zip(names, args)) | kwargs
     mask, position = given.get("attention_mask"), given.get("position_ids")
     x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if rotary and position is None and isinstance(mask, Tensor) and mask.ndim == 2 and x is not None:
-        given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
-    if mask is None and x is not None and position is not None and position.ndim == 2 and "sea_documents" not in given:
-        begins = position.diff(dim=1) != 1
-        if begins.any():
-            if any(isinstance(y, Cache) for y in given.values()):
-                raise ValueError("position_ids: expected no packed documents (positions that begin again) with past_key_values")
-            documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0)).expand(len(x), -1)
-            given |= dict(use_cache=False, sea_documents=documents)
+    if x is None or "sea_documents" in given or not (mask is None or isinstance(mask, Tensor) and mask.ndim == 2):
+        return (), given
+    if position is None:
+        if rotary and mask is not None:
+            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        return (), given
+    step = position.diff(dim=1) if position.ndim == 2 else position.new_ones(1, 0)
+    if mask is None and (step != 1).any():  # as transformers tells packed documents
+        if any(isinstance(y, Cache) for y in given.values()):
+            raise ValueError("position_ids: expected no packed documents (positions that begin again) with past_key_values")
+        documents = torch.nn.functional.pad((step != 1).cumsum(1), (1, 0)).expand(len(x), -1)
+        given |= dict(use_cache=False, sea_documents=documents)
+    elif mask is not None and step.shape[1]:
+        valid = mask[:, -step.shape[1] - 1 :].bool()
+        if ((step < 1) & valid[:, 1:] & valid[:, :-1]).any():  # dense attention would let documents see each other
+            raise ValueError("attention_mask: expected None with packed documents (positions that begin again), got one")
     return (), given
 
 

@@ -246,6 +246,8 @@ def test_packed_documents_have_no_cache_weights_or_records():
     assert model(x, position_ids=position).past_key_values is None
     with refused("position_ids: expected no packed documents .* with past_key_values"):
         model(x, position_ids=position, past_key_values=transformers.DynamicCache())
+    with refused("attention_mask: expected None with packed documents"):
+        model(x, position_ids=position, attention_mask=torch.ones_like(x))
     with refused("position_ids: expected one document a sequence, since weights or records are wanted"):
         model(x, position_ids=position, output_attentions=True)
     with convert.record(model), refused("position_ids: expected one document a sequence, since weights or records are wanted"):
