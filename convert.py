@@ -579,8 +579,8 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, stat
 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
-         model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model that `save` wrote, SEA included, in eval mode.
+         model_class: type[PreTrainedModel] | None = None) -> Any:
+    """The PreTrainedModel that `save` wrote, SEA included, in eval mode.
 
     dtype: as saved by default. model_class: the model's class, where transformers has none of its name. Runs no code from
     `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.

@@ -169,6 +169,28 @@ def test_images_and_text_have_layers_of_their_own_shapes():
     torch.testing.assert_close(keep_every_key(model)(**inputs).logits, expected, rtol=1e-4, atol=3e-4)
 
 
+@torch.no_grad()
+def test_only_causal_layers_need_to_know_the_longest_sequence():
+    model = build("ViTModel", IMAGE)  # its config has no positions
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    expected = model(image)[0]
+    torch.testing.assert_close(keep_every_key(model)(image)[0], expected, rtol=1e-4, atol=3e-4)
+    model = tiny("llama")
+    model.config.max_position_embeddings = None
+    with refused("max_positions: expected the number of tokens of the longest sequence, since LlamaConfig does not tell it"):
+        convert.attach(model, width=8)
+    convert.attach(model, width=8, max_positions=SEQ)(tokens())
+
+
+def test_quantized_weights_are_refused():
+    model = tiny("llama")
+    for linear in model.modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight = torch.nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
+    with refused("model: expected plain self-attention, got no weights, or quantized ones, in LlamaAttention"):
+        convert.attach(model, width=8)
+
+
 def refused(message: str):
     return pytest.raises(ValueError, match=f"^{message}")
 
