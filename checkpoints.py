@@ -4,9 +4,9 @@
     OUT/<name>.ckpt    a student's newest checkpoint; <name>.ckpt.1 is the one before
     OUT/lock           held by the run that writes there
 
-A run without --resume has a new number, which all it leaves bears: checkpoints, and as `sea_run` in
-their config.json the teacher it trained and its students. So --resume never takes what an earlier run
-left in the same folder for its own.
+A run without --resume has a new number. Its checkpoints bear it, and so do the teacher that it trained
+and its students, as `sea_run` in config.json. So --resume never takes what an earlier run left in the
+same folder for its own.
 """
 
 import contextlib

@@ -123,6 +123,7 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
         raise ValueError(f"past_key_values: expected a DynamicCache that is empty or that this model has filled, got a "
                          f"{type(layer).__name__} of {layer.get_seq_length()} tokens")
     layer = cache.layers[module.layer_idx]
+    # A call that failed midway leaves keys without their state, or layers with more tokens than others.
     first = next(x for x in cache.layers if isinstance(x, SEALayer))
     if layer is first:
         first.n_before = layer.get_seq_length()
@@ -180,27 +181,31 @@ def _check_attention(module: nn.Module, mask: Tensor | None, documents: Tensor |
         if not (x is None or x is False or name in HARMLESS or (packed and name in OF_PACKING)):
             got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x
             raise ValueError(f"{name}: expected None, SEA has no such attention, got {got}")
-    if mask is not None and mask.ndim != (3 if packed else 2):
+    if mask is not None and mask.ndim != (PACKED.ndim if packed else 2):
         got = f"one of shape {tuple(mask.shape)}" if mask.numel() else "another (windows, prefixes, packed documents, ...)"
         raise ValueError(f"attention_mask: expected a causal or bidirectional mask, with padding of shape (B, S), got {got}")
 
 
-def sea_mask(*args, mask_function: Callable = causal_mask_function, **kwargs) -> Tensor | None:
-    """The mask function that transformers calls: None, or bool (B, S), False where padded.
+# Masks that say only of which kind they are, by their number of dimensions: models make some that never reach their attention.
+PACKED, OTHER = torch.empty(0, 0, 0), torch.empty(0, 0, 0, 0)
 
-    Empty, with 3 dimensions, where documents are packed: sea_documents says which. A mask of another kind is empty with 4, and
-    refused only if it reaches an attention module: models make some that do not.
-    """
+
+def sea_mask(*args, mask_function: Callable = causal_mask_function, **kwargs) -> Tensor | None:
+    """The mask function that transformers calls: None, or bool (B, S), False where padded; PACKED, where sea_documents says
+    which document a token is of; or OTHER, which attention refuses."""
     parts = set(_parts(mask_function))
     if not parts <= {causal_mask_function, bidirectional_mask_function, packed_sequence_mask_function}:
-        return torch.empty(0, 0, 0, 0)
+        return OTHER
     if packed_sequence_mask_function in parts:
-        return torch.empty(0, 0, 0)
+        return PACKED
     return flash_attention_mask(*args, mask_function=mask_function, **kwargs)
 
 
 def _parts(mask_function: Callable) -> Iterator[Callable]:
-    """The mask functions whose intersection one of transformers' is, and for packed documents the function that made it."""
+    """The mask functions whose intersection one of transformers' is, and for packed documents the function that made it.
+
+    transformers makes them as closures, which alone tell what they are.
+    """
     maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
     if maker == "and_masks":
         for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
@@ -362,15 +367,15 @@ def record(model: nn.Module) -> Iterator[list[Record]]:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of a transformers model: they alone say whether they are causal."""
+    """The self-attention modules of a transformers model: they alone have `is_causal`, which SDPA asks them for."""
     return [m for m in model.modules() if hasattr(m, "is_causal")]
 
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
-# In a student's config.json the name of its attention, which transformers' own loaders repeat as they refuse it: they would
-# drop the SEA weights, with no more than a warning, and run dense attention.
+# The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
+# warning and run dense attention; so they refuse an attention of this name, and repeat it.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
 
 
@@ -378,8 +383,11 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
     """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
-    sequence come from the model. Load the model first: new weights keep the initialisation of SEAttention. PEFT's adapters
-    come after. A language model's own loss trains no estimate, since a choice passes no gradient on: distill.py's losses do. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA already.
+    sequence come from the model. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA
+    already.
+
+    Load the model first, since new weights keep the initialisation of SEAttention; PEFT's adapters come after. Then distil: a
+    language model's own loss does not train the estimate, since a choice of cells passes no gradient on.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
@@ -395,7 +403,7 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
                          "group and backend")
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
-    seed = options.get("seed", 0)
+    seed = options.get("seed", 0)  # each layer draws features of its own
     layers = [_layer_of(module, model, method, {**options, "seed": seed + i}) for i, module in enumerate(modules)]
     _switch_to_sea(model, modules)
 
@@ -422,6 +430,7 @@ def _more_than_attention(module: nn.Module, config) -> str | None:
     """What an attention module does beyond softmax(q k^T) v over all tokens, or all up to its own; None if nothing."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[module.layer_idx] if kinds and getattr(module, "layer_idx", None) is not None else "full_attention"
+    # Most modules have their window; some are not even told, and then their config has one that no list of kinds takes back.
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) and not kinds else None
     is_cross = getattr(module, "is_cross_attention", False) or (getattr(module, "is_decoder", False) and not module.is_causal)
     found = {
@@ -483,6 +492,8 @@ def set_option(model: PreTrainedModel, **options: Any) -> None:
     for name in options:
         if name not in ("topk", "group", "backend"):
             raise ValueError(f"options: expected topk, group or backend, got {name}, which the weights depend on")
+    if not hasattr(model.config, "sea"):
+        raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
     for module in attention_modules(model):
         module.sea.config = dataclasses.replace(module.sea.config, **options)
     model.config.sea = {**model.config.sea, **options}
@@ -530,7 +541,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def whole(path: Path) -> Path:
-    """`path`, or what stands for it after a kill between the two renames of `replacing`: that was whole before the first."""
+    """`path`, or what stands for it after a kill between the two renames of `replacing`: the new one, whole before the first of
+    them, or the old one, should somebody have removed that."""
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     if path.exists() or not old.exists():
         return path
@@ -585,6 +597,8 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     dtype: as saved by default. model_class: the model's class, where transformers has none of its name. Runs no code from
     `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.
     """
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
     folder = whole(Path(os.path.realpath(folder)))
     config, generation = _read_configs(folder)
     model_class = model_class or _class_of(config, folder)
@@ -623,7 +637,9 @@ def _read_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | No
 
 def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig, files: list[Path], folder: Path) -> None:
     """Raises ValueError if the files' weights are not those of such a student, by name and shape; it takes no memory to tell.
-    What was saved beside the weight that it is tied to was not tied, and `config` says so from now on."""
+
+    A config may say that a head is tied to the embedding though it was not: the file then has both, and `config` is corrected.
+    """
     with _in_a_sentence(f"whole weights in {folder}"):
         found = _shapes(files)
     with _in_a_sentence(f"the config.json of a student in {folder}"), torch.device("meta"):

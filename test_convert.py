@@ -170,13 +170,14 @@ def test_images_and_text_have_layers_of_their_own_shapes():
 
 
 @torch.no_grad()
-def test_only_causal_layers_need_to_know_the_longest_sequence():
+def test_only_causal_layers_need_to_know_the_longest_sequence(monkeypatch):
     model = build("ViTModel", IMAGE)  # its config has no positions
     image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     expected = model(image)[0]
     torch.testing.assert_close(keep_every_key(model)(image)[0], expected, rtol=1e-4, atol=3e-4)
     model = tiny("llama")
-    model.config.max_position_embeddings = None
+    del model.config.max_position_embeddings
+    monkeypatch.delattr(type(model.config), "max_position_embeddings")  # its default
     with refused("max_positions: expected the number of tokens of the longest sequence, since LlamaConfig does not tell it"):
         convert.attach(model, width=8)
     convert.attach(model, width=8, max_positions=SEQ)(tokens())
@@ -346,6 +347,8 @@ def test_what_sea_cannot_serve_is_refused():
         convert.attach(tiny("opt"), method="flash")
     with pytest.raises(ValueError, match="^query_stride: expected 1 for a Performer, got 3"):
         convert.attach(tiny("opt"), method="performer", query_stride=3)
+    with refused("model: expected a student, got a plain OPTForCausalLM"):
+        convert.set_option(tiny("opt"), topk=3)
     with pytest.raises(ValueError, match="^options: expected topk, group or backend, got width"):
         convert.set_option(convert.attach(tiny("opt"), width=8), width=9)
 
