@@ -77,9 +77,10 @@ def find_run(args) -> int:
 def check_places(out: str) -> None:
     """Where models will be saved there may be others, which they replace, and nothing else."""
     for name in ("teacher", *evaluate.METHODS):
-        path = convert.whole(Path(out) / name)
-        if path.is_file() or path.exists() and any(path.iterdir()) and not (path / "config.json").exists():
-            sys.exit(f"--out: expected a saved model or nothing as {path}, got something else")
+        try:
+            convert.check_replaceable(convert.whole(Path(out) / name))
+        except ValueError as error:
+            sys.exit(f"--out: {str(error).removeprefix('folder: ')}")
 
 
 def read_run(path: Path, args) -> int:
@@ -211,13 +212,13 @@ def read(path: Path) -> dict:
 
 def check_state(name: str, saved: dict, student, optimizer) -> None:
     """Every weight, and what the optimizer keeps of each that is trained: none more, none less."""
-    model = {key: tuple(x.shape) for key, x in student.state_dict().items()}
+    model = {key: (x.dtype, *x.shape) for key, x in student.state_dict().items()}
     trained = {key: tuple(p.shape) for key, p in student.named_parameters() if p.requires_grad}
     names = {id(p): key for key, p in student.named_parameters()}
     groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
     states = saved["optimizer"].get("state", {})
     found = {key: {part: tuple(x.shape) for part, x in state.items()} for key, state in states.items()}
-    compare(name, "weights", model, {key: tuple(x.shape) for key, x in saved["model"].items()})
+    compare(name, "weights", model, {key: (x.dtype, *x.shape) for key, x in saved["model"].items()})
     compare(name, "optimizer's state", {key: dict(step=(), exp_avg=shape, exp_avg_sq=shape)
                                         for key, shape in trained.items()}, found)
     if groups != [set(group["params"]) for group in saved["optimizer"].get("param_groups", [])]:

@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ from transformers.masking_utils import (bidirectional_mask_function, causal_mask
 
 from baselines import BASELINES
 from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
-                 first_key_of_cell, in_documents, scale_or_default, take, valid_first)
+                 first_key_of_cell, in_documents, is_autocast, scale_or_default, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -69,7 +70,9 @@ class SEALayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self.state: SEAState | None = None
-        self.n_before = 0  # tokens before this call, in a model's first layer
+        self.valid: Tensor | None = None  # (B, S) of the tokens so far, None: all of them
+        self.is_first = False  # of the model's
+        self.n_before = 0  # tokens before this call, if it is the first
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -86,11 +89,21 @@ class SEALayer(DynamicLayer):
 
     def _select(self, index: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.index_select(index.to(self.state.count.device))
+            index = index.to(self.state.count.device)
+            self.state = self.state.index_select(index)
+            self.valid = None if self.valid is None else self.valid[index]
 
     def reset(self) -> None:
         super().reset()
-        self.state = None
+        self.state = self.valid = None
+
+    def see(self, valid: Tensor | None, n_new: int) -> None:
+        """Take note of all tokens' padding. Raises ValueError if that of the past has changed: the state would not know."""
+        padded = valid is not None and self.valid is None and not valid[:, :-n_new].all()
+        if self.state is not None and (valid is None and self.valid is not None or padded
+                                       or self.valid is not None and not torch.equal(self.valid, valid[:, :-n_new])):
+            raise ValueError("attention_mask: expected the padding of the tokens before as it was in their call, got another")
+        self.valid = valid
 
     def crop(self, *args) -> None:
         raise ValueError("past_key_values: expected no crop (assisted decoding does so), since the estimator's sums cannot "
@@ -127,6 +140,7 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     first = next(x for x in cache.layers if isinstance(x, SEALayer))
     if layer is first:
         first.n_before = layer.get_seq_length()
+    layer.is_first = layer is first
     in_state = 0 if layer.state is None else layer.state.n_tokens
     if not in_state == layer.get_seq_length() == first.n_before:
         raise ValueError(f"past_key_values: expected as many tokens in each layer, and in its state, got {first.n_before} and, in layer "
@@ -137,7 +151,7 @@ def bring_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 # Keywords that reach attention functions and ask for no other attention.
 HARMLESS = ("dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
             "logits_to_keep", "cache_position", "num_items_in_batch")
-OF_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # say what position_ids say
+OF_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # say what position_ids say
 
 
 def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -160,6 +174,8 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
         return result.out.transpose(1, 2).contiguous(), None
     valid = None if attention_mask is None else attention_mask.bool()
     state = None if sea_layer is None else sea_layer.state
+    if sea_layer is not None and sea_layer.is_first:  # a look at the mask's numbers, which a GPU has to be waited for
+        sea_layer.see(valid, query.shape[2])
     in_chunks = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
     result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,
                         kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if in_chunks else None)
@@ -173,12 +189,14 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
 def _check_attention(module: nn.Module, mask: Tensor | None, documents: Tensor | None, is_causal: bool | None, kwargs: dict) -> None:
     """Raises ValueError if a call asks for other attention than that of the layer attached to `module`."""
     causal, packed = module.sea.config.causal, documents is not None
+    ends = kwargs.get("cu_seq_lens_q")
+    known = HARMLESS + OF_PACKING if packed or ends is not None and len(ends) == 2 else HARMLESS  # 2: of one document
     for wanted in (is_causal, getattr(getattr(module, "config", None), "is_causal", None)):
         if wanted is not None and bool(wanted) != causal:
             raise ValueError(f"is_causal: expected {causal}, as SEA was attached to {type(module).__name__}, got {wanted}; "
                              "attach(model, causal=...) decides")
     for name, x in kwargs.items():
-        if not (x is None or x is False or name in HARMLESS or (packed and name in OF_PACKING)):
+        if not (x is None or x is False or name in known):
             got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x
             raise ValueError(f"{name}: expected None, SEA has no such attention, got {got}")
     if mask is not None and mask.ndim != (PACKED.ndim if packed else 2):
@@ -218,8 +236,9 @@ def _parts(mask_function: Callable) -> Iterator[Callable]:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its dtype, as SDPA takes them: rotary embeddings of fp32 weights leave q and k in fp32, beside v."""
-    device = tensors[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+    if not is_autocast(tensors[0]):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(x.device.type)) for x in tensors)
 
 
 MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
@@ -309,21 +328,27 @@ def complete_positions(names: tuple[str, ...], rotary: bool, model: PreTrainedMo
     x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if x is None or "sea_documents" in given or not (mask is None or isinstance(mask, Tensor) and mask.ndim == 2):
         return (), given
+    T = x.shape[1]
     if position is None:
         if rotary and mask is not None:
-            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+            column = torch.arange(mask.shape[1], device=mask.device)
+            first = (mask != 0).int().argmax(dim=1, keepdim=True)
+            given["position_ids"] = (column - first).clamp(min=0)[:, -T:]
         return (), given
-    step = position.diff(dim=1) if position.ndim == 2 else position.new_ones(1, 0)
-    if mask is None and (step != 1).any():  # as transformers tells packed documents
-        if any(isinstance(y, Cache) for y in given.values()):
-            raise ValueError("position_ids: expected no packed documents (positions that begin again) with past_key_values")
-        documents = torch.nn.functional.pad((step != 1).cumsum(1), (1, 0)).expand(len(x), -1)
-        given |= dict(use_cache=False, sea_documents=documents)
-    elif mask is not None and step.shape[1]:
-        valid = mask[:, -step.shape[1] - 1 :].bool()
-        if ((step < 1) & valid[:, 1:] & valid[:, :-1]).any():  # dense attention would let documents see each other
-            raise ValueError("attention_mask: expected None with packed documents (positions that begin again), got one")
-    return (), given
+    if position.ndim != 2 or T == 1:
+        return (), given
+    begins = position.diff(dim=1) != 1
+    if mask is not None:
+        begins = begins & (mask[:, 1 - T :] != 0) & (mask[:, -T:-1] != 0)
+    returns = position[:, 1:] == position.amin(dim=1, keepdim=True)
+    if not begins.any() or begins.all() or (begins & ~returns).any():  # other jumps are positions of one's own
+        return (), given
+    if mask is not None:  # with which dense attention would let documents see each other
+        raise ValueError("attention_mask: expected None with packed documents (positions that begin again), got one")
+    if any(isinstance(y, Cache) for y in given.values()):
+        raise ValueError("position_ids: expected no packed documents (positions that begin again) with past_key_values")
+    documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0)).expand(len(x), -1)
+    return (), {**given, "use_cache": False, "sea_documents": documents}
 
 
 def teacher_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -461,6 +486,8 @@ def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: d
         return next((x for of in (module, config) for name in names if isinstance(x := getattr(of, name, None), int)), None)
 
     n_head = find("num_heads", "num_attention_heads")
+    if n_head is None:
+        raise ValueError(f"model: expected a number of heads in {type(config).__name__} or {type(module).__name__}, got none")
     groups = getattr(module, "num_key_value_groups", None)
     shape = dict(n_head=n_head, d_head=find("head_dim", "attention_head_size") or config.hidden_size // n_head,
                  n_kv_head=n_head // groups if groups else find("num_key_value_heads"),
@@ -510,16 +537,16 @@ def sea_parameters(model: nn.Module) -> list[str]:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield `path`.new, to write a file or a folder to, which then takes the place of `path`, whole and on the disk.
+    """Yield a place beside `path`, to write a file or a folder to, which then takes the place of `path`, whole and on the disk.
 
     What is written is synced before the rename, so neither a kill nor a power loss leaves half of it: `path` is the old one
-    or the new one. Between the two renames that a folder takes there is `path`.old, and `whole` finds the new one. An exception
+    or the new one. A folder takes two renames, between which `path` is not there, and `whole` finds the new one. An exception
     removes what was written. Links are followed. Raises ValueError if the working directory is `path` or within.
     """
     path = Path(os.path.realpath(path))
     if path in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"path: expected none that holds the working directory, which would go with the old one, got {path}")
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    new, old = _beside(path)
     if whole(path) != path:
         os.replace(whole(path), path)
     _remove(new)
@@ -543,10 +570,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def whole(path: Path) -> Path:
     """`path`, or what stands for it after a kill between the two renames of `replacing`: the new one, whole before the first of
     them, or the old one, should somebody have removed that."""
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    new, old = _beside(path)
     if path.exists() or not old.exists():
         return path
     return new if new.exists() else old
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the new one is written, and where the old one waits, under names that nobody else would give."""
+    return path.with_name(f".{path.name}.sea-new"), path.with_name(f".{path.name}.sea-old")
 
 
 def _remove(path: Path) -> None:
@@ -579,8 +611,7 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, stat
                          "folder), or save the student before PEFT wraps it, peft_model.save_pretrained(adapter), and later "
                          "PeftModel.from_pretrained(load(folder), adapter)")
     folder = Path(os.path.realpath(folder))
-    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"folder: expected a new folder or a saved model, got {folder}, which holds something else")
+    check_replaceable(folder)
     if state_dict is not None:  # gathered weights are tied no more
         state_dict = {name: x for name, x in state_dict.items() if name not in model.all_tied_weights_keys}
     with replacing(folder) as new:
@@ -588,6 +619,20 @@ def save(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None, stat
         model.save_pretrained(new, state_dict=state_dict, save_original_format=not hasattr(model.config, "sea"))
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+
+
+# What is in a saved model's folder.
+OF_MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.index.json", "tokenizer*", "special_tokens_map.json",
+            "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if something would be lost with `folder` that is no part of a saved model."""
+    names = [folder.name] if folder.is_file() else sorted(x.name for x in folder.iterdir()) if folder.exists() else []
+    others = [name for name in names if folder.is_file() or not any(fnmatch(name, pattern) for pattern in OF_MODEL)]
+    if others or (names and "config.json" not in names):
+        raise ValueError(f"folder: expected a new folder, or one of a saved model and nothing else, got {folder}, which holds "
+                         f"{', '.join(others[:3] or names[:3])}")
 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
@@ -652,7 +697,8 @@ def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig,
     tied = skeleton.all_tied_weights_keys.keys()
     expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
     if unexpected := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"folder: expected the weights of {model_class.__name__}, got {unexpected[:3]} in {folder}")
+        raise ValueError(f"folder: expected the weights of {model_class.__name__}, as convert.save names them, got {unexpected[:3]} in "
+                         f"{folder}")
     if missing := sorted(expected.keys() - found.keys() - tied):
         raise ValueError(f"folder: expected all weights, got none for {missing[:3]} in {folder}")
     for name, shape in found.items():

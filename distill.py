@@ -23,10 +23,10 @@
 
 Prints a line a step and a table of perplexities at the end. Writes the same records to
 OUT/log.jsonl, students to OUT/<name>, which evaluate.py measures more closely, and checkpoints for
---resume to OUT/<name>.ckpt, see checkpoints.py. SIGTERM or Ctrl-C ends a run after its step, saved. A
-step's data and random numbers follow from --seed and the step alone: a run that was killed and resumed
-goes on as if nothing had happened, and another number of processes, --shard or another --micro-batch
-change no more than rounding and dropout.
+--resume to OUT/<name>.ckpt, see checkpoints.py. SIGTERM or Ctrl-C ends the training of a student after
+its step, saved. A step's data and random numbers follow from --seed and the step alone: a run that was
+killed and resumed goes on as if nothing had happened, and another number of processes, --shard or
+another --micro-batch change no more than rounding and dropout.
 """
 
 import argparse
@@ -62,6 +62,13 @@ import sea
 # -- settings --------------------------------------------------------------------------------------
 
 
+def check_numbers(config) -> None:
+    """Raises ValueError unless all numbers of a dataclass are >= 0, and finite but for `clip`."""
+    for name, x in vars(config).items():
+        if not isinstance(x, str) and not (x >= 0 and (name == "clip" or math.isfinite(x))):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x}")
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the loss terms, see the top of this file."""
@@ -70,6 +77,9 @@ class LossWeights:
     hidden: float = 5.0
     kd: float = 0.2
     score: float = 0.0  # Differs: 1 in the paper, which made students worse here
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,7 @@ class OptimizerConfig:
             raise ValueError(f"schedule: expected constant, linear or cosine, got {self.schedule}")
         if not self.clip > 0:
             raise ValueError(f"clip: expected a number > 0, got {self.clip}")
-        for name in ("warmup", "redraw_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {getattr(self, name)}")
+        check_numbers(self)
 
 
 # Where the two jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
@@ -119,7 +127,7 @@ def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> 
 
 def train_tiny_teacher(args, log: "Log") -> Path:
     """Train a tiny OPT from scratch on the job's text, unless this run has; returns its folder."""
-    folder, steps = Path(args.out) / "teacher", args.teacher_steps
+    folder = Path(args.out) / "teacher"
     if evaluate.rank_and_size()[0] == 0 and not (args.resume and evaluate.run_of(folder) == args.run):
         documents, _ = evaluate.load_texts(args)
         tokenizer = tiny_tokenizer(documents)
@@ -127,7 +135,19 @@ def train_tiny_teacher(args, log: "Log") -> Path:
         evaluate.windows(tokens, args.seq_len)  # at least one
         checkpoints.record_run(args)
         model = tiny_model(len(tokenizer), args.seq_len, args.seed).to(args.device)
-        optimizer, clock = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1), Clock()
+        train_on_text(model, tokens, args, log)
+        model.config.sea_run = args.run
+        convert.save(model, folder, tokenizer)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def train_on_text(model, tokens: Tensor, args, log: "Log") -> None:
+    """As an ordinary causal language model, for --teacher-steps."""
+    optimizer = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1)
+    clock, steps = Clock(), args.teacher_steps
+    with noting_signals() as signals:
         for step in range(1, steps + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, steps, "linear", warmup=50))
             x = batch_of(step, tokens, args.seq_len, 4, args.seed).to(args.device)
@@ -139,11 +159,10 @@ def train_tiny_teacher(args, log: "Log") -> Path:
             optimizer.zero_grad()
             clock.tick(x.numel())
             log.step("teacher", step, steps, {"ce": loss.item()}, lr, clock)
-        model.config.sea_run = args.run
-        convert.save(model, folder, tokenizer)
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
+            if signals:
+                name = signal.Signals(signals[0]).name
+                print(f"teacher step {step:05d} | stopped by {name}; it begins again", flush=True)
+                sys.exit(128 + signals[0])
 
 
 def tiny_tokenizer(documents: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -592,6 +611,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, (PAPER if args.model else TINY)[name])
     evaluate.check_common_options(p, args, "steps", "batch", "eval_every", "teacher_steps")
     read_groups(p, args)
+    if len(set(args.method)) < len(args.method):
+        p.error(f"--method: expected each once, got {' '.join(args.method)}")
     if not 0 <= args.seed < 2**20:
         p.error(f"--seed: expected an integer from 0 to {2**20 - 1}, got {args.seed}")
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -613,9 +634,10 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--sea: expected {', '.join(OF_SAVED)} only with --load, since the saved student has "
                 f"its own of the others, got {', '.join(fixed)}")
     args.sea = given if args.load else job["sea"] | given
-    args.loss = LossWeights(**dict(args.loss))
-    option = "--sea"
+    option = "--loss"
     try:
+        args.loss = LossWeights(**dict(args.loss))
+        option = "--sea"
         sea.SEAConfig(n_head=1, d_head=2, **args.sea)
         option = "--optimizer"
         args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))

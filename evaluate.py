@@ -227,18 +227,24 @@ def load_teacher(model: str | Path, seq_len: int):
 
 def from_hub(name: str, dtype: torch.dtype = torch.float32):
     """Tokenizer and model, from the hub or a folder."""
-    what = f"the model {name}" + ("" if Path(name).is_dir() else " from the Hugging Face hub")
+    is_folder = Path(name).is_dir()
+    if not is_folder and (Path(name).is_file() or name.startswith(("/", ".", "~"))):
+        sys.exit(f"--model: expected a folder, or a name on the Hugging Face hub, got {name} "
+                 f"({'a file' if Path(name).is_file() else 'not there'})")
 
     def load():
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
-            sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
         if hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "sea"):
             sys.exit(f"--model: expected a plain model, to be the teacher, got a student in {name}; "
                      "--load of distill.py and --students of evaluate.py are for students")
+        if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
+            sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
         return tokenizer, whole_model(name, dtype)
 
-    return hub(what, "give a local folder with --model DIR instead", load)
+    if is_folder:
+        return hub(f"the model {name}", "give another folder with --model DIR", load)
+    return hub(f"the model {name} from the Hugging Face hub", "give a local folder with --model DIR instead",
+               load)
 
 
 def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -263,8 +269,11 @@ def run_of(folder: Path) -> int | None:
 def load_student(option: str, folder: str, original, teacher, **changes):
     """Which of METHODS an earlier run saved in `folder`, and the student, in fp32. changes: fields of
     SEAConfig that no weight depends on."""
+    folder = convert.whole(Path(folder))
+    if not folder.is_dir():
+        sys.exit(f"{option}: expected a folder that distill.py wrote, got {folder} "
+                 f"({'a file' if folder.is_file() else 'not there'})")
     try:
-        folder = convert.whole(Path(folder))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         expected = original.config.get_text_config()
         for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):

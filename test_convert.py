@@ -183,6 +183,20 @@ def test_only_causal_layers_need_to_know_the_longest_sequence(monkeypatch):
     convert.attach(model, width=8, max_positions=SEQ)(tokens())
 
 
+def test_a_student_has_shapes_without_memory():
+    model = convert.attach(tiny("llama").to("meta"), width=8, topk=3)
+    assert model(tokens().to("meta")).logits.shape == (2, SEQ, VOCAB)
+
+
+def test_a_number_of_heads_has_to_be_told():
+    model = tiny("bert")
+    for module in convert.attention_modules(model):
+        del module.num_attention_heads
+        module.config = transformers.PreTrainedConfig()
+    with refused("model: expected a number of heads in PreTrainedConfig or BertSelfAttention, got none"):
+        convert.attach(model, width=8)
+
+
 def test_quantized_weights_are_refused():
     model = tiny("llama")
     for linear in model.modules():
@@ -205,7 +219,7 @@ def test_a_mask_of_another_kind_is_refused():
             keep_every_key(model)(**inputs)
     with refused(r"attention_mask: expected a causal or bidirectional mask, .* got one of shape \(2, 1, 24, 24\)"):
         keep_every_key(tiny("llama"))(tokens(), attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
-    for keyword in (dict(position_bias=torch.zeros(1, 4, SEQ, SEQ)), dict(softcap=3.0), dict(cu_seq_lens_q=torch.tensor([0, SEQ]))):
+    for keyword in (dict(position_bias=torch.zeros(1, 4, SEQ, SEQ)), dict(softcap=3.0), dict(cu_seq_lens_q=torch.tensor([0, 5, SEQ]))):
         with refused(f"{next(iter(keyword))}: expected None, SEA has no such attention, got "):
             keep_every_key(tiny("llama"))(tokens(), **keyword)
 
@@ -234,6 +248,52 @@ def test_causality_is_the_configs_and_the_calls():
         for module in convert.attention_modules(model):
             module.sea.gate.bias.fill_(60.0)
         torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@torch.no_grad()
+def test_a_mask_of_any_numbers_and_with_holes_is_the_models_own(kind):
+    """Columns are counted, from the first token on: a hole has positions, and 2 is as good as 1."""
+    model, x = tiny(kind), tokens()
+    if kind == "opt":  # its positions are sums of the mask
+        numbers = torch.ones_like(x)
+    else:
+        numbers = torch.arange(SEQ).expand(2, -1) // 5 + 1
+    mask = numbers * (torch.arange(SEQ) // 4 != 2)
+    expected = model(x, attention_mask=mask)[0]
+    out = keep_every_key(model)(x, attention_mask=mask)[0]
+    torch.testing.assert_close(out[mask != 0], expected[mask != 0], rtol=1e-4, atol=3e-4)
+
+
+@torch.no_grad()
+def test_padding_of_the_past_stays_what_it_was():
+    model, x = convert.attach(tiny("llama"), width=8, topk=3), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :4] = 0
+    other = mask.flip(0)
+    for first, second in ((mask, None), (None, mask), (mask, other)):
+        begun = model(x[:, :15], attention_mask=None if first is None else first[:, :15]).past_key_values
+        with refused("attention_mask: expected the padding of the tokens before as it was in their call, got another"):
+            model(x[:, 15:], attention_mask=second, past_key_values=begun)
+    begun = model(x[:, :15]).past_key_values
+    mask = torch.ones_like(x)
+    mask[0, -2:] = 0  # padding that comes now is none of the past's
+    torch.testing.assert_close(model(x[:, 15:], attention_mask=mask, past_key_values=begun).logits[1],
+                               model(x).logits[1, 15:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "opt", "llama"])
+@torch.no_grad()
+def test_positions_of_ones_own_are_no_documents(kind):
+    """Gaps, all the same, backwards: as the model's own attention, or refused where that takes them for documents."""
+    x, own = tokens(n=8), [torch.arange(8) * 2, torch.zeros(8, dtype=torch.long), torch.arange(8).flip(0)]
+    for position in own:
+        model = tiny(kind)
+        expected = model(x, position_ids=position[None])[0]
+        torch.testing.assert_close(keep_every_key(model)(x, position_ids=position[None])[0], expected, rtol=1e-4, atol=3e-4)
+    if kind == "llama":
+        with refused("attention_mask: expected a causal or bidirectional mask, .* got another"):
+            model(x, position_ids=own[0][None], use_cache=False)
 
 
 DOCUMENTS = (3, 1, 12, 8)  # tokens
@@ -278,6 +338,9 @@ def test_packed_documents_have_no_cache_weights_or_records():
     lengths = torch.tensor([0, *DOCUMENTS]).cumsum(0)  # as DataCollatorWithFlattening gives them beside the positions
     given = model(x, position_ids=position, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=12, max_length_k=12)
     assert torch.equal(given.logits, model(x, position_ids=position).logits)
+    one = dict(cu_seq_lens_q=torch.tensor([0, SEQ]), cu_seq_lens_k=torch.tensor([0, SEQ]), max_length_q=SEQ, max_length_k=SEQ)
+    alone = model(x[:1], position_ids=torch.arange(SEQ)[None], **one)
+    assert torch.equal(alone.logits, model(x[:1]).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt-neox", "opt"])
@@ -319,7 +382,7 @@ def test_load_refuses_what_is_not_a_whole_student(tmp_path):
         convert.load(tmp_path / "student")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(ValueError, match="^folder: expected a new folder or a saved model"):
+    with pytest.raises(ValueError, match="^folder: expected a new folder, or one of a saved model and nothing else"):
         convert.save(tiny("opt"), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.tex").exists()
 
@@ -590,8 +653,8 @@ def test_what_replaces_is_on_the_disk_before_it_has_the_name(kind, exists, tmp_p
     calls = watch(monkeypatch, lambda _: None)
     with convert.replacing(tmp_path / "it") as new:
         write(new, kind, "new")
-    renamed = calls.index(("replace", "it.new", "it"))
-    written = {"it.new", "within", "file"} if kind == "folder" else {"it.new"}
+    renamed = calls.index(("replace", ".it.sea-new", "it"))
+    written = {".it.sea-new", "within", "file"} if kind == "folder" else {".it.sea-new"}
     assert {call[1] for call in calls[:renamed] if call[0] == "fsync"} == written
     assert calls[renamed + 1 :] == [("fsync", tmp_path.name)]
     assert set(contents(tmp_path).values()) == {"new"} and [x.name for x in tmp_path.iterdir()] == ["it"]
@@ -783,18 +846,18 @@ def test_where_save_writes(tmp_path, monkeypatch):
     for folder in (".", "./", tmp_path / "empty"):
         with pytest.raises(ValueError, match="^path: expected none that holds the working directory"):
             convert.save(model, folder)
-    with pytest.raises(ValueError, match="^folder: expected a new folder or a saved model, got .*file"):
+    with pytest.raises(ValueError, match="^folder: expected a new folder, or one of a saved model and nothing else, got .*file"):
         convert.save(model, tmp_path / "file")
     assert_same(convert.load("."), model)
 
 
 def test_a_student_between_two_renames_loads(tmp_path):
     model = student()
-    for left in (["student.old"], ["student.old", "student.new"]):
+    for left in ([".student.sea-old"], [".student.sea-old", ".student.sea-new"]):
         for name in left:
             convert.save(model, tmp_path / name)
         assert_same(convert.load(tmp_path / "student"), model)
-    (tmp_path / "student.new/config.json").write_text("cut off")  # beside a whole one it may be anything
+    (tmp_path / ".student.sea-new/config.json").write_text("cut off")  # beside a whole one it may be anything
     convert.save(model, tmp_path / "whole")
     (tmp_path / "whole").rename(tmp_path / "student")
     assert_same(convert.load(tmp_path / "student"), model)
@@ -812,8 +875,23 @@ def test_a_student_is_saved_through_replacing(tmp_path, monkeypatch):
     assert {x.name: x.read_bytes() for x in (tmp_path / "student").iterdir()} == before
     calls = watch(monkeypatch, lambda _: None)
     convert.save(student(), tmp_path / "student")
-    last = calls.index(("replace", "student.new", "student"))
-    assert {("fsync", name) for name in (*before, "student.new")} <= set(calls[:last])
+    last = calls.index(("replace", ".student.sea-new", "student"))
+    assert {("fsync", name) for name in (*before, ".student.sea-new")} <= set(calls[:last])
+
+
+def test_what_is_beside_a_student_or_in_its_folder_is_not_lost(tmp_path):
+    """A copy by hand, the checkpoints of a Trainer, notes: there they stay, and a folder that has them is not replaced."""
+    model = student()
+    convert.save(model, tmp_path / "student")
+    for name in ("student.old", "student.new"):
+        shutil.copytree(tmp_path / "student", tmp_path / name)
+    convert.save(model, tmp_path / "student")
+    assert {x.name for x in tmp_path.iterdir()} == {"student", "student.old", "student.new"}
+    for name in ("checkpoint-10", "notes.txt"):
+        (tmp_path / "student" / name).mkdir()
+        with refused(f"folder: expected a new folder, or one of a saved model and nothing else, got .*, which holds {name}$"):
+            convert.save(model, tmp_path / "student")
+        (tmp_path / "student" / name).rmdir()
 
 
 def test_the_generation_config_is_saved_with_the_student(tmp_path):

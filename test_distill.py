@@ -374,7 +374,7 @@ def test_a_run_that_is_refused_leaves_the_one_before(home, tmp_path):
 def test_what_is_no_model_is_not_replaced(home, tmp_path, something):
     """And found before any work is done."""
     (tmp_path / "sea").write_text("mine") if something == "file" else shutil.copytree(home, tmp_path / "sea")
-    with pytest.raises(SystemExit, match=f"^--out: expected a saved model or nothing as {tmp_path}/sea, got"):
+    with pytest.raises(SystemExit, match=f"^--out: expected a new folder, or one of a saved model and nothing else, got {tmp_path}/sea, "):
         run_steps(home, tmp_path)
     assert (tmp_path / "sea").exists() and not (tmp_path / "run.json").exists()
 
@@ -527,7 +527,7 @@ def test_a_run_that_filled_the_disk_resumes(home, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^--out: expected room on the disk"):
         patch.setattr(checkpoints, "write", write_or_fail)
         run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1")
-    assert not [*tmp_path.glob("*.new")]  # which would keep it full
+    assert not [*tmp_path.glob(".*.sea-new")]  # which would keep it full
     again, steps = run_steps(home, tmp_path, "--steps", "2", "--eval-every", "1", "--resume")
     assert [r["step"] for r in steps] == [1, 2, 2] and all(torch.equal(again[name], value) for name, value in whole.items())
 
@@ -864,8 +864,11 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--device", "gpu"], "--device: expected a torch device such as cpu or cuda, got gpu"),
     (["--device", "cuda:99"], "GPUs that PyTorch sees, got cuda:99"),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
-    (["--optimizer", "redraw_every=-1"], "--optimizer redraw_every: expected an integer >= 0, got -1"),
-    (["--optimizer", "warmup=-1"], "--optimizer warmup: expected an integer >= 0, got -1"),
+    (["--optimizer", "redraw_every=-1"], "--optimizer redraw_every: expected a finite number >= 0, got -1"),
+    (["--optimizer", "warmup=-1"], "--optimizer warmup: expected a finite number >= 0, got -1"),
+    (["--optimizer", "lr=nan"], "--optimizer lr: expected a finite number >= 0, got nan"),
+    (["--loss", "ce=inf"], "--loss ce: expected a finite number >= 0, got inf"),
+    (["--method", "sea", "sea"], "--method: expected each once, got sea sea"),
     (["--optimizer", "schedule=step"], "--optimizer schedule: expected constant, linear or cosine, got step"),
     (["--optimizer", "clip=0"], "--optimizer clip: expected a number > 0, got 0.0"),
     (["--loss", "hidden"], "--loss: expected NAME=VALUE with one of ce, hidden, kd, score, got 'hidden'"),
