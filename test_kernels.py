@@ -103,6 +103,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         out = list(out) if isinstance(out, (tuple, list)) else [out]
         generator = torch.Generator().manual_seed(0)
         douts = [torch.randn(x.shape, generator=generator).to(x.device, inputs[0].dtype).to(x.dtype) for x in out]
+        douts = [lay_out(x, "gaps") if x.ndim == 4 else x for x in douts]  # a caller's gradient has any strides
         learn = [i for i, x in enumerate(out) if x.requires_grad]
         grads = torch.autograd.grad([out[i] for i in learn], xs, [douts[i] for i in learn], allow_unused=True) if learn else [None] * len(xs)
         return out + [torch.zeros_like(x) if g is None else g for x, g in zip(xs, grads)]
@@ -161,8 +162,9 @@ def test_packing_loses_nothing(width, n_row, density, seed):
 
 
 # A kernel may call global functions.
-_is_kept, _cells_per_key, _window, _in_window, _first_block = (
-    kernels._is_kept, kernels._cells_per_key, kernels._window, kernels._in_window, kernels._first_block)
+_is_kept, _cells_per_key, _window, _in_window, _first_block, _first_key, _has_windows = (
+    kernels._is_kept, kernels._cells_per_key, kernels._window, kernels._in_window, kernels._first_block, kernels._first_key,
+    kernels._has_windows)
 
 
 @triton.jit
@@ -183,8 +185,17 @@ def in_window_kernel(words_ptr, t_ptr, j_ptr, out_ptr, n_key, WIDTH: tl.constexp
     tl.store(out_ptr + offs[:, None] * 32 + i[None, :], kept.to(tl.int32))
 
 
+@triton.jit
+def first_key_kernel(p_ptr, t_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    t = tl.load(t_ptr + offs)
+    tl.store(out_ptr + offs, _first_key(tl.load(p_ptr + offs), t, WIDTH))
+    tl.store(out_ptr + BLOCK, _has_windows(t, WIDTH).to(tl.int32))
+
+
 @given(st.integers(1, 2**23), st.sampled_from([1, 3, 32, 256, 1000, 1024, 4095]), st.integers(0, 99))
 @example(2**20, 256, 0)
+@example(2**20 + 1, 256, 0)
 @settings(max_examples=100)
 def test_cell_of_a_key_is_exact_at_any_length(t, width, seed):
     """Also where 2*t*width passes 2^31, and at the first and last key of a cell, where rounding would show. Key by key, and, for
@@ -203,6 +214,10 @@ def test_cell_of_a_key_is_exact_at_any_length(t, width, seed):
     out = torch.empty(256, dtype=torch.int32, device=DEVICE)
     is_kept_kernel[(1,)](words, t_of_j, j.int().to(DEVICE), out, n_key, WIDTH=width, BLOCK=256)
     assert torch.equal(out.cpu().bool(), expected(j))
+    out = torch.empty(129, dtype=torch.int32, device=DEVICE)
+    first_key_kernel[(1,)](p.int().to(DEVICE), t_of_j[:128], out, WIDTH=width, BLOCK=128)
+    assert torch.equal(out[:128].cpu().long(), sea.first_key_of_cell(p, torch.tensor(t), width))
+    assert bool(out[128]) == (width <= t <= 2**20)
     if width <= t <= 2**20:
         first, n_key = (j - torch.randint(32, (256,), generator=generator)).clamp(0), t - t // 8
         out = torch.empty(256, 32, dtype=torch.int32, device=DEVICE)
@@ -378,7 +393,10 @@ def test_runs_of_a_plan_are_apart_and_end_with_unit_0(density):
 def test_keys_in_any_order():
     q, k, v, mask, seen, row = Sparse(torch.float32, True, 33, 20, (2, 1, 2), 16, 9, 0.5, 3, True, "gaps", 64, 3).tensors()
     order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
+    seen = seen.clamp(max=50)
     expected = kernels.sparse_attention(q, sea.take(k, order), sea.take(v, order), mask, seen, row=row)
+    for b in range(2):  # the last in order are padding, which may hold anything
+        k[b, :, order[b, 50:]] = v[b, :, order[b, 50:]] = torch.nan
     assert torch.equal(kernels.sparse_attention(q, k, v, mask, seen, row=row, order=order), expected)
 
 
@@ -470,6 +488,17 @@ def test_pooled_attention_is_what_the_estimate_loss_takes():
 
 
 # -- the estimator, the mix, and the whole layer -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n", [1, 128, 300])
+def test_running_sums_go_on_from_block_to_block(n, reverse):
+    generator = torch.Generator().manual_seed(0)
+    x, initial = torch.randn(2, n, 3, 7, generator=generator), torch.randn(2, 3, 7, generator=generator)
+    with guarded():
+        sums = estimator_kernels._running_sums(x.to(DEVICE), initial.to(DEVICE), reverse).cpu()
+    before = torch.cat([torch.zeros(2, 1, 3, 7), x.flip(1) if reverse else x], dim=1).cumsum(1) + initial[:, None]
+    torch.testing.assert_close(sums, before.flip(1) if reverse else before, rtol=1e-4, atol=1e-4)
 
 
 MOST_BEFORE = 40  # tokens
@@ -598,6 +627,13 @@ def _check_estimator(case):
 
 
 def check_cell_keys(case, before=0, softmax_scale=0.3):
+    """With one program in all, it has every tile."""
+    programs = estimator_kernels.CELL_KEYS["programs"] if case.seed % 3 else 1
+    with mock.patch.dict(estimator_kernels.CELL_KEYS, programs=programs):
+        _check_cell_keys(case, before, softmax_scale)
+
+
+def _check_cell_keys(case, before, softmax_scale):
     """Of the last tokens, after up to `before` others whose bins are given; rows as the layer hands them over."""
     (q, k, _), (B, Hkv, _), stride, T = case.qkv(), case.heads, case.stride, case.T
     generator = torch.Generator().manual_seed(case.seed)
@@ -677,6 +713,7 @@ def test_rows_are_those_of_sea(B, T, stride, has_past, seed):
 @given(LAYERS)
 @example(Layer(torch.float32, 70, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
 @example(Layer(torch.float32, 70, 3, (2, 1, 1), 4, 20, 4, True, "gaps", 3))  # sequences of which different positions are used
+@example(Layer(torch.float32, 5, 2, (2, 9, 1), 3, 4, 4, True, "contiguous", 3))  # more heads than add up their positions at once
 @settings(FEWER)
 def test_causal_context_matches_reference(case):
     check_causal_context(case)
@@ -686,13 +723,14 @@ def test_causal_context_matches_reference(case):
 @example(Layer(torch.float16, 35, 3, (1, 1, 2), 16, 20, 4, True, "gaps", 1))
 @example(Layer(torch.float16, 70, 1, (1, 1, 2), 19, 83, 1, False, "contiguous", 93))  # a relu on either side of 0, near the past
 @example(Layer(DTYPES[-1], 3, 1, (1, 1, 1), 64, 64, 4, False, "contiguous", 1))  # few rows have tiles of their own
+@example(Layer(torch.float32, 3, 1, (1, 1, 1), 4, 300, 4, False, "contiguous", 1))  # places in several chunks
 @settings(FEWER)
 def test_encode_cnn_and_mix_match_reference(case):
     check_estimator(case)
 
 
 @given(LAYERS, st.integers(0, 6 * BLOCK), st.sampled_from([0.3, 5.0]))
-@example(Layer(torch.float32, 35, 1, (1, 1, 2), 16, 8, 4, False, "gaps", 1), 0, 0.3)  # levels begin after 16 and 32 keys
+@example(Layer(torch.float32, 35, 1, (1, 1, 2), 16, 8, 4, False, "gaps", 3), 0, 0.3)  # levels begin after 16 and 32 keys
 @example(Layer(torch.float32, 34, 3, (2, 2, 1), 16, 4, 4, True, "gaps", 2), 7, 0.3)
 @example(Layer(torch.float32, 33, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 32, 0.3)  # a step that begins a level
 @example(Layer(torch.float32, 20, 1, (1, 1, 1), 4, 8, 4, False, "contiguous", 1), 10, 0.3)  # 10 keys that begin one
