@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sliding_window_overlay
 
 import convert
 import sea
@@ -146,6 +147,52 @@ def test_other_attention_is_refused_and_the_model_stays_as_it_was(name):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("what, change", [
+    ("attention sinks", lambda module, config: setattr(module, "attention_sink_bias", torch.zeros(4))),
+    ("a choice of keys", lambda module, config: setattr(module, "indexer", torch.nn.Identity())),
+    ("multi-head latent attention", lambda module, config: setattr(config, "kv_lora_rank", 8)),
+    ("sliding windows", lambda module, config: setattr(module, "sliding_window", 4)),
+    ("sliding windows", lambda module, config: setattr(config, "sliding_window", 4)),
+    ("sliding attention", lambda module, config: setattr(config, "layer_types", ["full_attention", "sliding_attention"])),
+    ("no weights, or quantized ones,", lambda module, config: [
+        setattr(layer, "weight", torch.nn.Parameter(layer.weight.char(), requires_grad=False)) for layer in module.children()])])
+def test_one_layer_that_does_more_is_refused(what, change):
+    """Also where no family that is tried here does."""
+    model = tiny("llama")
+    change(convert.attention_modules(model)[1], model.config)
+    with refused(f"model: expected plain self-attention, got {what} in LlamaAttention"):
+        convert.attach(model, width=8)
+
+
+def test_windows_that_a_config_does_not_use_are_none():
+    model = tiny("llama")
+    model.config.sliding_window, model.config.use_sliding_window = 4, False
+    assert convert.attention_modules(convert.attach(model, width=8))[0].sea
+
+
+def test_what_a_module_says_of_its_shape_goes_before_its_config():
+    model = tiny("llama")
+    model.config.num_key_value_heads = 1
+    assert convert.attention_modules(convert.attach(model, width=8))[0].sea.config.n_kv_head == 2
+    model = tiny("llama")
+    vars(model.config)["max_position_embeddings"] = None  # a Llama's own setter wants a number
+    with refused("max_positions: expected the number of tokens of the longest sequence, since LlamaConfig does not tell it"):
+        convert.attach(model, width=8)
+    assert convert.attention_modules(convert.attach(model, width=8, max_positions=9))[0].sea.config.max_positions == 9
+
+
+def test_a_model_whose_attention_is_its_own_keeps_it(monkeypatch):
+    """One that ignores the switch, and one that says it cannot run what the interface has."""
+    falcon, opt = build("FalconForCausalLM", {}), tiny("opt")
+    monkeypatch.setattr(transformers.OPTPreTrainedModel, "_supports_sdpa", False)
+    monkeypatch.setattr(transformers.OPTPreTrainedModel, "_supports_flash_attn", False)
+    for model in (falcon, opt):
+        before = model.config._attn_implementation
+        with refused("model: expected one whose attention goes through transformers' interface"):
+            convert.attach(model, width=8)
+        assert model.config._attn_implementation == before != "sea"
+
+
 def image_and_text(name: str, text: str) -> tuple[torch.nn.Module, dict]:
     """A random model of images and text, and an image of 4 tokens with 8 of text behind it."""
     text = dict(model_type=text, **{**SHAPE, "vocab_size": 2 * VOCAB, "layer_types": ["full_attention"] * 2})
@@ -222,6 +269,14 @@ def test_a_mask_of_another_kind_is_refused():
     for keyword in (dict(position_bias=torch.zeros(1, 4, SEQ, SEQ)), dict(softcap=3.0), dict(cu_seq_lens_q=torch.tensor([0, 5, SEQ]))):
         with refused(f"{next(iter(keyword))}: expected None, SEA has no such attention, got "):
             keep_every_key(tiny("llama"))(tokens(), **keyword)
+
+
+def test_a_mask_is_of_all_the_kinds_that_it_intersects():
+    """Their order is the model's."""
+    packed, window = (f(x) for f, x in ((packed_sequence_mask_function, torch.zeros(1, 4)), (sliding_window_overlay, 3)))
+    for other, shape in (packed, (0, 0, 0)), (window, (0, 0, 0, 0)):
+        for parts in (causal_mask_function, other), (other, causal_mask_function), (causal_mask_function, and_masks(other)):
+            assert convert.sea_mask(mask_function=and_masks(*parts)).shape == shape
 
 
 @torch.no_grad()
@@ -313,6 +368,9 @@ def test_packed_documents_are_each_alone(kind, method):
     alone = torch.cat([model(part, use_cache=False)[0] for part in x.split(DOCUMENTS, dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(packed, model(x)[0], atol=1e-2)
+    embeds = model.get_input_embeddings()(x)
+    for call in (dict(input_ids=x, position_ids=position[:1]), dict(inputs_embeds=embeds, position_ids=position)):
+        assert torch.equal(model(**call)[0], packed)
     for out in (packed, alone):
         model.zero_grad()
         (out * weight).sum().backward()
@@ -335,6 +393,8 @@ def test_packed_documents_have_no_cache_weights_or_records():
         model(x, position_ids=position, output_attentions=True)
     with convert.record(model), refused("position_ids: expected one document a sequence, since weights or records are wanted"):
         model(x, position_ids=position)
+    with refused("attention_mask: expected a causal or bidirectional mask, .* got another"):  # the mask function alone hears of them
+        model(x, position_ids=position, sea_documents=None, use_cache=False)
     lengths = torch.tensor([0, *DOCUMENTS]).cumsum(0)  # as DataCollatorWithFlattening gives them beside the positions
     given = model(x, position_ids=position, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=12, max_length_k=12)
     assert torch.equal(given.logits, model(x, position_ids=position).logits)
@@ -355,6 +415,8 @@ def test_left_padding_changes_nothing(kind):
     alone = model(x[:, n:]).logits
     torch.testing.assert_close(model(x, attention_mask=mask).logits[:, n:], alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(x, mask).logits[:, n:], alone, rtol=1e-4, atol=1e-4)
+    embeds = model.get_input_embeddings()(x)
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits[:, n:], alone, rtol=1e-4, atol=1e-4)
     begun = model(x[:, :15], attention_mask=mask[:, :15])
     rest = model(x[:, 15:], attention_mask=mask, past_key_values=begun.past_key_values)
     torch.testing.assert_close(rest.logits, alone[:, 15 - n :], rtol=1e-4, atol=1e-4)
@@ -399,6 +461,11 @@ def test_what_sea_cannot_serve_is_refused():
     full.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
     with pytest.raises(ValueError, match="^past_key_values: expected .* that this model has filled, got a DynamicLayer of 3 tokens"):
         model(x[:, :4], past_key_values=full)
+    with refused("past_key_values: expected a transformers DynamicCache, got EncoderDecoderCache"):
+        model(x[:, :4], past_key_values=transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache()))
+    convert.attention_modules(model)[0].layer_idx = None
+    with refused("past_key_values: expected none, since OPTAttention has no layer_idx; pass use_cache=False"):
+        model(x[:, :4], use_cache=True)
     with pytest.raises(ValueError, match="^model: expected self-attention modules"):
         convert.attach(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="^model: expected plain self-attention, got an encoder and decoder in BartAttention"):
@@ -703,6 +770,17 @@ def test_a_replacement_that_fails_leaves_what_was(kind, exists, tmp_path, monkey
                 write(new, kind, "new")
     assert calls[-1] == ("fsync", tmp_path.name)  # the last one comes when the new one has the name
     assert set(contents(path.parent if kind == "file" else path).values()) == {"new"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_leads_to_what_replaces(kind, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere/path", kind, "old")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere/path")
+    with convert.replacing(tmp_path / "link") as new:
+        write(new, kind, "new")
+    assert (tmp_path / "link").is_symlink() and set(contents(tmp_path / "elsewhere").values()) == {"new"}
+    assert {x.name for x in tmp_path.iterdir()} == {"elsewhere", "link"}
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
