@@ -182,11 +182,13 @@ def test_what_a_module_says_of_its_shape_goes_before_its_config():
 
 
 def test_a_model_whose_attention_is_its_own_keeps_it(monkeypatch):
-    """One that ignores the switch, and one that says it cannot run what the interface has."""
-    falcon, opt = build("FalconForCausalLM", {}), tiny("opt")
+    """One that ignores the switch, one that says it cannot run what the interface has, and one of which a layer stays behind."""
+    falcon, opt, llama = build("FalconForCausalLM", {}), tiny("opt"), tiny("llama")
+    last = convert.attention_modules(llama)[1]
+    last.config = copy.deepcopy(last.config)
     monkeypatch.setattr(transformers.OPTPreTrainedModel, "_supports_sdpa", False)
     monkeypatch.setattr(transformers.OPTPreTrainedModel, "_supports_flash_attn", False)
-    for model in (falcon, opt):
+    for model in (falcon, opt, llama):
         before = model.config._attn_implementation
         with refused("model: expected one whose attention goes through transformers' interface"):
             convert.attach(model, width=8)
@@ -934,6 +936,7 @@ def test_a_student_between_two_renames_loads(tmp_path):
     for left in ([".student.sea-old"], [".student.sea-old", ".student.sea-new"]):
         for name in left:
             convert.save(model, tmp_path / name)
+        assert convert.whole(tmp_path / "student") == tmp_path / left[-1]
         assert_same(convert.load(tmp_path / "student"), model)
     (tmp_path / ".student.sea-new/config.json").write_text("cut off")  # beside a whole one it may be anything
     convert.save(model, tmp_path / "whole")

@@ -81,6 +81,11 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x
 
 
+def by_column(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers (B, n), those of a column side by side in memory."""
+    return x.to(DEVICE).T.contiguous().T
+
+
 LAYOUTS = st.sampled_from(["contiguous", "heads last", "gaps"])
 LAYOUT_OF_V = {"contiguous": "gaps", "heads last": "contiguous", "gaps": "heads last"}  # by that of q and k: strides differ
 
@@ -248,7 +253,7 @@ class Cells:
         scores = torch.randn(self.B, self.H, self.R, self.width, generator=generator)
         scores = (scores * self.levels).round().clamp(-self.levels, self.levels) if self.levels else scores
         seen = torch.randint(0, 5 * self.topk, (self.B, self.R), generator=generator)
-        return lay_out(scores.to(self.dtype), self.layout), seen.to(DEVICE)
+        return lay_out(scores.to(self.dtype), self.layout), by_column(seen)
 
 
 CELLS = st.builds(Cells, dtype=st.sampled_from(DTYPES), group=st.sampled_from(list(sea.GROUPS)), B=st.integers(1, 2), H=sizes(1, 3, 3),
@@ -342,7 +347,7 @@ class Sparse:
         if self.padded:
             seen[torch.rand(B, T, generator=generator) < 0.3] = 0
         row = (torch.arange(T) // self.stride).repeat(B, 1)
-        return q, k, v, mask.to(DEVICE), seen.to(DEVICE), row.to(DEVICE) if self.stride > 1 else None
+        return q, k, v, mask.to(DEVICE), by_column(seen), by_column(row) if self.stride > 1 else None
 
 
 @st.composite
@@ -620,6 +625,7 @@ def _check_estimator(case):
     seen, row, row_seen, *_ = sea.choose_rows(count, n_new, T, case.stride, n_before)
     if valid is not None:  # padding may also lie between
         seen = (count[:, None] + valid.cumsum(1)) * valid
+    seen, row = by_column(seen), by_column(row)
     gates, v_sum = make(B, H, row_seen.shape[1], 2), make(B, v.shape[1], D) * has_past
     mix = lambda f: lambda sparse, v, gates, past: f(sparse, v, gates, seen, row, past)
     as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
@@ -1010,7 +1016,7 @@ def check_sparse_step(case):
     seen = torch.randint(n // 2, n + 1, (len(q), 1), generator=generator).to(DEVICE) * (seen > 0)
     row = torch.ones_like(seen) if case.stride > 1 else None  # of two
     mask = mask if row is None else torch.cat([~mask, mask], 2)
-    order = torch.stack([torch.randperm(n, generator=generator) for _ in q]).to(DEVICE) if case.padded else None
+    order = by_column(torch.stack([torch.randperm(n, generator=generator) for _ in q])) if case.padded else None
 
     def kernel(q, k, v):
         later = (torch.arange(n, device=DEVICE) >= seen)

@@ -1054,6 +1054,11 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("mask", "6 rows", "5",
      lambda a, q, k, v: sea.sparse_attention(q, k, v, torch.ones(2, 4, 5, 8, dtype=torch.bool), torch.ones(2, 6).long())),
     ("seen", "(2, 6)", "(1, 6)", lambda a, q, k, v: sea.topk_mask(torch.rand(2, 4, 6, 8), torch.ones(1, 6).long(), 3)),
+    ("documents", "integers of shape (2, 6)", "torch.float32", lambda a, q, k, v: sea.in_documents(a, torch.ones(2, 6), q, k, v)),
+    ("documents", "integers of shape (2, 6)", "(1, 6)", lambda a, q, k, v: sea.in_documents(a, torch.ones(1, 6).long(), q, k, v)),
+    ("k", "the 5 tokens of q", "6", lambda a, q, k, v: sea.in_documents(a, torch.ones(2, 5).long(), q[:, :, 1:], k, v)),
+    ("valid", "(2, 6)", "(2, 5)",
+     lambda a, q, k, v: sea.in_documents(a, torch.ones(2, 6).long(), q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("group", "causal_batch", "'row'",
      lambda a, q, k, v: sea.topk_mask(torch.rand(2, 4, 6, 8), torch.ones(2, 6).long(), 3, "row")),
 ])
