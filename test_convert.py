@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function, sliding_window_overlay
 
@@ -444,6 +444,18 @@ def test_load_refuses_what_is_not_a_whole_student(tmp_path):
     (tmp_path / "weights/model.safetensors").rename(tmp_path / "student/model.safetensors")
     with pytest.raises(ValueError, match="^folder: expected all weights, got none for .*sea"):
         convert.load(tmp_path / "student")
+    convert.save(convert.attach(tiny("opt"), width=8), tmp_path / "student")
+    weights, config = load_file(tmp_path / "student/model.safetensors"), json.loads((tmp_path / "student/config.json").read_text())
+    lost = next(name for name in weights if name.endswith("sea.gate.bias"))
+    save_file({name: x for name, x in weights.items() if name != lost}, tmp_path / "student/model.safetensors", dict(format="pt"))
+    with refused(f"folder: expected all weights, got none for .*{lost}"):
+        convert.load(tmp_path / "student")
+    save_file(weights, tmp_path / "student/model.safetensors", dict(format="pt"))
+    for name in ("topk", "group", "query_stride"):
+        less = {**config, "sea": {key: x for key, x in config["sea"].items() if key != name}}
+        (tmp_path / "student/config.json").write_text(json.dumps(less))
+        with refused(f"folder: expected the config.json of a student .*sea: expected {name} in it"):
+            convert.load(tmp_path / "student")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
     with pytest.raises(ValueError, match="^folder: expected a new folder, or one of a saved model and nothing else"):

@@ -2,6 +2,7 @@
 What measures it is in test_evaluate.py."""
 
 import errno
+import functools
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -224,6 +226,19 @@ def test_an_end_of_text_token_stands_before_each_of_several_documents(home):
     assert evaluate.tokenize(["The quick"], tokenizer).tolist() == a
 
 
+def test_an_id_just_beyond_the_embedding_is_refused(home):
+    tokenizer, args = AutoTokenizer.from_pretrained(home / "teacher"), distill.parse([*SMALL])
+    ids = tokenizer("The quick").input_ids
+
+    def streams(known: int):
+        teacher = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(known, 1))
+        return evaluate.token_streams(lambda: [["The quick"]], tokenizer, teacher, args)
+
+    assert streams(max(ids) + 1)[0].tolist() == ids
+    with pytest.raises(SystemExit, match=f"^--model: expected a tokenizer whose ids are below {max(ids)}, .* got {max(ids)} from "):
+        streams(max(ids))
+
+
 def sentencepiece_like() -> PreTrainedTokenizerFast:
     """As Llama's: a space before the text, and no cuts between words before merges."""
     words = "The quick brown fox jumps over lazy dogs".split()
@@ -236,14 +251,17 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_pieces_of_a_document_have_the_ids_of_the_whole(kind):
+def test_pieces_of_a_document_have_the_ids_of_the_whole(kind, monkeypatch):
     text = "The quick brown  fox jumps\n\nover the lazy\ndog's   dogs. \n" * 12 + "x" * 300 + " end " * 30
     tokenizer = distill.tiny_tokenizer([text], 300) if kind == "bytes" else sentencepiece_like()
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     found = [*evaluate.pieces(text, tokenizer, size=40, context=30)]
     assert len(found) > 10 and [i for piece in found for i in ids(piece)] == ids(text)
     documents = [text, "The end"] * 3
-    assert evaluate.tokenize(documents, tokenizer, at_once=700).tolist() == evaluate.tokenize(documents, tokenizer).tolist()
+    whole = evaluate.tokenize(documents, tokenizer).tolist()
+    assert evaluate.tokenize(documents, tokenizer, at_once=700).tolist() == whole
+    monkeypatch.setattr(evaluate, "pieces", functools.partial(evaluate.pieces, size=40, context=30))
+    assert evaluate.tokenize(documents, tokenizer, at_once=90).tolist() == whole  # only a document's first piece begins one
 
 
 def test_documents_without_text_are_none(tmp_path):
@@ -436,6 +454,19 @@ def test_a_checkpoint_has_all_of_the_state_and_no_more(home, one_step, tmp_path,
     torch.save(saved, tmp_path / "sea.ckpt")
     what = dict(model="weights", optimizer="optimizer's state")[part]
     with pytest.raises(SystemExit, match=f"^--resume: expected a checkpoint with sea's {what}, .*: .*, got "):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_a_checkpoint_of_other_groups_or_without_a_part_is_refused(home, one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(tmp_path / "sea.ckpt")
+    torch.save({name: x for name, x in saved.items() if name != "args"}, tmp_path / "sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a whole checkpoint, got .*sea.ckpt .it lacks args."):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+    first, second, *_ = saved["optimizer"]["param_groups"]
+    second["params"].append(first["params"].pop())  # another learning rate
+    torch.save(saved, tmp_path / "sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected a checkpoint whose optimizer groups weights as sea's, got another$"):
         run_steps(home, tmp_path, "--steps", "1", "--resume")
 
 
