@@ -395,7 +395,7 @@ def test_packed_documents_have_no_cache_weights_or_records():
         model(x, position_ids=position, output_attentions=True)
     with convert.record(model), refused("position_ids: expected one document a sequence, since weights or records are wanted"):
         model(x, position_ids=position)
-    with refused("attention_mask: expected a causal or bidirectional mask, .* got another"):  # the mask function alone hears of them
+    with refused("attention_mask: expected a causal or bidirectional mask, .* got another"):  # sea_mask alone hears of them
         model(x, position_ids=position, sea_documents=None, use_cache=False)
     lengths = torch.tensor([0, *DOCUMENTS]).cumsum(0)  # as DataCollatorWithFlattening gives them beside the positions
     given = model(x, position_ids=position, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=12, max_length_k=12)

@@ -565,7 +565,8 @@ FEWER = settings(max_examples=8)
 
 def check_causal_context(case):
     """With one program in all, it walks all chunks; and positions are then added up one head at a time."""
-    programs, heads = (estimator_kernels.CONTEXT["programs"], estimator_kernels.SUM_POSITIONS["BLOCK_H"]) if case.seed % 3 else (1, 1)
+    programs, heads = estimator_kernels.CONTEXT["programs"], estimator_kernels.SUM_POSITIONS["BLOCK_H"]
+    programs, heads = (programs, heads) if case.seed % 3 else (1, 1)
     with (mock.patch.dict(estimator_kernels.CONTEXT, programs=programs),
           mock.patch.dict(estimator_kernels.SUM_POSITIONS, BLOCK_H=heads)):
         _check_causal_context(case)
