@@ -979,10 +979,12 @@ PLAIN_WEIGHTS = frozenset((nn.Parameter, Tensor))
 
 def is_plain(module: nn.Module, q: Tensor) -> bool:
     """Whether a module's weights say all that it computes, and stand where q does, in fp32 or the dtype
-    of q: no LoRA around a layer, no hook, no parametrization, nothing quantized or offloaded."""
+    of q: no LoRA around a layer, no hook, no parametrization, nothing quantized or offloaded, norms and
+    GELUs as SEAttention makes them."""
     fields = vars(module)
     if (type(module) not in PLAIN_MODULES or module._forward_hooks or module._forward_pre_hooks
-            or module._backward_hooks or module._backward_pre_hooks or "forward" in fields):
+            or module._backward_hooks or module._backward_pre_hooks or "forward" in fields
+            or fields.get("eps", 1e-5) != 1e-5 or fields.get("approximate", "none") != "none"):
         return False
     for w in fields["_parameters"].values():
         if (w is None or type(w) not in PLAIN_WEIGHTS or w.device != q.device

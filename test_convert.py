@@ -938,6 +938,11 @@ def test_where_save_writes(tmp_path, monkeypatch):
     for folder in (".", "./", tmp_path / "empty"):
         with pytest.raises(ValueError, match="^path: expected none that holds the working directory"):
             convert.save(model, folder)
+    (tmp_path / "new/within").mkdir()
+    monkeypatch.chdir(tmp_path / "new/within")
+    with pytest.raises(ValueError, match="^path: expected none that holds the working directory"), convert.replacing(tmp_path / "new"):
+        pytest.fail("wrote before it refused")
+    monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(ValueError, match="^folder: expected a new folder, or one of a saved model and nothing else, got .*file"):
         convert.save(model, tmp_path / "file")
     assert_same(convert.load("."), model)
@@ -970,6 +975,18 @@ def test_a_student_is_saved_through_replacing(tmp_path, monkeypatch):
     convert.save(student(), tmp_path / "student")
     last = calls.index(("replace", ".student.sea-new", "student"))
     assert {("fsync", name) for name in (*before, ".student.sea-new")} <= set(calls[:last])
+
+
+def test_weights_are_floating_point_and_loaded_as_they_were_saved(tmp_path):
+    model = student().bfloat16()
+    convert.save(model, tmp_path / "student")
+    saved, loaded = model.state_dict(), convert.load(tmp_path / "student", torch.float32)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, saved[name].float())
+    config = tmp_path / "student/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(dtype="int8")))
+    with refused("folder: expected the config.json of a student .*dtype: expected a floating-point one, got torch.int8"):
+        convert.load(tmp_path / "student")
 
 
 def test_what_is_beside_a_student_or_in_its_folder_is_not_lost(tmp_path):

@@ -427,6 +427,23 @@ def test_checkpoints_of_other_runs_and_methods_are_not_resumed(home, tmp_path, c
         run_steps(home, tmp_path / "a", "--steps", "1", "--resume")
 
 
+def test_options_within_a_checkpoint_have_to_be_the_runs(home, tmp_path):
+    run_steps(home, tmp_path, "--steps", "1")
+    saved = torch.load(tmp_path / "sea.ckpt")
+    torch.save(saved | dict(args=saved["args"] | dict(seed=7)), tmp_path / "sea.ckpt")
+    with pytest.raises(SystemExit, match="^--resume: expected seed 7 as in .*sea.ckpt, got 0$"):
+        run_steps(home, tmp_path, "--steps", "1", "--resume")
+
+
+def test_processes_have_to_share_their_folder(home, tmp_path, monkeypatch):
+    """One that finds no checkpoint would train other weights than the rest."""
+    student, _ = student_and_teacher()
+    args = distill.parse(arguments(home, tmp_path, "--resume"))
+    monkeypatch.setattr(evaluate, "over_processes", lambda values, *_: [values[0] + 3])  # another process has step 3
+    with pytest.raises(SystemExit, match="^--out: expected one folder that all processes share, got .* with sea of step 0 in one"):
+        checkpoints.resume("sea", student, None, args)
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, tmp_path, capsys):
     """One flipped bit of a weight is noticed; the steps since are done again."""
     whole, steps = run_steps(home, tmp_path, "--steps", "3", "--eval-every", "1")

@@ -1,5 +1,6 @@
 """evaluate.py and ablate.py, on models and texts that take seconds. Where the students come from is in test_distill.py."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -549,3 +550,16 @@ def test_the_best_scores_are_of_the_mean_in_each_cell():
     cells = torch.tensor([0.2, 0.5, 0.3])
     pooled = sea.PooledAttention(cells.view(1, 1, 1, 3), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 4)
     torch.testing.assert_close(evaluate.best_scores(pooled, seen).flatten(), (cells / n_keys).log())
+
+
+def test_all_processes_have_all_tokens_of_the_first(monkeypatch):
+    """In parts, the last of which is shorter."""
+    ids, sent, rank = torch.arange(8, dtype=torch.int32), [], 0
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate, "rank_and_size", lambda: (rank, 2))
+    monkeypatch.setattr(evaluate, "over_processes", lambda *_: [8.0])
+    monkeypatch.setattr(evaluate.dist, "broadcast", lambda x, _: sent.append(x.clone()) if rank == 0 else x.copy_(sent.pop(0)))
+    args = argparse.Namespace(device="cpu")
+    assert torch.equal(evaluate.from_first_process(ids, args, part=3), ids) and len(sent) == 3
+    rank = 1
+    assert torch.equal(evaluate.from_first_process(None, args, part=3), ids) and not sent

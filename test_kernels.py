@@ -906,6 +906,7 @@ CHANGES = {
     "forward": replace_forward,
     "another layer": lambda layer: layer.encoder.__setitem__(2, torch.nn.ReLU()),
     "no bias": lambda layer: setattr(layer.decoder, "bias", None),
+    "eps": lambda layer: setattr(layer.cnn.norm_out, "eps", 1.0),
 }
 
 

@@ -1162,3 +1162,15 @@ def test_attention_csr_takes_a_scale(case):
     dense = sea.attention_weights(q, k, mask, seen, 0.3)
     for ours, theirs in zip(attention_csr(q, k, mask, seen, 0.3), dense, strict=True):
         torch.testing.assert_close(torch.stack([x.to_dense() for x in ours]), theirs, **CLOSE)
+
+
+def test_only_plain_weights_are_read():
+    """A tensor of a class of its own may compute something else than its numbers."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    layer, q = torch.nn.Linear(2, 2), torch.zeros(1)
+    assert sea.is_plain(layer, q)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized))
+    assert not sea.is_plain(layer, q)
