@@ -82,6 +82,7 @@ class Group(NamedTuple):
     layout: str  # the axes of (b, h, t, p) ranked together, in einops' words
     causal: bool  # no query competes with a later one
     n_kept: Callable  # (H, topk * width, keys seen) -> cells to keep of those ranked together
+    shared: bool = False  # one choice for all query heads of a key/value head, of bins only
 
 
 def _rounded(a, b):
@@ -92,6 +93,7 @@ def _rounded(a, b):
 GROUPS = {
     "causal_batch": Group("b t (h p)", True, lambda H, budget, seen: _rounded(H * budget, seen)),
     "query": Group("b t h p", True, lambda H, budget, seen: _rounded(budget, seen)),
+    "kv": Group("b t h p", True, lambda H, budget, seen: _rounded(budget, seen), shared=True),
     "head": Group("b h (t p)", False, lambda H, budget, seen: budget),
     "batch": Group("b (h t p)", False, lambda H, budget, seen: H * budget),
 }
@@ -110,7 +112,11 @@ class SEAConfig:
     width: int = 256  # 128 for BERT
     topk: int = 64
     causal: bool = True
-    group: str = "causal_batch"  # one of GROUPS
+    group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
+    bin: int = 8  # keys of a bin, step 6b (causal); 0: all keys under the best cells, as in the paper
+    local: int = 28  # last keys, attended to by every query, with bins
+    first: int = 8  # the sequence's first keys, the same
+    candidates: int = 8  # bins that compete, as a multiple of those that are chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -119,7 +125,7 @@ class SEAConfig:
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
     def __post_init__(self):
-        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions"):
+        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions", "candidates"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 1, name, "an integer >= 1", repr(value))
         for name in ("causal", "cell_keys"):
@@ -130,7 +136,14 @@ class SEAConfig:
         kv = self.kv_heads
         divides = is_integer(kv) and kv >= 1 and self.n_head % kv == 0
         _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", repr(kv))
+        for name in ("bin", "local", "first"):
+            value = getattr(self, name)
+            _expect(is_integer(value) and value >= 0, name, "an integer >= 0", repr(value))
+        if self.group is None:
+            object.__setattr__(self, "group", "kv" if self.has_bins else "causal_batch")
         _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
+        _expect(self.has_bins or not GROUPS[self.group].shared, "bin", f"bins for group {self.group}",
+                self.bin)
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         number = is_integer(self.nbf) or isinstance(self.nbf, float)
         _expect(number and 0 < self.nbf < math.inf, "nbf", "a number > 0", repr(self.nbf))
@@ -140,6 +153,8 @@ class SEAConfig:
                 "later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
+        if self.has_bins:
+            self.n_chosen(self.topk)
 
     @property
     def kv_heads(self) -> int:
@@ -148,6 +163,44 @@ class SEAConfig:
     @property
     def n_features(self) -> int:
         return max(1, int(self.d_head * math.log(self.d_head) / self.nbf))
+
+    @property
+    def has_bins(self) -> bool:
+        return self.causal and self.bin > 0
+
+    @property
+    def unit(self) -> int:
+        """Keys that go to the same cell: a bin, or each for itself."""
+        return self.bin if self.has_bins else 1
+
+    @property
+    def n_choosers(self) -> int:
+        """Heads with a choice of bins of their own."""
+        return self.kv_heads if GROUPS[self.group].shared else self.n_head
+
+    @property
+    def n_first(self) -> int:
+        """Bins of the first keys."""
+        return -(-self.first // self.bin) if self.has_bins else 0
+
+    def n_chosen(self, topk: int) -> int:
+        """Bins to choose for a query and head, so that with its first and last keys, on average
+        `local` + (`bin` - 1) / 2, it has no more than topk."""
+        rest = 2 * (topk - self.n_first * self.bin - self.local) - self.bin + 1
+        least = topk + -(-(2 * self.bin - rest) // 2)
+        _expect(rest >= 2 * self.bin, "topk", f"at least {least}, for {self.n_first * self.bin} first "
+                f"keys, {self.local} last ones and a bin of {self.bin}", topk)
+        return rest // (2 * self.bin)
+
+    def n_listed(self, topk: int) -> int:
+        """The most bins that a row may have: first, chosen, and those of the last keys."""
+        chosen = self.n_chosen(topk) * (1 if GROUPS[self.group].n_kept(7, 1, 1) == 1 else self.n_head)
+        return self.n_first + chosen + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
+
+    def in_cells(self, seen: Tensor) -> Tensor:
+        """How many keys the cells of a row that sees `seen` share out: all, or with bins those before
+        the last `local`, rounded down to whole bins."""
+        return (seen - self.local).clamp(min=0) // self.bin * self.bin if self.has_bins else seen
 
 
 # -- small tools -----------------------------------------------------------------------------------
@@ -472,13 +525,15 @@ def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
     return sums.scatter_add(2, bins[:, None, :, None].expand_as(x), x)
 
 
-def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_scale: float,
-                    count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, width: int,
+                    softmax_scale: float, count: Tensor, n_new: Tensor,
+                    past: Tensor) -> tuple[Tensor, Tensor]:
     """The term of add_cell_keys before its gain, at least fp32, and the sums after the new keys."""
     n_bins, t = 2 * width, row_seen[..., None]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
-    middle = (2 * torch.arange(width, device=q.device) + 1) * t // (2 * width)  # key of each cell
+    cells = torch.arange(width, device=q.device)
+    middle = (2 * cells + 1) * in_cells[..., None] // (2 * width)  # key of each cell
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
     first_level = bin_level(count, n_bins)  # that of past
     scores, key_sums = q.new_zeros(*q.shape[:3], width), past
@@ -497,15 +552,15 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, width: int, softmax_
 
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
-                  softmax_scale: float, count: Tensor, n_new: Tensor,
-                  past: Tensor) -> tuple[Tensor, Tensor]:
+                  softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
+                  in_cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """scores + gain * max(s - s_max, -32), s = softmax_scale * q . (cell key) and s_max the row's
     largest: (B, H, R, width). Differs: the paper has no such term.
 
     2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
     a cell wide, or one key. A cell key is the mean of a bin. scores (B, H, R, width), gain (H,);
-    q (B, H, R, D) of the rows, which see row_seen (B, R) keys; k (B, Hkv, T, D); count, n_new (B,);
-    past and the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of
+    q (B, H, R, D) of the rows, which see row_seen (B, R) keys, in_cells (B, R) of them in cells (all by
+    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of
     count, and after them.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
@@ -513,8 +568,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     from drowning the loss of all others.
     """
     with torch.no_grad(), no_autocast(q):
-        products, key_sums = cell_key_scores(q, k, row_seen, scores.shape[-1], softmax_scale, count,
-                                             n_new, past)
+        in_cells = row_seen if in_cells is None else in_cells
+        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1], softmax_scale,
+                                             count, n_new, past)
     gain = gain[:, None, None].to(scores.dtype)
     return torch.addcmul(scores, gain, products).to(scores.dtype), key_sums
 
@@ -548,19 +604,91 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(isinstance(topk, int) and topk >= 1, "topk", "an integer >= 1", topk)
     _expect(group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(group))
-    layout, _, n_kept = GROUPS[group]
+    _expect(not GROUPS[group].shared, "group", "one that ranks cells, not bins", repr(group))
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
-    ranked = rearrange(probs.detach().masked_fill(~visible, -1), f"b h t p -> {layout}")
-
     topk = min(topk, 2**31)  # more keeps everything, and would not fit into 64 bits below
-    n = n_kept(H, topk * width, seen.long().clamp(min=1))  # a number, or (B, T)
-    n = torch.as_tensor(n, device=probs.device).clamp(min=1)
+    n = GROUPS[group].n_kept(H, topk * width, seen.long().clamp(min=1))  # a number, or (B, T)
+    return keep_best(probs.detach().masked_fill(~visible, -1), n, group) & visible
+
+
+def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
+    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties to
+    the lower: bool. n: a number, or (B, T)."""
+    (_, H, T, P), layout = x.shape, GROUPS[group].layout
+    ranked = rearrange(x, f"b h t p -> {layout}")
+    n = torch.as_tensor(n, device=x.device).clamp(min=1)
     if n.ndim:
-        n = n.view(B, T, *[1] * (ranked.ndim - 2))
+        n = n.view(*n.shape, *[1] * (ranked.ndim - 2))
     ranking = ranked.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower
-    first_n = (torch.arange(ranked.shape[-1], device=probs.device) < n).expand_as(ranking)
+    first_n = (torch.arange(ranked.shape[-1], device=x.device) < n).expand_as(ranking)
     keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranking, first_n)
-    return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=width) & visible
+    return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=P)
+
+
+# -- 6b. candidates and bins, ours: which keys of the best cells -------------------------------------
+#
+# The longer a text, the more keys are in a cell, of which few matter. So cells only choose candidates.
+# Their keys come in bins of a fixed number of keys, which are ranked by their mean keys, and attention
+# goes to the best of them, to the last keys and to the first. The last keys are in no cell.
+
+NONE = 2**31 - 1  # the number of no bin, behind all others
+
+
+def mean_keys(k: Tensor, bin: int) -> Tensor:
+    """Mean of every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), D), in the dtype of k."""
+    padded = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin))
+    return padded.unflatten(2, (-1, bin)).mean(3).to(k.dtype)
+
+
+@torch.no_grad()
+def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: int, config: SEAConfig,
+                softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+    """The bins that each row attends to: (B, C, R, n) int32, ascending, NONE behind the last. Differs:
+    the paper attends to all keys of the best cells. No gradient flows through the choice.
+
+    scores (B, H, R, width); q (B, H, R, D) of the rows, which see row_seen (B, R) keys; k (B, Hkv, S, D)
+    and order (B, S) as in sparse_attention. C = config.n_choosers: H or, in group "kv", Hkv, where the
+    heads of a key/value head share a choice, and the means of their probabilities are ranked.
+
+        candidates   bins of the best cells, about config.candidates times as many as are chosen
+        chosen       config.n_chosen(topk) of them, by score of the cell + softmax_scale * q . (mean key)
+        always       the first keys, and all keys from the end of the cells to the row's last query
+    """
+    (B, H, R, width), bin, C = scores.shape, config.bin, config.n_choosers
+    n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk)
+    if order is not None:
+        k = take(k, order).masked_fill(~is_token(k, row_seen.amax(1)), 0)
+    middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
+    k = F.pad(k, (0, 0, 0, config.query_stride - 1))  # of later queries that use the last row
+    number = torch.arange(-(-k.shape[2] // bin), device=k.device)  # of each bin
+    lowest = torch.finfo(at_least_fp32(scores[:0]).dtype).min
+
+    def of_choosers(x):
+        """(B, H, R, N) -> (B, C, R, N)"""
+        return x.unflatten(1, (C, -1)).mean(2)
+
+    with no_autocast(q):
+        # -- candidates
+        holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width)
+        scores = at_least_fp32(scores).masked_fill(~holds, lowest)
+        probs = of_choosers(scores.softmax(-1)).masked_fill(~holds, -1)
+        n_cells = _rounded(config.candidates * n_chosen * width, middle.clamp(min=1))
+        best_cells = keep_best(probs, n_cells, "query") & holds
+        cell = cell_of_key(number, middle[..., None].clamp(min=1), width).clamp(max=width - 1)[:, None]
+        is_candidate = best_cells.gather(-1, cell.expand(-1, C, -1, -1))
+        is_candidate &= (number >= config.n_first) & (number < middle[:, None, :, None])
+        # -- the best of them
+        products = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(mean_keys(k, bin), H)).mT
+        ranked = scores.gather(-1, cell.expand(-1, H, -1, -1)) + products  # (B, H, R, bins)
+        ranked = ranked.masked_fill(~is_candidate.repeat_interleave(H // C, 1), lowest).softmax(-1)
+        n_best = n_chosen if config.group != "causal_batch" else n_chosen * H
+        group = "query" if GROUPS[config.group].shared else config.group
+        chosen = keep_best(of_choosers(ranked).masked_fill(~is_candidate, -1), n_best, group) & is_candidate
+    always = (number < config.n_first) | (number >= middle[..., None])  # (B, R, bins)
+    end = (row_seen + config.query_stride - 1) * (row_seen > 0)
+    keep = (chosen | always[:, None]) & (number * bin < end[..., None])[:, None]
+    bins = torch.where(keep, number, NONE).sort(-1).values[..., :n_listed]
+    return F.pad(bins, (0, n_listed - bins.shape[-1]), value=NONE).int()
 
 
 # -- 7. from cells to keys -------------------------------------------------------------------------
@@ -590,19 +718,35 @@ def keys_per_cell(seen: Tensor, width: int) -> Tensor:
     return first_key_of_cell(cells, seen[..., None], width).diff(dim=-1)
 
 
-def spread_to_keys(cells: Tensor, seen: Tensor, n_keys: int, fill) -> Tensor:
-    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that a
-    query does not see."""
-    width, j = cells.shape[-1], torch.arange(n_keys, device=cells.device)
-    cell = cell_of_key(j, seen[..., None].clamp(min=1), width).clamp(max=width - 1)  # (B, T, n_keys)
+def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> tuple[Tensor, Tensor]:
+    """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells (...)
+    keys are in cells, `unit` neighbours always in the same."""
+    j = torch.arange(n_keys, device=in_cells.device)
+    n_units = (in_cells[..., None] // unit).clamp(min=1)
+    return cell_of_key(j // unit, n_units, width).clamp(max=width - 1), j < in_cells[..., None]
+
+
+def spread_to_keys(cells: Tensor, in_cells: Tensor, n_keys: int, fill, unit: int = 1) -> Tensor:
+    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are in
+    none; arguments as in cells_of_keys."""
+    cell, is_in = cells_of_keys(in_cells, n_keys, cells.shape[-1], unit)  # (B, T, n_keys)
     values = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
-    return values.masked_fill((j >= seen[..., None])[:, None], fill)
+    return values.masked_fill(~is_in[:, None], fill)
 
 
 def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
     """Which keys the kept cells stand for: bool (B, H, T, width) -> (B, H, T, n_keys). For reading,
     tests and the reference's sparse attention; the kernels never expand a mask."""
     return spread_to_keys(mask, seen, n_keys, False)
+
+
+def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
+    """Which keys the chosen bins stand for: (B, C, T, n) -> bool (B, C, T, n_keys). As expand_mask."""
+    n_bin = -(-n_keys // bin)
+    keep = torch.zeros(*bins.shape[:3], n_bin + 1, dtype=torch.bool, device=bins.device)
+    keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)[..., :n_bin]
+    j = torch.arange(n_keys, device=bins.device)
+    return keep.repeat_interleave(bin, -1)[..., :n_keys] & (j < seen[..., None])[:, None]
 
 
 # -- 8. sparse attention ---------------------------------------------------------------------------
@@ -632,31 +776,60 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or mask.shape[2] == T, "mask",
             f"{T} rows, or `row` to say which is whose", mask.shape[2])
+    mask = mask if row is None else take(mask, row)
+    return _attend(q, k, v, mask, seen, softmax_scale, order, expand_mask, block)
+
+
+def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
+                  softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
+                  order: Tensor | None = None, block: int = 1024) -> Tensor:
+    """The same over the keys in chosen bins, which are `bin` keys each: (B, H, T, D).
+
+    bins (B, C, R, n) int32, of choose_bins: adjacent query heads share those of a chooser. The other
+    arguments as in sparse_attention; row ascending.
+    """
+    check_qkv(q, k, v)
+    B, H, T, _ = q.shape
+    ok = bins.ndim == 4 and bins.shape[0] == B and H % bins.shape[1] == bins.shape[1] % k.shape[1] == 0
+    _expect(ok, "bins", f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple "
+            f"of the {k.shape[1]} key/value heads", tuple(bins.shape))
+    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+    _expect(row is not None or bins.shape[2] == T, "bins",
+            f"{T} rows, or `row` to say which is whose", bins.shape[2])
+    bins = bins if row is None else take(bins, row)
+
+    def expand(bins, seen, n_keys):
+        return repeat_heads(expand_bins(bins, seen, n_keys, bin), H)
+
+    return _attend(q, k, v, bins, seen, softmax_scale, order, expand, block)
+
+
+def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
+    """Over the keys that `expand` says `kept` (B, C, T, n) stands for, `block` queries at a time."""
+    H, T = q.shape[1:3]
     if order is not None:
         unseen = ~is_token(k, seen.amax(1))
         k, v = (take(x, order).masked_fill(unseen, 0) for x in (k, v))  # padding may be nan
-    mask = mask if row is None else take(mask, row)
 
-    def part(q, k, v, mask, seen):
+    def part(q, k, v, kept, seen):
         with no_autocast(q):
-            weights = attention_weights(q, k, mask, seen, softmax_scale)
+            weights = attention_weights(q, k, expand(kept, seen, k.shape[2]), softmax_scale)
             return weights.to(v.dtype) @ repeat_heads(v, H)
 
     if isinstance(T, torch.SymInt) or T <= block:  # torch.export: any T, not a number of blocks
-        return part(q, k, v, mask, seen)
+        return part(q, k, v, kept, seen)
     outs = []
     for i in range(0, T, block):
-        x = q[:, :, i : i + block], k, v, mask[:, :, i : i + block], seen[:, i : i + block]
+        x = q[:, :, i : i + block], k, v, kept[:, :, i : i + block], seen[:, i : i + block]
         outs.append(checkpoint(part, *x, use_reentrant=False))
     return torch.cat(outs, dim=2)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor, seen: Tensor,
+def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
                       softmax_scale: float | None = None) -> Tensor:
     """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no
-    key. Arguments as in sparse_attention, mask (B, H, T, width)."""
+    key. keep (B, H, T, S) bool: which keys each query attends to, of expand_mask or expand_bins."""
     scale = scale_or_default(softmax_scale, q.shape[-1])
-    keep = expand_mask(mask, seen, k.shape[2])
     with no_autocast(q):
         scores = (at_least_fp32(q) * scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
         # The finite fill keeps empty rows, and their gradients, free of nan; `* keep` makes them 0.
@@ -728,6 +901,7 @@ class SEAState:
     conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
     last_scores: Tensor  # (B, H, 0 or 1, width), the last row, if the stride lets a query reuse it
     last_gates: Tensor  # (B, H, 0 or 1, 2)
+    last_bins: Tensor  # (B, C, 0 or 1, n), of choose_bins
     key_sums: Tensor  # (B, Hkv, 2*width or 0, D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
@@ -748,6 +922,7 @@ class SEAState:
             conv_rows=(rows, rows),
             last_scores=q.new_empty(B, H, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
+            last_bins=q.new_empty(B, config.n_choosers, 0, 0, dtype=torch.int32),
             key_sums=torch.zeros(B, Hkv, n_bins, D, **fp32),
             k=none,
             v=none,
@@ -796,7 +971,10 @@ class SEAOutput:
     # R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
-    row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
+    row: Tensor | None = None  # (B, T), the row of `scores` and `cells` or `bins` that each query uses
+    in_cells: Tensor | None = None  # (B, T), how many of a query's keys its cells share out, see SEAConfig
+    bins: Tensor | None = None  # (B, C, R, n), of choose_bins; then `cells` is None
+    bin: int = 0  # keys of each
 
     @property
     def probs(self) -> Tensor | None:
@@ -812,6 +990,13 @@ class SEAOutput:
             return None
         cells = self.cells if isinstance(self.cells, Tensor) else self.cells.unpack()
         return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
+
+    def attended(self, n_keys: int) -> Tensor:
+        """Which keys each query attends to, bool (B, H, T, n_keys)."""
+        if self.bins is None:
+            return expand_mask(self.mask, self.seen, n_keys)
+        keep = expand_bins(take(self.bins, self.row), self.seen, n_keys, self.bin)
+        return repeat_heads(keep, self.scores.shape[1])
 
 
 # -- the border: valid tokens first, and the rows to estimate --------------------------------------
@@ -1062,13 +1247,33 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows, scale,
                                                        past)
-        cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-        sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, cells, rows.seen, scale,
-                                      row=rows.row, order=tokens.key_order)
-        out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
+        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.seen)
+        attend = dict(softmax_scale=scale, row=rows.row, order=tokens.key_order)
+        if config.has_bins:
+            result.in_cells = config.in_cells(rows.row_seen).gather(1, rows.row)
+            result.bins, result.bin = self.choose_bins(ops, tokens, scores, rows, topk, scale, past), config.bin
+            state.last_bins = take(result.bins, rows.last)
+            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
+                                       bin=config.bin, **attend)
+        else:
+            result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
+            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, rows.seen,
+                                          **attend)
+        result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
-        state = state if config.causal else None
-        return tokens.back(SEAOutput(out, rows.seen, state, scores, cells, rows.row))
+        result.state = state if config.causal else None
+        return tokens.back(result)
+
+    def choose_bins(self, ops, tokens: Tokens, scores: Tensor, rows: Rows, topk: int,
+                    softmax_scale: float, past: SEAState) -> Tensor:
+        """Of the rows, and before them of that of the past, whose choice stays."""
+        q, n_before = rows.of(tokens.q), past.last_scores.shape[2]
+        bins = ops.choose_bins(scores[:, :, n_before:], q, tokens.keys, rows.row_seen[:, n_before:], topk,
+                               self.config, softmax_scale, order=tokens.key_order)
+        if n_before == 0:
+            return bins
+        n = max(bins.shape[-1], past.last_bins.shape[-1])
+        return torch.cat([F.pad(x, (0, n - x.shape[-1]), value=NONE) for x in (past.last_bins, bins)], 2)
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""
@@ -1107,7 +1312,8 @@ class SEAttention(nn.Module):
         if config.cell_keys:
             row_seen = rows.row_seen[:, -q_row.shape[2] :]
             scores, key_sums = cnn_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
-                                                 softmax_scale, past.count, n_new, key_sums)
+                                                     softmax_scale, past.count, n_new, key_sums,
+                                                     config.in_cells(row_seen))
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(past, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2], sums=sums,
                         conv_rows=conv_rows, key_sums=key_sums, last_scores=take(scores, rows.last),
@@ -1262,55 +1468,63 @@ def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tu
 
 @torch.no_grad()
 def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
-                   softmax_scale: float | None = None, *, block: int = 256) -> PooledAttention:
+                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None, unit: int = 1,
+                   first: int = 0, block: int = 256) -> PooledAttention:
     """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a
     time.
 
-    q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). Memory O(T*width + block*S).
+    q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). in_cells (B, T), unit: as in
+    cells_of_keys, all keys seen by default. The first keys are in no sum, nor are those in no cell.
+    Memory O(T*width + block*S).
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale = scale_or_default(softmax_scale, q.shape[-1])
+    scale, in_cells = scale_or_default(softmax_scale, q.shape[-1]), seen if in_cells is None else in_cells
     j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
-        t = seen[:, i : i + block]
-        log_a, visible = dense_scores(q[:, :, i : i + block], k, t, scale)
-        a = log_a.exp() * visible
-        cell = cell_of_key(j, t[..., None].clamp(min=1), width).clamp(max=width - 1)
+        log_a, visible = dense_scores(q[:, :, i : i + block], k, seen[:, i : i + block], scale)
+        cell, is_in = cells_of_keys(in_cells[:, i : i + block], k.shape[2], width, unit)
+        a = log_a.exp() * (visible & (is_in & (j >= first))[:, None])
         cells = a.new_zeros(*a.shape[:-1], width).scatter_add(-1, cell[:, None].expand_as(a), a)
         parts.append((cells, (a * log_a).sum(-1), a.square().sum(-1)))
     return PooledAttention(*(torch.cat(x, dim=2) for x in zip(*parts)), n_keys=k.shape[2])
 
 
-def estimate_loss(scores: Tensor, pooled: Any, seen: Tensor, *, row: Tensor | None = None,
-                  kl_weight: float = 0.1) -> Tensor:
-    """L_estimate = kl_weight * KL(A || a) + MSE(a, A), exactly, without a T x S tensor.
+def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor | None = None,
+                  unit: int = 1, first: int = 0, kl_weight: float = 0.1) -> Tensor:
+    """L_estimate = kl_weight * KL(A || m a) + MSE(m a, A), exactly, without a T x S tensor.
 
-    a: the cell scores given to each key, softmax over the keys seen. scores (B, H, R, width), row
-    (B, T) which of its rows each query uses (its own by default); pooled a PooledAttention, also of
-    kernels.py. With n_p keys and teacher mass A_p in cell p, and a_p the value of each of its keys:
+    a: the cell scores given to each key, softmax over the keys in cells but the first. scores
+    (B, H, R, width), row (B, T) which of its rows each query uses (its own by default); pooled a
+    PooledAttention, also of kernels.py; in_cells (B, T), unit, first as in pool_attention. With n_p keys
+    and teacher mass A_p in cell p, m = sum of A_p, 1 if cells hold all keys, and a_p the value of each
+    key of a cell:
 
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
-        KL = sum A log A - sum_p A_p s_p + log Z
-        sum_j (a_j - A_j)^2 = sum_p (n_p a_p^2 - 2 a_p A_p) + sum A^2
+        KL = sum A log A - sum_p A_p s_p + m log Z - m log m
+        sum_j (m a_j - A_j)^2 = sum_p (n_p m^2 a_p^2 - 2 m a_p A_p) + sum A^2
 
-    KL is averaged over the queries of all heads, MSE over their n_keys entries each. Differs: padded
-    queries are left out.
+    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that have
+    keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
             pooled.cells.shape[-1])
     B, H, T, _ = pooled.cells.shape
-    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+    _expect(in_cells.shape == (B, T), "in_cells", f"shape (B, T) = {(B, T)}", tuple(in_cells.shape))
     s = at_least_fp32(scores if row is None else take(scores, row))  # (B, H, T, width)
-    n = keys_per_cell(seen.clamp(min=1), width)[:, None]  # (B, 1, T, width)
-    log_z = (s + n.to(s.dtype).log()).logsumexp(-1, keepdim=True)
+    visible = in_cells > first
+    edges = first_key_of_cell(torch.arange(width + 1, device=s.device), in_cells[..., None] // unit, width)
+    n = (edges * unit).clamp(min=first).diff(dim=-1)  # keys of each cell, (B, T, width)
+    n = n.masked_fill(~visible[..., None], 1)[:, None]
+    log_z = (s + n.to(s.dtype).log()).logsumexp(-1)
     # An empty cell takes no part; without the fill its a_p may overflow, and 0 * inf is nan.
-    a = (s - log_z).masked_fill(n == 0, -torch.inf).exp()
-    kl = pooled.a_log_a - (pooled.cells * s).sum(-1) + log_z.squeeze(-1)
+    a = (s - log_z[..., None]).masked_fill(n == 0, -torch.inf).exp()
+    m = pooled.cells.sum(-1)
+    kl = pooled.a_log_a - (pooled.cells * s).sum(-1) + m * log_z - torch.special.xlogy(m, m)
+    a = m[..., None] * a
     square = (n * a.square() - 2 * a * pooled.cells).sum(-1) + pooled.a_square
-    visible = (seen > 0)[:, None]
-    loss = (kl_weight * kl + square / pooled.n_keys) * visible
+    loss = (kl_weight * kl + square / pooled.n_keys) * visible[:, None]
     return loss.sum() / (visible.sum() * H).clamp(min=1)
 
 
