@@ -247,46 +247,59 @@ MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
 @torch.no_grad()
 def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, result: SEAOutput) -> Tensor:
     """For output_attentions=True: the sparse attention, before the gates, (B, H, T, S)."""
-    if result.cells is None:
+    if result.scores is None:
         raise ValueError("output_attentions: expected a SEA student, got a Performer, which has no attention matrix")
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if size > MOST_WEIGHTS:
         raise ValueError(f"output_attentions: expected at most {MOST_WEIGHTS:,} numbers a layer, got {size:,}; attention_csr "
                          "gives the same as sparse matrices, of what convert.record sees")
+    keep = result.attended(k.shape[2])
     if valid is None:
-        return attention_weights(q, k, result.mask, result.seen, scale)
+        return attention_weights(q, k, keep, scale)
     order = valid_first(valid)  # as SEA ranks keys
-    ranked = attention_weights(q, take(k, order), result.mask, result.seen, scale)
+    ranked = attention_weights(q, take(k, order), keep, scale)
     return torch.zeros_like(ranked).scatter(-1, order[:, None, None].expand_as(ranked), ranked)
 
 
 @torch.no_grad()
-def attention_csr(q: Tensor, k: Tensor, cells, seen: Tensor, softmax_scale: float | None = None, *,
-                  row: Tensor | None = None, block: int = 2**20) -> list[list[Tensor]]:
+def attention_csr(q: Tensor, k: Tensor, result: SEAOutput, softmax_scale: float | None = None, *,
+                  block: int = 2**20) -> list[list[Tensor]]:
     """sea.attention_weights as sparse matrices: for each sequence and head a torch CSR tensor (T, S), fp32 at least.
 
-    Arguments as in sea.sparse_attention; cells: SEAOutput.cells, a bool mask or kernels.CellBits. Column j is the key of
-    rank j, as in k. Times v it is the sparse context, before the gates. Memory is a few times that of the result, 12 bytes
-    a number, and `block` products q k at a time: nothing is T x S.
+    q (B, H, T, D), k (B, Hkv, S, D), the valid keys first, and what SEAttention gave for them. Column j is the key of rank j,
+    as in k. Times v it is the sparse context, before the gates. Memory is a few times that of the result, 12 bytes a number,
+    and `block` products q k at a time: nothing is T x S.
     """
     check_qkv(q, k, k)
     B, H, T, D = q.shape
     scale, group = scale_or_default(softmax_scale, D), H // k.shape[1]
 
     def matrix(b: int, h: int) -> Tensor:
-        if isinstance(cells, Tensor):
-            mask = cells[b, h]
-        else:  # unpack one head at a time
-            mask = type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
-        mask = (mask if row is None else mask[row[b]]) & (seen[b] > 0)[:, None]  # (T, width)
-        query, key = _kept_keys(mask, seen[b])
+        seen, row = result.seen[b], result.row[b]
+        if result.bins is not None:
+            query, key = _keys_in_bins(result.bins[b, h * result.bins.shape[1] // H][row], seen, result.bin)
+        else:
+            cells = result.cells
+            if isinstance(cells, Tensor):
+                mask = cells[b, h]
+            else:  # unpack one head at a time
+                mask = type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
+            query, key = _keys_in_cells(mask[row] & (seen > 0)[:, None], seen)
         return _softmax_csr(at_least_fp32(q[b, h]) * scale, at_least_fp32(k[b, h // group]), query, key, block)
 
     return [[matrix(b, h) for h in range(H)] for b in range(B)]
 
 
-def _kept_keys(mask: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key of each pair that a mask of cells (T, width) keeps, by query and then by key."""
+def _keys_in_bins(bins: Tensor, seen: Tensor, bin: int) -> tuple[Tensor, Tensor]:
+    """Query and key of each pair that chosen bins (T, n) stand for, by query and then by key."""
+    query, place = (bins < -(-seen // bin)[:, None]).nonzero(as_tuple=True)
+    key = bins[query, place].long()[:, None] * bin + torch.arange(bin, device=bins.device)
+    is_seen = key < seen[query, None]
+    return query[:, None].expand_as(key)[is_seen], key[is_seen]
+
+
+def _keys_in_cells(mask: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a mask of cells (T, width)."""
     query, cell = mask.nonzero(as_tuple=True)
     first = first_key_of_cell(cell, seen[query], mask.shape[1])
     n = first_key_of_cell(cell + 1, seen[query], mask.shape[1]) - first  # keys under each cell
@@ -736,7 +749,8 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _student(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    return attach(model_class(copy.deepcopy(config)), **config.sea)
+    options = {"bin": 0, **config.sea}  # students from before there were bins do not say that they have none
+    return attach(model_class(copy.deepcopy(config)), **options)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -267,10 +267,10 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
         terms["score"] = weights.score * sea.score_loss(
             student.q * student.scale, student.k, teacher.q * teacher.scale, teacher.k, seen, 1.0)
     if student.sea is not None and student.sea.scores is not None:
-        ops = sea.operations(student.config, teacher.q)
-        width = student.config.width
-        pooled = ops.pool_attention(teacher.q, teacher.k, seen, width, teacher.scale)
-        terms["estimate"] = sea.estimate_loss(student.sea.scores, pooled, seen, row=student.sea.row)
+        config, result = student.config, student.sea
+        ops, cells = sea.operations(config, teacher.q), config.cell_layout(result.in_cells)
+        pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale, **cells)
+        terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row, **cells)
     return terms
 
 

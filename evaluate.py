@@ -310,9 +310,11 @@ def follow_teacher(student, teacher) -> None:
 
         def follow_layer(ops, q, k, v, rows, softmax_scale, past):
             scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
-            of_teacher, width = records[layer], attention.config.width
-            pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, width, of_teacher.scale)
-            best = rows.of(best_scores(pooled, rows.seen))
+            of_teacher, config = records[layer], attention.config
+            cells = config.cell_layout(rows.in_cells)
+            pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, config.width,
+                                        of_teacher.scale, **cells)
+            best = rows.of(best_scores(pooled, **cells))
             return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
 
         attention.estimate_attention = follow_layer
@@ -323,9 +325,9 @@ def follow_teacher(student, teacher) -> None:
         follow(i, module.sea)
 
 
-def best_scores(pooled: sea.PooledAttention, seen: Tensor) -> Tensor:
+def best_scores(pooled: sea.PooledAttention, in_cells: Tensor, unit: int, first: int) -> Tensor:
     """The best estimate of the attention, scores (B, H, T, width): the log of its mean in each cell."""
-    n_keys = sea.keys_per_cell(seen, pooled.cells.shape[-1])[:, None]  # (B, 1, T, width)
+    n_keys = sea.keys_per_cell(in_cells, pooled.cells.shape[-1], unit, first)[:, None]  # (B, 1, T, width)
     return (pooled.cells / n_keys.clamp(min=1)).clamp(min=1e-30).log()
 
 
@@ -701,10 +703,9 @@ def keys_per_query(model, data: Tensor, args) -> float:
     """Mean keys that a query attends to, over layers, heads and the queries of one window."""
     with autocast(args), convert.record(model) as records:
         model(data[:1].to(args.device), use_cache=False)
-    if records[0].sea is None or records[0].sea.cells is None:  # dense, or a control without cells
+    if records[0].sea is None or records[0].sea.row is None:  # dense, or a control without a choice
         return (data.shape[1] + 1) / 2
-    n_keys = sea.keys_per_cell(records[0].sea.seen, records[0].config.width)[:, None]
-    return torch.stack([(r.sea.mask * n_keys).sum(-1) for r in records]).float().mean().item()
+    return torch.stack([r.sea.n_attended().float().mean() for r in records]).mean().item()
 
 
 Records = list[convert.Record]  # one a layer

@@ -194,13 +194,23 @@ class SEAConfig:
 
     def n_listed(self, topk: int) -> int:
         """The most bins that a row may have: first, chosen, and those of the last keys."""
-        chosen = self.n_chosen(topk) * (1 if GROUPS[self.group].n_kept(7, 1, 1) == 1 else self.n_head)
-        return self.n_first + chosen + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
+        of_all_heads = self.group == "causal_batch"
+        return self.n_always + self.n_chosen(topk) * (self.n_head if of_all_heads else 1)
+
+    @property
+    def n_always(self) -> int:
+        """The most bins that hold first and last keys."""
+        return self.n_first + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
 
     def in_cells(self, seen: Tensor) -> Tensor:
         """How many keys the cells of a row that sees `seen` share out: all, or with bins those before
         the last `local`, rounded down to whole bins."""
         return (seen - self.local).clamp(min=0) // self.bin * self.bin if self.has_bins else seen
+
+    def cell_layout(self, in_cells: Tensor) -> dict:
+        """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of queries
+        with in_cells (B, T) keys in cells."""
+        return dict(in_cells=in_cells, unit=self.unit, first=self.n_first * self.bin)
 
 
 # -- small tools -----------------------------------------------------------------------------------
@@ -684,11 +694,20 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
         n_best = n_chosen if config.group != "causal_batch" else n_chosen * H
         group = "query" if GROUPS[config.group].shared else config.group
         chosen = keep_best(of_choosers(ranked).masked_fill(~is_candidate, -1), n_best, group) & is_candidate
-    always = (number < config.n_first) | (number >= middle[..., None])  # (B, R, bins)
+    always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
+    bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
+    return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()
+
+
+def always_bins(row_seen: Tensor, config: SEAConfig) -> Tensor:
+    """The bins of a row's first keys and of those from the end of its cells to its last query, NONE where
+    there is none: (B, R) -> (B, R, n)."""
+    n_first, bin = config.n_first, config.bin
+    first, last = (torch.arange(n, device=row_seen.device) for n in (n_first, config.n_always - n_first))
+    last = (config.in_cells(row_seen) // bin).clamp(min=n_first)[..., None] + last
+    bins = torch.cat([first.expand(*last.shape[:2], -1), last], dim=-1)
     end = (row_seen + config.query_stride - 1) * (row_seen > 0)
-    keep = (chosen | always[:, None]) & (number * bin < end[..., None])[:, None]
-    bins = torch.where(keep, number, NONE).sort(-1).values[..., :n_listed]
-    return F.pad(bins, (0, n_listed - bins.shape[-1]), value=NONE).int()
+    return bins.masked_fill(bins * bin >= end[..., None], NONE)
 
 
 # -- 7. from cells to keys -------------------------------------------------------------------------
@@ -712,10 +731,12 @@ def first_key_of_cell(p, seen, width: int):
     return (2 * seen * p + width) // (2 * width)
 
 
-def keys_per_cell(seen: Tensor, width: int) -> Tensor:
-    """(B, T) -> (B, T, width): how many keys each cell covers."""
-    cells = torch.arange(width + 1, device=seen.device)
-    return first_key_of_cell(cells, seen[..., None], width).diff(dim=-1)
+def keys_per_cell(in_cells: Tensor, width: int, unit: int = 1, first: int = 0) -> Tensor:
+    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as in
+    cells_of_keys."""
+    cells = torch.arange(width + 1, device=in_cells.device)
+    edges = first_key_of_cell(cells, in_cells[..., None] // unit, width) * unit
+    return edges.clamp(min=first).diff(dim=-1)
 
 
 def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> tuple[Tensor, Tensor]:
@@ -996,7 +1017,14 @@ class SEAOutput:
         if self.bins is None:
             return expand_mask(self.mask, self.seen, n_keys)
         keep = expand_bins(take(self.bins, self.row), self.seen, n_keys, self.bin)
-        return repeat_heads(keep, self.scores.shape[1])
+        return repeat_heads(keep, self.out.shape[1])
+
+    def n_attended(self) -> Tensor:
+        """How many keys each query attends to: (B, H, T), or (B, C, T) with bins."""
+        if self.bins is None:
+            return (self.mask * keys_per_cell(self.seen, self.mask.shape[-1])[:, None]).sum(-1)
+        begin = take(self.bins, self.row).long() * self.bin
+        return (self.seen[:, None, :, None] - begin).clamp(0, self.bin).sum(-1)
 
 
 # -- the border: valid tokens first, and the rows to estimate --------------------------------------
@@ -1025,7 +1053,9 @@ class Tokens:
         if self.came_from is not None:
             back = self.came_from.argsort(dim=1)
             result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
-            result.row = None if result.row is None else result.row.gather(1, back)
+            for name in ("row", "in_cells"):
+                x = getattr(result, name)
+                setattr(result, name, None if x is None else x.gather(1, back))
         return result
 
 
@@ -1078,6 +1108,7 @@ class Rows:
     last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
     next_count: Tensor  # (B,) tokens of each sequence after this call
     n_new: Tensor  # (B,)
+    in_cells: Tensor  # (B, T) keys that the cells of each query share out
     stride: int
     aligned: bool  # rows stand at places 0, stride, 2 * stride, ... of every sequence
 
@@ -1247,10 +1278,9 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows, scale,
                                                        past)
-        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.seen)
+        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells)
         attend = dict(softmax_scale=scale, row=rows.row, order=tokens.key_order)
         if config.has_bins:
-            result.in_cells = config.in_cells(rows.row_seen).gather(1, rows.row)
             result.bins, result.bin = self.choose_bins(ops, tokens, scores, rows, topk, scale, past), config.bin
             state.last_bins = take(result.bins, rows.last)
             sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
@@ -1279,12 +1309,15 @@ class SEAttention(nn.Module):
         """The queries to estimate."""
         T, stride, n_new = tokens.q.shape[2], self.config.query_stride, tokens.n_new
         if not self.config.causal:
-            return Rows(*all_rows(n_new, T), n_new, stride, aligned=True)
+            chosen = all_rows(n_new, T)
+            return Rows(*chosen, n_new, chosen[0], stride, aligned=True)
         n_before = past.last_scores.shape[2]
         chosen = ops.choose_rows(past.count, n_new, T, stride, n_before)
         # So they are in a sequence's first call; and of a single token it does not matter.
         aligned = stride == 1 or T == 1 or past.n_tokens == 0
-        return Rows(*chosen, n_new, stride, aligned)
+        seen, row, row_seen = chosen[:3]  # with bins a row's queries have its cells, else their own
+        in_cells = self.config.in_cells(row_seen).gather(1, row) if self.config.has_bins else seen
+        return Rows(*chosen, n_new, in_cells, stride, aligned)
 
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
@@ -1514,9 +1547,8 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
     _expect(in_cells.shape == (B, T), "in_cells", f"shape (B, T) = {(B, T)}", tuple(in_cells.shape))
     s = at_least_fp32(scores if row is None else take(scores, row))  # (B, H, T, width)
     visible = in_cells > first
-    edges = first_key_of_cell(torch.arange(width + 1, device=s.device), in_cells[..., None] // unit, width)
-    n = (edges * unit).clamp(min=first).diff(dim=-1)  # keys of each cell, (B, T, width)
-    n = n.masked_fill(~visible[..., None], 1)[:, None]
+    n = keys_per_cell(in_cells, width, unit, first)
+    n = n.masked_fill(~visible[..., None], 1)[:, None]  # (B, 1, T, width)
     log_z = (s + n.to(s.dtype).log()).logsumexp(-1)
     # An empty cell takes no part; without the fill its a_p may overflow, and 0 * inf is nan.
     a = (s - log_z[..., None]).masked_fill(n == 0, -torch.inf).exp()
