@@ -2,6 +2,8 @@
 
     performer   linear attention alone (Choromanski et al., ICLR 2021), as in SEA but without
                 positions: beside it one sees what the estimated mask adds
+    window      the first keys and the last ones alone (Xiao et al., ICLR 2024), as many as SEA
+                attends to: beside it one sees what is found between them
 
 Each is a module built from a SEAConfig, with SEAttention's forward, so that convert.attach and
 distill.py treat them alike.
@@ -12,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sea import (SEAConfig, SEAOutput, SEAState, _expect, all_rows, at_least_fp32,
+from sea import (SEAConfig, SEAOutput, SEAState, _expect, all_rows, always_bins, at_least_fp32,
                  causal_linear_attention, check_call, choose_rows, in_chunks, is_token,
-                 linear_attention, no_autocast, orthogonal_features, relu_features,
+                 linear_attention, no_autocast, operations, orthogonal_features, relu_features,
                  scale_or_default, scaled_qk, softmax_features, to_front)
 
 
@@ -79,4 +81,43 @@ class PerformerAttention(nn.Module):
         return causal_linear_attention(q_feat, k_feat, at_least_fp32(v), past, place)
 
 
-BASELINES = {"performer": PerformerAttention}
+class WindowAttention(nn.Module):
+    """softmax(q k^T * softmax_scale) v over the first keys and the last ones. It has no parameters; the
+    model around it learns.
+
+    Of the config it uses n_head, n_kv_head, d_head, topk, bin, first and backend. Raises ValueError if
+    that is not causal or has no bins.
+    """
+
+    def __init__(self, config: SEAConfig):
+        super().__init__()
+        _expect(config.has_bins, "bin", ">= 1, and a causal layer, for a window", config.bin)
+        self.config = replace(config, local=0, query_stride=1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
+                softmax_scale: float | None = None, state: SEAState | None = None,
+                topk: int | None = None, kv_cached: bool = False,
+                rows_at_once: int | None = None) -> SEAOutput:
+        """As SEAttention.forward. The result has bins but no scores."""
+        check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
+        config, scale = self.window(topk), scale_or_default(softmax_scale, self.config.d_head)
+        if rows_at_once is not None and q.shape[2] > rows_at_once:
+            return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached, softmax_scale=scale,
+                             topk=topk)
+        past = SEAState.empty(config, q) if state is None else state
+        tokens = to_front(q, k, v, valid, past, kv_cached)
+        seen, row, _, _, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
+        bins = always_bins(seen, config)[:, None].expand(-1, config.kv_heads, -1, -1).int()
+        out = operations(config, q).bin_attention(tokens.q, tokens.keys, tokens.values, bins, seen, scale,
+                                                  bin=config.bin, order=tokens.key_order)
+        state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2])
+        state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
+        return tokens.back(SEAOutput(out, seen, state, row=row, bins=bins, bin=config.bin))
+
+    def window(self, topk: int | None) -> SEAConfig:
+        """The config whose last keys take what the first leave of the budget."""
+        config, topk = self.config, self.config.topk if topk is None else topk
+        return replace(config, topk=topk, local=topk - config.n_first * config.bin - config.bin // 2)
+
+
+BASELINES = {"performer": PerformerAttention, "window": WindowAttention}

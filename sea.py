@@ -113,9 +113,9 @@ class SEAConfig:
     topk: int = 64
     causal: bool = True
     group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
-    bin: int = 8  # keys of a bin, step 6b (causal); 0: all keys under the best cells, as in the paper
-    local: int = 28  # last keys, attended to by every query, with bins
-    first: int = 8  # the sequence's first keys, the same
+    bin: int = 4  # keys of a bin, step 6b (causal); 0: all keys under the best cells, as in the paper
+    local: int = 16  # last keys, attended to by every query, with bins
+    first: int = 4  # the sequence's first keys, the same
     candidates: int = 8  # bins that compete, as a multiple of those that are chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
@@ -185,17 +185,21 @@ class SEAConfig:
 
     def n_chosen(self, topk: int) -> int:
         """Bins to choose for a query and head, so that with its first and last keys, on average
-        `local` + (`bin` - 1) / 2, it has no more than topk."""
-        rest = 2 * (topk - self.n_first * self.bin - self.local) - self.bin + 1
-        least = topk + -(-(2 * self.bin - rest) // 2)
-        _expect(rest >= 2 * self.bin, "topk", f"at least {least}, for {self.n_first * self.bin} first "
-                f"keys, {self.local} last ones and a bin of {self.bin}", topk)
-        return rest // (2 * self.bin)
+        local + (bin - 1) / 2 of them, it has at most topk keys."""
+        always = self.n_first * self.bin + self.local
+        least = always + self.bin // 2
+        _expect(topk >= least, "topk", f"at least {least}, since {always} first and last keys are always "
+                "attended to", topk)
+        return (2 * (topk - always) - self.bin + 1) // (2 * self.bin)
 
     def n_listed(self, topk: int) -> int:
         """The most bins that a row may have: first, chosen, and those of the last keys."""
-        of_all_heads = self.group == "causal_batch"
-        return self.n_always + self.n_chosen(topk) * (self.n_head if of_all_heads else 1)
+        return self.n_always + self.n_chosen(topk) * self.n_ranked_together
+
+    @property
+    def n_ranked_together(self) -> int:
+        """Choices of bins that are ranked together."""
+        return self.n_head if self.group == "causal_batch" else 1
 
     @property
     def n_always(self) -> int:
@@ -661,7 +665,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     heads of a key/value head share a choice, and the means of their probabilities are ranked.
 
         candidates   bins of the best cells, about config.candidates times as many as are chosen
-        chosen       config.n_chosen(topk) of them, by score of the cell + softmax_scale * q . (mean key)
+        chosen       config.n_chosen(topk) of them, by softmax_scale * q . (mean key of the bin)
         always       the first keys, and all keys from the end of the cells to the row's last query
     """
     (B, H, R, width), bin, C = scores.shape, config.bin, config.n_choosers
@@ -680,20 +684,19 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     with no_autocast(q):
         # -- candidates
         holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width)
-        scores = at_least_fp32(scores).masked_fill(~holds, lowest)
-        probs = of_choosers(scores.softmax(-1)).masked_fill(~holds, -1)
+        probs = of_choosers(at_least_fp32(scores).masked_fill(~holds, lowest).softmax(-1))
+        probs = probs.masked_fill(~holds, -1)
         n_cells = _rounded(config.candidates * n_chosen * width, middle.clamp(min=1))
         best_cells = keep_best(probs, n_cells, "query") & holds
         cell = cell_of_key(number, middle[..., None].clamp(min=1), width).clamp(max=width - 1)[:, None]
         is_candidate = best_cells.gather(-1, cell.expand(-1, C, -1, -1))
         is_candidate &= (number >= config.n_first) & (number < middle[:, None, :, None])
         # -- the best of them
-        products = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(mean_keys(k, bin), H)).mT
-        ranked = scores.gather(-1, cell.expand(-1, H, -1, -1)) + products  # (B, H, R, bins)
-        ranked = ranked.masked_fill(~is_candidate.repeat_interleave(H // C, 1), lowest).softmax(-1)
-        n_best = n_chosen if config.group != "causal_batch" else n_chosen * H
-        group = "query" if GROUPS[config.group].shared else config.group
-        chosen = keep_best(of_choosers(ranked).masked_fill(~is_candidate, -1), n_best, group) & is_candidate
+        means = at_least_fp32(repeat_heads(mean_keys(k, bin), H))
+        products = (at_least_fp32(q) * softmax_scale) @ means.mT  # (B, H, R, bins)
+        products = products.masked_fill(~repeat_heads(is_candidate, H), lowest)
+        probs = of_choosers(products.softmax(-1)).masked_fill(~is_candidate, -1)
+        chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group) & is_candidate
     always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()
