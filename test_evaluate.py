@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -25,7 +26,7 @@ import convert
 import distill
 import evaluate
 import sea
-from test_convert import SEQ, recomputed, tiny, tokens
+from test_convert import FAMILIES, SEQ, build, recomputed, tiny, tokens
 from test_distill import SMALL, home, run_steps, torchrun  # noqa: F401, home is a fixture
 
 
@@ -208,6 +209,99 @@ def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatc
     convert.save(convert.load(student), tmp_path / "other")
     evaluate.main(arguments(home, "--students", student, tmp_path / "other", "--topk", 2, "--out", tmp_path))
     assert len(students) == 2
+
+
+# -- long windows ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_inside_documents_are_of_every_document_in_turn():
+    documents = [torch.arange(7), torch.arange(100, 102), torch.arange(200, 212)]
+    expected = [[0, 1, 2], [200, 201, 202], [3, 4, 5], [203, 204, 205], [206, 207, 208], [209, 210, 211]]
+    for most in (None, 2, 3):
+        found = evaluate.windows_inside(documents, 3, most)
+        assert found.tolist() == expected[:most] and found.dtype == torch.long
+
+
+def test_windows_asked_for_inside_documents_are_pieces_of_them(home, tmp_path, monkeypatch):
+    """Without the token between two; those of documents in a row are not."""
+    documents, found = ["The quick red fox jumps over the dog. " * n for n in (9, 1, 5)], {}
+    (tmp_path / "text.txt").write_text("\n\n\n".join(documents))
+    monkeypatch.setattr(evaluate, "measure", lambda model, setting: found.update(valid=setting.valid) or dict(ppl=2.0, keys=1.0, by_position=[]))
+    tokenizer, own = AutoTokenizer.from_pretrained(home / "teacher"), ["--valid-data", tmp_path / "text.txt", "--out", tmp_path]
+    inside = []
+    for options in (["--inside-documents"], []):
+        evaluate.main(arguments(home, *own, *options))
+        assert len(found["valid"]) > 5
+        inside.append([any(tokenizer.decode(x) in document for document in documents) for x in found["valid"]])
+    assert all(inside[0]) and not all(inside[1])
+    with pytest.raises(SystemExit, match="^--inside-documents: expected a document of at least the 400 tokens of --seq-len, got [0-9]+ in"):
+        evaluate.windows_inside([tokenizer(x, return_tensors="pt").input_ids[0] for x in documents], 400)
+
+
+@torch.no_grad()
+def test_perplexity_of_the_last_tokens_of_each_window(home, tmp_path, capsys):
+    """In the table, ratios and curves; by position all are told."""
+    found = {n: evaluate.main(arguments(home, "--out", tmp_path, "--from-token", n))["teacher"] for n in (1, 2, 9, 16)}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32), AutoTokenizer.from_pretrained(home / "teacher")
+    args = evaluate.parse(arguments(home))
+    data = evaluate.windows(evaluate.tokenize(evaluate.load_documents(args), tokenizer), 16)
+    nll = -model(data).logits[:, :-1].log_softmax(-1).gather(2, data[:, 1:, None])[..., 0]  # of tokens 2-16
+    for n, first in ((1, 2), (2, 2), (9, 9), (16, 16)):
+        assert found[n]["ppl"] == pytest.approx(nll[:, first - 2 :].mean().exp().item(), rel=1e-4)
+        assert found[n]["by_position"] == found[1]["by_position"]
+    assert "no overlap, val ppl of tokens 9-16\n" in capsys.readouterr().out
+
+
+CAUSAL = {kind: case for kind, case in FAMILIES.items() if case[0].endswith(("ForCausalLM", "LMHeadModel"))}
+CAUSAL |= {"gemma2, soft caps": ("Gemma2ForCausalLM", dict(final_logit_softcapping=1.5)),
+           "granite, a scale": ("GraniteForCausalLM", dict(logits_scaling=3.0))}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_logits_of_a_chunk_at_a_time_are_the_models_own(kind):
+    """Those of the head, scaled or capped as the model does, of a trunk that ran once; and the model is as it was."""
+    model, x, seen, trunks = build(*CAUSAL[kind]), tokens(3), [], []
+    expected = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    convert.attention_modules(model)[0].register_forward_hook(lambda *_: trunks.append(1))
+    for chunk, n_chunks in ((5, [5, 5, 5, 5, 3]), (512, [SEQ - 1])):
+        seen.clear(), trunks.clear()
+        torch.testing.assert_close(evaluate.losses_in_chunks(model, x, chunk), expected, rtol=1e-5, atol=1e-5)
+        assert seen == n_chunks and len(trunks) == 1
+    assert model(x).logits.shape[1] == SEQ and len(trunks) == 2
+
+
+def test_no_pass_makes_the_logits_of_a_whole_window(home, student, tmp_path, monkeypatch):
+    """An oracle's included, which runs the teacher beside it."""
+    model, seen = convert.load(student), set()
+    model.config.sea_oracle = True
+    convert.save(model, tmp_path / "oracle")
+    monkeypatch.setattr(evaluate, "token_losses", functools.partial(evaluate.token_losses, chunk=4))
+    vocabulary = model.config.vocab_size
+    look = lambda module, args, output: seen.add(output.shape[1]) if getattr(module, "out_features", 0) == vocabulary else None
+    hook = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        evaluate.main(arguments(home, "--students", student, tmp_path / "oracle", "--topk", "2", "--prompt", "The quick", "--new-tokens", "2",
+                                "--out", tmp_path))
+    finally:
+        hook.remove()
+    assert seen == {1, 3, 4}
+
+
+@torch.no_grad()
+def test_pictures_of_long_windows_are_of_their_first_tokens(tmp_path, monkeypatch, capsys):
+    (student, teacher), x, drawn = other_student(), tokens(1)[0], []
+    monkeypatch.setattr(evaluate, "draw_head", lambda figure, axes, images: drawn.append(images))
+    args = evaluate.parse(["--model", "x", "--device", "cpu", "--look", "1.0"])
+    evaluate.draw(student, teacher, x, tmp_path / "sea.png", args)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(evaluate, "DRAWN", 10)
+    evaluate.draw(student, teacher, x, tmp_path / "sea.png", args)
+    assert capsys.readouterr().out == f"sea.png shows the first 10 tokens of {SEQ}\n"
+    for (_, whole), (_, first) in zip(*(list(images.items()) for images in drawn), strict=True):
+        assert first.shape == (10, 10)
+        torch.testing.assert_close(first, whole[:10, :10])
 
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------

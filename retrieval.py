@@ -1,0 +1,188 @@
+"""Retrieval from long texts, a small set of tasks in the manner of RULER (Hsieh et al., 2024):
+
+    one needle          a sentence with a keyword's number in a long text, at one of five depths; the
+                        prompt ends where the number has to be repeated
+    several needles     four such sentences of other keywords and numbers, anywhere; one is asked for
+    variable tracking   VAR AB = 12345 ... VAR CD = VAR AB ... VAR EF = VAR CD, in this order, anywhere;
+                        all variables that are 12345 have to be named
+
+Differs: RULER's prompts are for chat models, and its answers are looked for anywhere in generated text,
+variables one by one. Here the greedy continuation has to begin with the whole answer, and a chain has
+two steps instead of four. evaluate.py --retrieval measures models with it.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ONE, SEVERAL, VARIABLES = TASKS = ("one needle", "several needles", "variable tracking")
+DEPTHS = (0, 25, 50, 75, 100)  # percent of the text that stand before the needle
+KEYWORDS = ("anchor apple basket bridge candle castle copper dragon engine falcon garden hammer island "
+            "jacket kettle ladder marble needle orange pepper pillow rocket saddle silver tunnel turtle "
+            "velvet violin walnut window").split()
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+ENOUGH = 0.8  # of the examples, for a teacher whose students are to be measured
+
+
+@dataclass
+class Examples:
+    """Prompts with their answers at the end, all of one length."""
+
+    tasks: list[tuple[str, int | None]]  # of each: one of TASKS, and of one needle its depth
+    tokens: Tensor  # (n, length), int64
+    n_answer: Tensor  # (n,), int64: how many tokens at the end are the answer
+
+
+def make_examples(tokenizer, text: Tensor, length: int, n: int) -> Examples:
+    """n examples of each task and depth, the same ones in each call; text: token ids (n_tokens,) that
+    the long texts are cut from.
+
+    Raises ValueError if there are too few of them, or if `length` leaves no room beside the sentences.
+    """
+    maker = Maker(tokenizer, text, length)
+    tasks = [(ONE, depth) for depth in DEPTHS] + [(SEVERAL, None), (VARIABLES, None)]
+    tasks = [task for task in tasks for _ in range(n)]
+    made = [maker.example(task, depth, random.Random(f"{length}, {task}, {depth}, {i % n}"))
+            for i, (task, depth) in enumerate(tasks)]
+    tokens, n_answer = zip(*made)
+    return Examples(tasks, torch.stack(tokens), torch.tensor(n_answer))
+
+
+class Maker:
+    """Of examples of one length."""
+
+    def __init__(self, tokenizer, text: Tensor, length: int):
+        self.tokenizer, self.text, self.length = tokenizer, text, length
+        plain, special = self.ids("The"), tokenizer("The").input_ids
+        self.begin = special[: special.index(plain[0])]  # what the tokenizer puts before every text
+        ends = [i for token, i in tokenizer.get_vocab().items() if token.startswith((".", "!", "?"))]
+        self.ends = torch.tensor(ends)  # tokens that end a sentence
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def example(self, task: str, depth: int | None, rng: random.Random) -> tuple[Tensor, int]:
+        if task == VARIABLES:
+            return self.prompt(*variable_tracking(rng), rng)
+        return self.prompt(*needles(rng, 1 if task == ONE else 4, depth), rng)
+
+    def prompt(self, intro: str, sentences: list[tuple[float, str]], question: str, answer: str,
+               rng: random.Random) -> tuple[Tensor, int]:
+        """Token ids (length,) that end with the answer, and how many of them it has. sentences: where
+        each belongs, as a share of the text, and what it says."""
+        before, ending = self.begin + self.ids(intro), self.ids(question + answer)
+        inserted = [(share, torch.tensor(self.ids(text))) for share, text in sentences]
+        n = self.length - len(before) - len(ending) - sum(len(ids) for _, ids in inserted)
+        if n < 1:
+            raise ValueError(f"expected at least {self.length - n + 1} tokens, got {self.length}")
+        text, parts, start = self.haystack(n, rng), [torch.tensor(before)], 0
+        for share, ids in inserted:
+            end = max(start, self.place(text, share))
+            parts += [text[start:end], ids]
+            start = end
+        parts += [text[start:], torch.tensor(ending)]
+        asked = self.ids(question)
+        n_asked = next((i for i, (a, b) in enumerate(zip(asked, ending)) if a != b), len(asked))
+        return torch.cat([part.long() for part in parts]), len(ending) - n_asked
+
+    def haystack(self, n: int, rng: random.Random) -> Tensor:
+        """n tokens of the text, from anywhere."""
+        if n > len(self.text):
+            raise ValueError(f"expected a text of at least {n} tokens to hide sentences in, got "
+                             f"{len(self.text)} for examples of {self.length}")
+        start = rng.randrange(len(self.text) - n + 1)
+        return self.text[start : start + n]
+
+    def place(self, text: Tensor, share: float) -> int:
+        """Between two sentences if any end is near: how many tokens of the text stand before it."""
+        wanted = round(share * len(text))
+        places = torch.isin(text, self.ends).nonzero().flatten() + 1
+        places = places[(places - wanted).abs() <= len(text) // 10]
+        if share in (0, 1) or not len(places):
+            return wanted
+        return int(places[(places - wanted).abs().argmin()])
+
+
+def needles(rng: random.Random, n: int, depth: int | None):
+    """Intro, sentences, question and answer of n needles: one at a depth in percent, or anywhere."""
+    keywords, numbers = rng.sample(KEYWORDS, n), [str(x) for x in rng.sample(range(10**6, 10**7), n)]
+    shares = sorted(rng.random() for _ in keywords) if depth is None else [depth / 100]
+    asked = rng.randrange(n)
+    sentences = [(share, f" The special magic number for {keyword} is {number}.")
+                 for share, keyword, number in zip(shares, keywords, numbers)]
+    return INTRO, sentences, QUESTION.format(keywords[asked]), " " + numbers[asked]
+
+
+INTRO = "Special magic numbers are hidden in the following text. Remember them.\n\n"
+QUESTION = "\n\nThe special magic number for {} is"
+
+
+def variable_tracking(rng: random.Random, steps: int = 2):
+    """The same of a chain of variables."""
+    number, names = str(rng.randrange(10**4, 10**5)), []
+    while len(names) <= steps:
+        name = "".join(rng.sample(LETTERS, 3))
+        names += [name] if name not in names else []
+    values = [number, *(f"VAR {name}" for name in names[:-1])]
+    sentences = [(share, f" VAR {name} = {value}.")
+                 for share, name, value in zip(sorted(rng.random() for _ in names), names, values)]
+    return (V_INTRO, sentences, V_QUESTION.format(number, number), " " + ", ".join(names))
+
+
+V_INTRO = "Variables are assigned in the following text. Remember them.\n\n"
+V_QUESTION = "\n\nThe variables with the value {} are, in this order:"
+
+
+@torch.no_grad()
+def is_solved(model, tokens: Tensor, n_answer: Tensor) -> Tensor:
+    """Whether greedy decoding of each prompt begins with its answer: bool (B,), of tokens (B, T) on the
+    model's device, which end with the answers, and their lengths n_answer (B,).
+
+    Nothing is generated. Decoding gives the answer's first token if that is the likeliest after the
+    prompt, then its second if that is the likeliest after prompt and first, and so on: one pass over
+    prompt and answer tells all of them.
+    """
+    most = int(n_answer.max())
+    logits = model(tokens, use_cache=False, logits_to_keep=most + 1).logits
+    right = logits[:, :-1].argmax(-1) == tokens[:, -most:]  # (B, most)
+    before = torch.arange(most, 0, -1, device=tokens.device) > n_answer[:, None]  # the answer
+    return (right | before).all(1)
+
+
+def shares(examples: Examples, solved: Tensor) -> list[dict]:
+    """The share of each task's examples that are solved, bool (n,); of one needle by depth, too."""
+    length, solved = examples.tokens.shape[1], solved.tolist()
+
+    def share(*labels) -> float:
+        mine = [x for label, x in zip(examples.tasks, solved) if label in labels]
+        return sum(mine) / len(mine)
+
+    by_depth = [dict(depth=depth, found=share((ONE, depth))) for depth in DEPTHS]
+    one = dict(found=share(*((ONE, depth) for depth in DEPTHS)), by_depth=by_depth)
+    several, variables = (dict(found=share((task, None))) for task in (SEVERAL, VARIABLES))
+    return [dict(task=task, length=length) | found for task, found in zip(TASKS, (one, several, variables))]
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def print_tables(rows: dict[str, dict]) -> None:
+    """rows: name of a model -> dict(retrieval=all that `shares` gave)."""
+    found = {name: row["retrieval"] for name, row in rows.items()}
+    for task in TASKS:
+        print_table(task, {name: [share for share in mine if share["task"] == task]
+                           for name, mine in found.items()}, "length", "{:,}")
+    for i, share in enumerate(found["teacher"]):
+        if share["task"] == ONE:
+            print_table(f"at {share['length']:,}, depth", {name: mine[i]["by_depth"]
+                        for name, mine in found.items()}, "depth", "{} %")
+    print(f"\n* the teacher itself finds less than {ENOUGH:.0%}: this says little of its students")
+
+
+def print_table(title: str, rows: dict[str, list[dict]], field: str, form: str) -> None:
+    columns = [form.format(x[field]) + " *" * (x["found"] < ENOUGH) for x in rows["teacher"]]
+    print(f"\n{title:18} " + " ".join(f"{column:>9}" for column in columns))
+    for name, shares in rows.items():
+        print(f"{name:18} " + " ".join(f"{x['found']:9.0%}" for x in shares))
