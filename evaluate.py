@@ -1000,17 +1000,22 @@ def retrieval_of_student(name: str, folder: str, original, teacher, examples: li
                          args) -> dict[str, dict]:
     """Rows of the table: the student's, and one for each of --topk."""
     method, student = open_student(folder, original, teacher, args)
-    rows = {name: dict(retrieval=shares_found(student, examples, args))}
+    rows = {name: dict(retrieval=shares_found(name, student, examples, args))}
     for k in args.topk if method == "sea" else []:
         convert.set_option(student, topk=k)
-        found = shares_found(student, examples, args)
+        found = shares_found(f"{name}, topk {k}", student, examples, args)
         rows[f"{name}, topk {k}"] = dict(student=name, topk=k, retrieval=found)
     return rows
 
 
-def shares_found(model, examples: list[retrieval.Examples], args) -> list[dict]:
-    """Of each length and task."""
-    return [share for one in examples for share in retrieval.shares(one, solved(model, one, args))]
+def shares_found(name: str, model, examples: list[retrieval.Examples], args) -> list[dict]:
+    """Of each length and task. name: the model's."""
+    shares = []
+    for part in examples:
+        found, (n, length) = solved(model, part, args), part.tokens.shape
+        print(f"{name}: {int(found.sum())} of {n} found, in {length:,} tokens", flush=True)
+        shares += retrieval.shares(part, found)
+    return shares
 
 
 @torch.no_grad()
@@ -1274,7 +1279,7 @@ def measure_retrieval(args, header: dict[str, str]) -> dict[str, dict]:
         sys.exit(f"--retrieval: {error}")
     teacher = to_device(copy.deepcopy(original) if args.shard else original, args)
 
-    rows = {"teacher": dict(retrieval=shares_found(teacher, examples, args))}
+    rows = {"teacher": dict(retrieval=shares_found("teacher", teacher, examples, args))}
     for name, folder in name_students(args.students).items():
         rows |= retrieval_of_student(name, folder, original, teacher, examples, args)
     retrieval.print_tables(rows)

@@ -3,8 +3,8 @@
     one needle          a sentence with a keyword's number in a long text, at one of five depths; the
                         prompt ends where the number has to be repeated
     several needles     four such sentences of other keywords and numbers, anywhere; one is asked for
-    variable tracking   VAR AB = 12345 ... VAR CD = VAR AB ... VAR EF = VAR CD, in this order, anywhere;
-                        all variables that are 12345 have to be named
+    variable tracking   VAR ABC = 12345 ... VAR DEF = VAR ABC ... VAR GHJ = VAR DEF, anywhere in this
+                        order; all variables that are 12345 have to be named
 
 Differs: RULER's prompts are for chat models, and its answers are looked for anywhere in generated text,
 variables one by one. Here the greedy continuation has to begin with the whole answer, and a chain has
@@ -27,6 +27,16 @@ ENOUGH = 0.8  # of the examples, for a teacher whose students are to be measured
 
 
 @dataclass
+class Case:
+    """What an example says."""
+
+    intro: str
+    sentences: list[tuple[float, str]]  # in this order; where each belongs, as a share of the text
+    question: str
+    answer: str
+
+
+@dataclass
 class Examples:
     """Prompts with their answers at the end, all of one length."""
 
@@ -41,11 +51,14 @@ def make_examples(tokenizer, text: Tensor, length: int, n: int) -> Examples:
 
     Raises ValueError if there are too few of them, or if `length` leaves no room beside the sentences.
     """
-    maker = Maker(tokenizer, text, length)
-    tasks = [(ONE, depth) for depth in DEPTHS] + [(SEVERAL, None), (VARIABLES, None)]
-    tasks = [task for task in tasks for _ in range(n)]
-    made = [maker.example(task, depth, random.Random(f"{length}, {task}, {depth}, {i % n}"))
-            for i, (task, depth) in enumerate(tasks)]
+    maker, tasks, made = Maker(tokenizer, text, length), [], []
+    for task, depth in [*((ONE, depth) for depth in DEPTHS), (SEVERAL, None), (VARIABLES, None)]:
+        for i in range(n):
+            rng = random.Random(f"{length}, {task}, {depth}, {i}")
+            case = (needles(rng, 1, depth) if task == ONE else needles(rng, 4) if task == SEVERAL
+                    else variable_tracking(rng))
+            tasks.append((task, depth))
+            made.append(maker.example(case, rng))
     tokens, n_answer = zip(*made)
     return Examples(tasks, torch.stack(tokens), torch.tensor(n_answer))
 
@@ -63,27 +76,21 @@ class Maker:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def example(self, task: str, depth: int | None, rng: random.Random) -> tuple[Tensor, int]:
-        if task == VARIABLES:
-            return self.prompt(*variable_tracking(rng), rng)
-        return self.prompt(*needles(rng, 1 if task == ONE else 4, depth), rng)
-
-    def prompt(self, intro: str, sentences: list[tuple[float, str]], question: str, answer: str,
-               rng: random.Random) -> tuple[Tensor, int]:
-        """Token ids (length,) that end with the answer, and how many of them it has. sentences: where
-        each belongs, as a share of the text, and what it says."""
-        before, ending = self.begin + self.ids(intro), self.ids(question + answer)
-        inserted = [(share, torch.tensor(self.ids(text))) for share, text in sentences]
+    def example(self, case: Case, rng: random.Random) -> tuple[Tensor, int]:
+        """Token ids (length,) that end with the answer, and how many of them it has."""
+        before, asked = self.begin + self.ids(case.intro), self.ids(case.question)
+        ending = self.ids(case.question + case.answer)
+        inserted = [(share, torch.tensor(self.ids(text))) for share, text in case.sentences]
         n = self.length - len(before) - len(ending) - sum(len(ids) for _, ids in inserted)
         if n < 1:
             raise ValueError(f"expected at least {self.length - n + 1} tokens, got {self.length}")
         text, parts, start = self.haystack(n, rng), [torch.tensor(before)], 0
         for share, ids in inserted:
-            end = max(start, self.place(text, share))
+            end = self.place(text, share)
             parts += [text[start:end], ids]
             start = end
         parts += [text[start:], torch.tensor(ending)]
-        asked = self.ids(question)
+        # a tokenizer may join the question's end and the answer's beginning: then both are the answer
         n_asked = next((i for i, (a, b) in enumerate(zip(asked, ending)) if a != b), len(asked))
         return torch.cat([part.long() for part in parts]), len(ending) - n_asked
 
@@ -105,34 +112,29 @@ class Maker:
         return int(places[(places - wanted).abs().argmin()])
 
 
-def needles(rng: random.Random, n: int, depth: int | None):
-    """Intro, sentences, question and answer of n needles: one at a depth in percent, or anywhere."""
-    keywords, numbers = rng.sample(KEYWORDS, n), [str(x) for x in rng.sample(range(10**6, 10**7), n)]
+def needles(rng: random.Random, n: int, depth: int | None = None) -> Case:
+    """One needle at a depth in percent, or n of them anywhere."""
+    keywords, numbers = rng.sample(KEYWORDS, n), rng.sample(range(10**6, 10**7), n)
     shares = sorted(rng.random() for _ in keywords) if depth is None else [depth / 100]
     asked = rng.randrange(n)
-    sentences = [(share, f" The special magic number for {keyword} is {number}.")
-                 for share, keyword, number in zip(shares, keywords, numbers)]
-    return INTRO, sentences, QUESTION.format(keywords[asked]), " " + numbers[asked]
+    sentences = [f" The special magic number for {keyword} is {number}."
+                 for keyword, number in zip(keywords, numbers)]
+    return Case(intro="Special magic numbers are hidden in the following text. Remember them.\n\n",
+                sentences=list(zip(shares, sentences)),
+                question=f"\n\nThe special magic number for {keywords[asked]} is",
+                answer=f" {numbers[asked]}")
 
 
-INTRO = "Special magic numbers are hidden in the following text. Remember them.\n\n"
-QUESTION = "\n\nThe special magic number for {} is"
-
-
-def variable_tracking(rng: random.Random, steps: int = 2):
-    """The same of a chain of variables."""
-    number, names = str(rng.randrange(10**4, 10**5)), []
-    while len(names) <= steps:
-        name = "".join(rng.sample(LETTERS, 3))
-        names += [name] if name not in names else []
-    values = [number, *(f"VAR {name}" for name in names[:-1])]
-    sentences = [(share, f" VAR {name} = {value}.")
-                 for share, name, value in zip(sorted(rng.random() for _ in names), names, values)]
-    return (V_INTRO, sentences, V_QUESTION.format(number, number), " " + ", ".join(names))
-
-
-V_INTRO = "Variables are assigned in the following text. Remember them.\n\n"
-V_QUESTION = "\n\nThe variables with the value {} are, in this order:"
+def variable_tracking(rng: random.Random) -> Case:
+    number, letters = rng.randrange(10**4, 10**5), "".join(rng.sample(LETTERS, 9))
+    names = [letters[:3], letters[3:6], letters[6:]]
+    values = [number, *(f"VAR {name}" for name in names)]
+    shares = sorted(rng.random() for _ in names)
+    return Case(intro="Variables are assigned in the following text. Remember them.\n\n",
+                sentences=[(share, f" VAR {name} = {value}.")
+                           for share, name, value in zip(shares, names, values)],
+                question=f"\n\nThe variables with the value {number} are, in this order: VAR",
+                answer=" " + ", VAR ".join(names))
 
 
 @torch.no_grad()
@@ -147,8 +149,8 @@ def is_solved(model, tokens: Tensor, n_answer: Tensor) -> Tensor:
     most = int(n_answer.max())
     logits = model(tokens, use_cache=False, logits_to_keep=most + 1).logits
     right = logits[:, :-1].argmax(-1) == tokens[:, -most:]  # (B, most)
-    before = torch.arange(most, 0, -1, device=tokens.device) > n_answer[:, None]  # the answer
-    return (right | before).all(1)
+    is_prompt = torch.arange(most, 0, -1, device=tokens.device) > n_answer[:, None]
+    return (right | is_prompt).all(1)
 
 
 def shares(examples: Examples, solved: Tensor) -> list[dict]:
@@ -162,7 +164,8 @@ def shares(examples: Examples, solved: Tensor) -> list[dict]:
     by_depth = [dict(depth=depth, found=share((ONE, depth))) for depth in DEPTHS]
     one = dict(found=share(*((ONE, depth) for depth in DEPTHS)), by_depth=by_depth)
     several, variables = (dict(found=share((task, None))) for task in (SEVERAL, VARIABLES))
-    return [dict(task=task, length=length) | found for task, found in zip(TASKS, (one, several, variables))]
+    return [dict(task=task, length=length) | of_task
+            for task, of_task in zip(TASKS, (one, several, variables))]
 
 
 # -- tables ----------------------------------------------------------------------------------------
