@@ -92,7 +92,7 @@ class WindowAttention(nn.Module):
     def __init__(self, config: SEAConfig):
         super().__init__()
         _expect(config.has_bins, "bin", ">= 1, and a causal layer, for a window", config.bin)
-        self.config = replace(config, local=0, query_stride=1)
+        self.config = replace(config, local=1, query_stride=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
                 softmax_scale: float | None = None, state: SEAState | None = None,

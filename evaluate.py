@@ -5,13 +5,16 @@
     python evaluate.py --model DIR --data FILE            the teacher alone
     python evaluate.py ... --topk 8 16 32 64              SEA students with other numbers of keys, too
     python evaluate.py ... --prompt "Once upon" "def"     and how each model goes on
+    python evaluate.py ... --seq-len 32768 --inside-documents --from-token 16385     long contexts
+    python evaluate.py ... --retrieval 4096 32768         what each model finds in them, and that alone
     torchrun --nproc-per-node 2 evaluate.py ... [--shard]     several processes share the windows
 
 Of each model: validation perplexity, also by position in the window; keys per query, of one window;
 time of the attention alone; time and memory of a pass through the model; continuations of the prompts.
 Of a SEA student, by layer, of 8 windows: how near its estimate comes to the teacher's attention, and
 how much of that its cells keep. Prints tables; writes all of it to OUT/evaluate.json, pictures of heads to
-OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in them, OUT/topk.json.
+OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in them, OUT/topk.json;
+of --retrieval, see retrieval.py, OUT/retrieval.json.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import logging
 import math
@@ -45,6 +49,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import convert
+import retrieval
 import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
@@ -210,17 +215,28 @@ def windows(tokens: Tensor, seq_len: int, most: int | None = None, text: str = "
     return tokens[: n * seq_len].view(n, seq_len)[:most].long()
 
 
+def windows_inside(documents: list[Tensor], seq_len: int, most: int | None = None) -> Tensor:
+    """Windows of one document each, int64 (n, seq_len): the first of every document that is long enough,
+    then the second of every one, and so on."""
+    found = [windows(ids, seq_len) for ids in documents if len(ids) >= seq_len]
+    if not found:
+        sys.exit(f"--inside-documents: expected a document of at least the {seq_len} tokens of "
+                 f"--seq-len, got {max(map(len, documents))} in the longest one")
+    in_turn = [x for turn in itertools.zip_longest(*found) for x in turn if x is not None]
+    return torch.stack(in_turn[:most])
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
-def load_teacher(model: str | Path, seq_len: int):
+def load_teacher(model: str | Path, seq_len: int, option: str = "--seq-len"):
     """Pretrained model and tokenizer, from the hub or a folder. Weights in fp32, since checkpoints are
-    often in half precision."""
+    often in half precision. option: the one that asks for seq_len tokens."""
     name = HUB.get(str(model), str(model))
     tokenizer, teacher = from_hub(name)
     longest = teacher.config.max_position_embeddings
     if seq_len > longest:
-        sys.exit(f"--seq-len: expected at most the model's {longest} positions, got {seq_len}")
+        sys.exit(f"{option}: expected at most the model's {longest} positions, got {seq_len}")
     teacher.set_attn_implementation("sea_teacher")  # convert.record sees what it computes
     return teacher.eval().requires_grad_(False), tokenizer
 
@@ -302,7 +318,8 @@ def follow_teacher(student, teacher) -> None:
 
     def look(model, args, kwargs):
         with torch.no_grad(), convert.record(teacher) as found:
-            teacher(kwargs["input_ids"] if "input_ids" in kwargs else args[0], use_cache=False)
+            x = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            teacher(x, use_cache=False, logits_to_keep=1)
         records[:] = found
 
     def follow(layer: int, attention: sea.SEAttention):
@@ -644,11 +661,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "as saved)")
     add("--look", type=layer_and_head, nargs="+", default=[], metavar="LAYER.HEAD", help="heads to "
         "draw, counted from 0 (none: a median one)")
+    add("--inside-documents", action="store_true", help="windows of one document each, shorter "
+        "ones left out, instead of windows of all documents in a row")
+    add("--from-token", type=int, default=1, metavar="N", help="perplexity of the tokens N to "
+        "--seq-len of each window (default: %(default)s)")
+    add("--retrieval", type=int, nargs="+", default=[], metavar="LENGTH", help="measure retrieval from "
+        "texts of these numbers of tokens instead, see retrieval.py")
+    add("--retrieval-examples", type=int, default=20, metavar="N", help="of each task, depth and length "
+        "(default: %(default)s)")
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue, greedily")
     add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by "
         "(default: %(default)s)")
     args = p.parse_args(argv)
-    check_common_options(p, args, "new_tokens")
+    for name in ("seq_len", "eval_windows", "inside_documents", "from_token", "look", "prompt"):
+        if args.retrieval and getattr(args, name) != p.get_default(name):
+            p.error(f"--retrieval: expected no --{name.replace('_', '-')} beside it, which it has no "
+                    "use for")
+    check_common_options(p, args, "new_tokens", "from_token", "retrieval_examples")
+    if args.from_token > args.seq_len:
+        p.error(f"--from-token: expected at most the {args.seq_len} tokens of --seq-len, got "
+                f"{args.from_token}")
     check_backend(p, "--backend", args.backend, args.device)
     if any(k < 1 for k in args.topk):
         p.error(f"--topk: expected integers >= 1, got {args.topk}")
@@ -671,21 +703,56 @@ def perplexity(model, data: Tensor, args) -> float:
 @torch.no_grad()
 def token_losses(model, data: Tensor, args, chunk: int = 512) -> Tensor:
     """Negative log likelihood at each place of a window but the first, the mean over windows data
-    (n, T), which processes share: (T - 1,).
-
-    `chunk` tokens at a time: a large vocabulary's logits of a long window are too many for fp32.
-    """
+    (n, T), which processes share: (T - 1,)."""
     model.eval()
     total = torch.zeros(data.shape[1] - 1, dtype=torch.float64)
     for x, n in batches_of_process(data, args):
         with autocast(args):
-            logits = model(x, use_cache=False).logits
-        parts = zip(logits[:n, :-1].split(chunk, dim=1), x[:n, 1:].split(chunk, dim=1))
-        losses = [F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-                  for z, y in parts]
-        total += torch.cat(losses, dim=1).sum(0).cpu()
+            losses = losses_in_chunks(model, x, chunk)
+        total += losses[:n].sum(0).cpu()
     total = over_processes(total.tolist(), args)
     return torch.tensor(total, dtype=torch.float64) / len(data)
+
+
+def losses_in_chunks(model, x: Tensor, chunk: int) -> Tensor:
+    """Of each token of x (B, T) but the first, (B, T - 1), without more than `chunk` tokens' logits at
+    once: all those of a long window are 10 GB in half precision with a vocabulary of 150,000.
+
+    The trunk runs once. Of what it gave, the model's own forward makes the logits of each chunk, with
+    its scales and soft caps. It is one call of the model, whose hooks (an oracle's, FSDP's) run once.
+    """
+    trunk, given, losses = model.get_decoder(), [], []
+    run_trunk, run_model = trunk.forward, model.forward
+
+    def trunk_once(*args, **kwargs):
+        if not given:
+            given.append(run_trunk(*args, **kwargs))
+        return given[0]
+
+    def model_in_chunks(*args, **kwargs):
+        places = torch.arange(x.shape[1] - 1, device=x.device)  # the last token predicts none
+        for part, y in zip(places.split(chunk), x[:, 1:].split(chunk, dim=1)):
+            output = run_model(*args, **kwargs, logits_to_keep=part)
+            logits = output.logits.float().flatten(0, 1)
+            losses.append(F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape))
+        return output
+
+    with forward_of(trunk, trunk_once), forward_of(model, model_in_chunks):
+        model(x, use_cache=False)
+    return torch.cat(losses, dim=1)
+
+
+@contextlib.contextmanager
+def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module` runs `forward` within."""
+    before = vars(module).get("forward")  # most have their class's alone
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def batches_of_process(data: Tensor, args) -> Iterator[tuple[Tensor, int]]:
@@ -702,7 +769,7 @@ def batches_of_process(data: Tensor, args) -> Iterator[tuple[Tensor, int]]:
 def keys_per_query(model, data: Tensor, args) -> float:
     """Mean keys that a query attends to, over layers, heads and the queries of one window."""
     with autocast(args), convert.record(model) as records:
-        model(data[:1].to(args.device), use_cache=False)
+        model(data[:1].to(args.device), use_cache=False, logits_to_keep=1)
     if records[0].sea is None or records[0].sea.row is None:  # dense, or a control without a choice
         return (data.shape[1] + 1) / 2
     return torch.stack([r.sea.n_attended().float().mean() for r in records]).mean().item()
@@ -758,8 +825,9 @@ def check_against_model(args, teacher, tokenizer) -> None:
 
 def measure(model, setting: Setting) -> dict:
     args, valid = setting.args, setting.valid
-    losses = token_losses(model, valid, args)
-    return dict(ppl=losses.mean().exp().item(), keys=keys_per_query(model, valid, args),
+    losses = token_losses(model, valid, args)  # of the tokens 2, 3, ...
+    counted = losses[max(0, args.from_token - 2) :]
+    return dict(ppl=counted.mean().exp().item(), keys=keys_per_query(model, valid, args),
                 by_position=by_position(losses))
 
 
@@ -811,7 +879,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     GPU all of it is one replayed CUDA graph, where a graph can hold it."""
     model.eval()
     with autocast(args), convert.record(model) as records:
-        model(x.to(args.device), use_cache=False)
+        model(x.to(args.device), use_cache=False, logits_to_keep=1)
     inputs = [(r.q, r.k, r.v, r.scale) for r in records]
     del records  # a student's hold its scores
     runs, graph = [], True
@@ -855,9 +923,7 @@ def continuation(model, tokenizer, prompt: str, args) -> str:
 def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]:
     """Rows of the table: the student's, and one for each of --topk."""
     args, teacher = setting.args, setting.teacher
-    options = {} if args.backend is None else dict(backend=args.backend)
-    method, student = load_student("--students", folder, setting.original, teacher, **options)
-    to_device(student, args)
+    method, student = open_student(folder, setting.original, teacher, args)
     row = measure(student, setting)
     if method != "oracle":  # whose cells come from a whole pass of the teacher
         row |= measure_use(student, setting)
@@ -867,6 +933,13 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
         return {name: row}
     draw(student, teacher, setting.valid[0], picture(name, args), args)
     return {name: row} | at_each_topk(name, student, setting)
+
+
+def open_student(folder: str, original, teacher, args) -> tuple[str, nn.Module]:
+    """Which of METHODS it is, and the student, on the device."""
+    options = {} if args.backend is None else dict(backend=args.backend)
+    method, student = load_student("--students", folder, original, teacher, **options)
+    return method, to_device(student, args)
 
 
 def at_each_topk(name: str, student, setting: Setting) -> dict[str, dict]:
@@ -893,9 +966,9 @@ def both_records(student, teacher, x: Tensor, args) -> tuple[Records, Records]:
     """What each attention layer of both models sees and gives on token ids x (B, T)."""
     with autocast(args):
         with convert.record(teacher) as of_teacher:
-            teacher(x.to(args.device), use_cache=False)
+            teacher(x.to(args.device), use_cache=False, logits_to_keep=1)
         with convert.record(student) as of_student:
-            student(x.to(args.device), use_cache=False)
+            student(x.to(args.device), use_cache=False, logits_to_keep=1)
     return of_student, of_teacher
 
 
@@ -921,7 +994,48 @@ def estimate_report(student: convert.Record, teacher: convert.Record) -> Tensor:
     return torch.stack([kl(result.scores, result.row), kl(best), kept, share(best_cells)])
 
 
+# -- retrieval -------------------------------------------------------------------------------------
+
+
+def retrieval_of_student(name: str, folder: str, original, teacher, examples: list[retrieval.Examples],
+                         args) -> dict[str, dict]:
+    """Rows of the table: the student's, and one for each of --topk."""
+    method, student = open_student(folder, original, teacher, args)
+    rows = {name: dict(retrieval=shares_found(name, student, examples, args))}
+    for k in args.topk if method == "sea" else []:
+        convert.set_option(student, topk=k)
+        found = shares_found(f"{name}, topk {k}", student, examples, args)
+        rows[f"{name}, topk {k}"] = dict(student=name, topk=k, retrieval=found)
+    return rows
+
+
+def shares_found(name: str, model, examples: list[retrieval.Examples], args) -> list[dict]:
+    """Of each length and task. name: the model's."""
+    shares = []
+    for part in examples:
+        found, (n, length) = solved(model, part, args), part.tokens.shape
+        print(f"{name}: {int(found.sum())} of {n} found, in {length:,} tokens", flush=True)
+        shares += retrieval.shares(part, found)
+    return shares
+
+
+@torch.no_grad()
+def solved(model, examples: retrieval.Examples, args) -> Tensor:
+    """Which examples a model solves, bool (n,); processes share them."""
+    model.eval()
+    found = torch.zeros(len(examples.tokens))
+    for index, n in batches_of_process(torch.arange(len(found)), args):
+        mine = index.cpu()
+        x, n_answer = examples.tokens[mine].to(args.device), examples.n_answer[mine].to(args.device)
+        with autocast(args):
+            found[mine[:n]] = retrieval.is_solved(model, x, n_answer)[:n].float().cpu()
+    return torch.tensor(over_processes(found.tolist(), args)).bool()
+
+
 # -- figures ---------------------------------------------------------------------------------------
+
+
+DRAWN = 4096  # tokens of a sequence at most: a picture takes several (H, T, T)
 
 
 def picture(name: str, args) -> Path:
@@ -930,11 +1044,14 @@ def picture(name: str, args) -> Path:
 
 @torch.no_grad()
 def draw(student, teacher, x: Tensor, path: Path, args) -> None:
-    """Panels of each head of --look for one sequence x (T,). Without --look one head: the median by the
-    share of the teacher's attention that the keys attended hold."""
-    students, teachers = both_records(student, teacher, x[None], args)
+    """Panels of each head of --look for one sequence x (T,), or of its first tokens, whose attention is
+    the same without the later ones. Without --look one head: the median by the share of the teacher's
+    attention that the keys attended hold."""
+    students, teachers = both_records(student, teacher, x[None, :DRAWN], args)
     if rank_and_size()[0]:
         return
+    if len(x) > DRAWN:
+        print(f"{path.name} shows the first {DRAWN:,} tokens of {len(x):,}")
     heads = args.look or [median_head(students, teachers)]
     plt = pyplot()
     figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained",
@@ -1005,7 +1122,8 @@ def draw_head(figure, axes, images: dict[str, Tensor]) -> None:
     figure.colorbar(shown, ax=axes, label="log10 attention", shrink=0.85)
 
 
-def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) -> None:
+def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str,
+                from_token: int = 1) -> None:
     """Perplexity and time against topk, a line for each SEA student; other models as horizontals."""
     swept = [row for row in rows.values() if "topk" in row]
     timed = (f"from q, k, v on, estimator included, all layers,\na sequence of {seq_len:,}, "
@@ -1016,7 +1134,8 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) ->
              if name not in points and "topk" not in row and "attention_ms" in row}
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    draw_curve(left, points, lines, "ppl", "validation perplexity")
+    counted = f"\nof tokens {from_token:,}-{seq_len:,}" if from_token > 1 else ""
+    draw_curve(left, points, lines, "ppl", "validation perplexity" + counted)
     draw_curve(right, points, lines, "attention_ms", "ms a sequence, attention alone")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
@@ -1032,7 +1151,8 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str) ->
 
     path.with_suffix(".json").write_text(as_json(dict(
         points={name: {k: keep(row) for k, row in line.items()} for name, line in points.items()},
-        lines={name: keep(row) for name, row in lines.items()}, timed=timed), indent=1))
+        lines={name: keep(row) for name, row in lines.items()}, timed=timed, from_token=from_token),
+        indent=1))
 
 
 def draw_curve(axis, points: dict, lines: dict, field: str, label: str) -> None:
@@ -1104,7 +1224,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse(argv)
     header = start("evaluate.py", argv, args)
     with room_for(args.out):
-        rows = measure_all(args, header)
+        rows = (measure_retrieval if args.retrieval else measure_all)(args, header)
     stop_processes()
     return rows
 
@@ -1112,12 +1232,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 def measure_all(args, header: dict[str, str]) -> dict[str, dict]:
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
     check_against_model(args, original, tokenizer)
-    (tokens,) = token_streams(lambda: [load_documents(args)], tokenizer, original, args)
-    valid = windows(tokens, args.seq_len, args.eval_windows, "validation text")
+    valid = validation_windows(original, tokenizer, args)
     teacher = to_device(copy.deepcopy(original) if args.shard else original, args)
 
     setting = Setting(args, original, teacher, tokenizer, valid)
-    print(f"{len(valid)} windows of {args.seq_len}, no overlap", flush=True)
+    print(f"{len(valid)} windows of {args.seq_len}, no overlap" +
+          (f", val ppl of tokens {args.from_token:,}-{args.seq_len:,}" if args.from_token > 1 else ""),
+          flush=True)
     rows = {"teacher": measure(teacher, setting) | measure_use(teacher, setting)}
     for name, folder in name_students(args.students).items():
         rows |= measure_student(name, folder, setting)
@@ -1129,9 +1250,42 @@ def measure_all(args, header: dict[str, str]) -> dict[str, dict]:
     print_continuations(rows, args.prompt)
     if rank_and_size()[0] == 0:
         if args.topk and not args.shard:
-            draw_curves(rows, Path(args.out) / "topk", args.seq_len, header["device"])
-        report = as_json(dict(**header, args=vars(args), models=rows), indent=1)
-        (Path(args.out) / "evaluate.json").write_text(report)
+            draw_curves(rows, Path(args.out) / "topk", args.seq_len, header["device"], args.from_token)
+        write_report("evaluate.json", rows, args, header)
+    print(f"\nwritten to {args.out}/")
+    return rows
+
+
+def write_report(name: str, rows: dict[str, dict], args, header: dict[str, str]) -> None:
+    (Path(args.out) / name).write_text(as_json(dict(**header, args=vars(args), models=rows), indent=1))
+
+
+def validation_windows(teacher, tokenizer, args) -> Tensor:
+    """(n, T)."""
+    if args.inside_documents:
+        documents = token_streams(lambda: [[x] for x in load_documents(args)], tokenizer, teacher, args)
+        return windows_inside(documents, args.seq_len, args.eval_windows)
+    (tokens,) = token_streams(lambda: [load_documents(args)], tokenizer, teacher, args)
+    return windows(tokens, args.seq_len, args.eval_windows, "validation text")
+
+
+def measure_retrieval(args, header: dict[str, str]) -> dict[str, dict]:
+    longest = max(args.retrieval)
+    original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", longest, "--retrieval")
+    (text,) = token_streams(lambda: [["\n\n\n".join(load_documents(args))]], tokenizer, original, args)
+    try:
+        examples = [retrieval.make_examples(tokenizer, text, length, args.retrieval_examples)
+                    for length in args.retrieval]
+    except ValueError as error:
+        sys.exit(f"--retrieval: {error}")
+    teacher = to_device(copy.deepcopy(original) if args.shard else original, args)
+
+    rows = {"teacher": dict(retrieval=shares_found("teacher", teacher, examples, args))}
+    for name, folder in name_students(args.students).items():
+        rows |= retrieval_of_student(name, folder, original, teacher, examples, args)
+    retrieval.print_tables(rows)
+    if rank_and_size()[0] == 0:
+        write_report("retrieval.json", rows, args, header)
     print(f"\nwritten to {args.out}/")
     return rows
 

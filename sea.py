@@ -136,9 +136,11 @@ class SEAConfig:
         kv = self.kv_heads
         divides = is_integer(kv) and kv >= 1 and self.n_head % kv == 0
         _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", repr(kv))
-        for name in ("bin", "local", "first"):
+        for name in ("bin", "first"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 0, name, "an integer >= 0", repr(value))
+        ok = is_integer(self.local) and self.local >= 1 or not self.has_bins
+        _expect(ok, "local", "an integer >= 1, with bins", repr(self.local))
         if self.group is None:
             object.__setattr__(self, "group", "kv" if self.has_bins else "causal_batch")
         _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
@@ -184,7 +186,7 @@ class SEAConfig:
         return -(-self.first // self.bin) if self.has_bins else 0
 
     def n_chosen(self, topk: int) -> int:
-        """Bins to choose for a query and head, so that with its first and last keys, on average
+        """Bins to choose for a query and head, maybe 0, so that with its first and last keys, on average
         local + (bin - 1) / 2 of them, it has at most topk keys."""
         always = self.n_first * self.bin + self.local
         least = always + self.bin // 2
@@ -696,7 +698,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
         products = (at_least_fp32(q) * softmax_scale) @ means.mT  # (B, H, R, bins)
         products = products.masked_fill(~repeat_heads(is_candidate, H), lowest)
         probs = of_choosers(products.softmax(-1)).masked_fill(~is_candidate, -1)
-        chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group) & is_candidate
+        chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group)
+        chosen &= is_candidate & (n_chosen > 0)
     always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()

@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import ablate
 import bench
@@ -24,8 +27,9 @@ import checkpoints
 import convert
 import distill
 import evaluate
+import retrieval
 import sea
-from test_convert import SEQ, recomputed, tiny, tokens
+from test_convert import FAMILIES, SEQ, build, recomputed, tiny, tokens
 from test_distill import SMALL, home, run_steps, torchrun  # noqa: F401, home is a fixture
 
 
@@ -210,6 +214,307 @@ def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatc
     assert len(students) == 2
 
 
+# -- long windows ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_inside_documents_are_of_every_document_in_turn():
+    documents = [torch.arange(7), torch.arange(100, 102), torch.arange(200, 212)]
+    expected = [[0, 1, 2], [200, 201, 202], [3, 4, 5], [203, 204, 205], [206, 207, 208], [209, 210, 211]]
+    for most in (None, 2, 3):
+        found = evaluate.windows_inside(documents, 3, most)
+        assert found.tolist() == expected[:most] and found.dtype == torch.long
+
+
+def test_windows_asked_for_inside_documents_are_pieces_of_them(home, tmp_path, monkeypatch):
+    """Without the token between two; those of documents in a row are not."""
+    documents, found = ["The quick red fox jumps over the dog. " * n for n in (9, 1, 5)], {}
+    (tmp_path / "text.txt").write_text("\n\n\n".join(documents))
+    row = dict(ppl=2.0, keys=1.0, by_position=[])
+    monkeypatch.setattr(evaluate, "measure", lambda model, setting: found.update(valid=setting.valid) or row)
+    tokenizer, own = AutoTokenizer.from_pretrained(home / "teacher"), ["--valid-data", tmp_path / "text.txt", "--out", tmp_path]
+    inside = []
+    for options in (["--inside-documents"], []):
+        evaluate.main(arguments(home, *own, *options))
+        assert len(found["valid"]) > 5
+        inside.append([any(tokenizer.decode(x) in document for document in documents) for x in found["valid"]])
+    assert all(inside[0]) and not all(inside[1])
+    with pytest.raises(SystemExit, match="^--inside-documents: expected a document of at least the 400 tokens of --seq-len, got [0-9]+ in"):
+        evaluate.windows_inside([tokenizer(x, return_tensors="pt").input_ids[0] for x in documents], 400)
+
+
+@torch.no_grad()
+def test_perplexity_of_the_last_tokens_of_each_window(home, tmp_path, capsys):
+    """In the table, ratios and curves; by position all are told."""
+    found = {n: evaluate.main(arguments(home, "--out", tmp_path, "--from-token", n))["teacher"] for n in (1, 2, 9, 16)}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32), AutoTokenizer.from_pretrained(home / "teacher")
+    args = evaluate.parse(arguments(home))
+    data = evaluate.windows(evaluate.tokenize(evaluate.load_documents(args), tokenizer), 16)
+    nll = -model(data).logits[:, :-1].log_softmax(-1).gather(2, data[:, 1:, None])[..., 0]  # of tokens 2-16
+    for n, first in ((1, 2), (2, 2), (9, 9), (16, 16)):
+        assert found[n]["ppl"] == pytest.approx(nll[:, first - 2 :].mean().exp().item(), rel=1e-4)
+        assert found[n]["by_position"] == found[1]["by_position"]
+    assert "no overlap, val ppl of tokens 9-16\n" in capsys.readouterr().out
+
+
+CAUSAL = {kind: case for kind, case in FAMILIES.items() if case[0].endswith(("ForCausalLM", "LMHeadModel"))}
+CAUSAL |= {"gemma2, soft caps": ("Gemma2ForCausalLM", dict(final_logit_softcapping=1.5)),
+           "granite, a scale": ("GraniteForCausalLM", dict(logits_scaling=3.0))}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_logits_of_a_chunk_at_a_time_are_the_models_own(kind):
+    """Those of the head, scaled or capped as the model does, of a trunk that ran once; and the model is as it was."""
+    model, x, seen, trunks = build(*CAUSAL[kind]), tokens(3), [], []
+    expected = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    convert.attention_modules(model)[0].register_forward_hook(lambda *_: trunks.append(1))
+    for chunk, n_chunks in ((5, [5, 5, 5, 5, 3]), (512, [SEQ - 1])):
+        seen.clear(), trunks.clear()
+        torch.testing.assert_close(evaluate.losses_in_chunks(model, x, chunk), expected, rtol=1e-5, atol=1e-5)
+        assert seen == n_chunks and len(trunks) == 1
+    assert model(x).logits.shape[1] == SEQ and len(trunks) == 2
+
+
+def test_no_pass_makes_the_logits_of_a_whole_window(home, student, tmp_path, monkeypatch):
+    """An oracle's included, which runs the teacher beside it."""
+    model, seen = convert.load(student), set()
+    model.config.sea_oracle = True
+    convert.save(model, tmp_path / "oracle")
+    monkeypatch.setattr(evaluate, "token_losses", functools.partial(evaluate.token_losses, chunk=4))
+    vocabulary = model.config.vocab_size
+    look = lambda module, args, output: seen.add(output.shape[1]) if getattr(module, "out_features", 0) == vocabulary else None
+    hook = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        evaluate.main(arguments(home, "--students", student, tmp_path / "oracle", "--topk", "2", "--prompt", "The quick", "--new-tokens", "2",
+                                "--out", tmp_path))
+    finally:
+        hook.remove()
+    assert seen == {1, 3, 4}
+
+
+@torch.no_grad()
+def test_pictures_of_long_windows_are_of_their_first_tokens(tmp_path, monkeypatch, capsys):
+    (student, teacher), x, drawn = other_student(), tokens(1)[0], []
+    monkeypatch.setattr(evaluate, "draw_head", lambda figure, axes, images: drawn.append(images))
+    args = evaluate.parse(["--model", "x", "--device", "cpu", "--look", "1.0"])
+    evaluate.draw(student, teacher, x, tmp_path / "sea.png", args)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(evaluate, "DRAWN", 10)
+    evaluate.draw(student, teacher, x, tmp_path / "sea.png", args)
+    assert capsys.readouterr().out == f"sea.png shows the first 10 tokens of {SEQ}\n"
+    for (_, whole), (_, first) in zip(*(list(images.items()) for images in drawn), strict=True):
+        assert first.shape == (10, 10)
+        torch.testing.assert_close(first, whole[:10, :10])
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------------
+
+LENGTH = 200  # tokens of an example
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A folder with a random model of 256 positions, its tokenizer, and a text to hide sentences in."""
+    folder, rng = tmp_path_factory.mktemp("reader"), random.Random(0)
+    words = "the old clerk went to town and saw a red house near the river while it rained".split()
+    text = " ".join(" ".join(rng.choices(words, k=7)).capitalize() + "." for _ in range(200))
+    (folder / "text.txt").write_text(text)
+    asked = [" ".join(part for _, part in case.sentences) + case.intro + case.question + case.answer
+             for case in (retrieval.needles(rng, 4), retrieval.variable_tracking(rng))]
+    tokenizer = distill.tiny_tokenizer([text, *asked, " ".join(retrieval.KEYWORDS)], vocab_size=700)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         max_position_embeddings=256, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    convert.save(LlamaForCausalLM(config), folder / "teacher", tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(reader) -> tuple[retrieval.Examples, PreTrainedTokenizerBase]:
+    """Three of each task and depth, and their tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(reader / "teacher")
+    text = evaluate.tokenize([(reader / "text.txt").read_text()], tokenizer)
+    return retrieval.make_examples(tokenizer, text, LENGTH, 3), tokenizer
+
+
+def reading(reader, *options) -> list[str]:
+    return ["--model", str(reader / "teacher"), "--data", str(reader / "text.txt"), "--device", "cpu", "--micro-batch", "4", *map(str, options)]
+
+
+class Stub(torch.nn.Module):
+    """A model whose next token is what a function of the tokens so far says."""
+
+    def __init__(self, vocabulary: int, next_token):
+        super().__init__()
+        self.vocabulary, self.next_token = vocabulary, next_token
+
+    def forward(self, x, use_cache, logits_to_keep):
+        kept = range(x.shape[1] - logits_to_keep, x.shape[1])
+        following = torch.tensor([[self.next_token(row[: i + 1]) for i in kept] for row in x.tolist()])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, self.vocabulary).float())
+
+
+def copied(tokens: list[int]) -> int:
+    """What followed where the text ended most like now: a perfect induction head."""
+
+    def alike(i: int) -> int:
+        return next((n for n in range(i) if tokens[i - 1 - n] != tokens[-1 - n]), i)
+
+    return tokens[max(range(1, len(tokens)), key=alike)]
+
+
+def test_a_model_that_copies_finds_every_needle_and_one_that_does_not_none(examples):
+    """Exactly the needles: which variable comes next is not to be copied."""
+    args = evaluate.parse(["--model", "x", "--device", "cpu", "--micro-batch", "4"])
+    for next_token, expected in ((copied, 1.0), (lambda tokens: 5, 0.0)):
+        found = evaluate.shares_found("stub", Stub(700, next_token), [examples[0]], args)
+        assert [(share["task"], share["length"]) for share in found] == [(task, LENGTH) for task in retrieval.TASKS]
+        assert [share["found"] for share in found[:2]] == [expected] * 2
+        assert found[0]["by_depth"] == [dict(depth=depth, found=expected) for depth in (0, 25, 50, 75, 100)]
+
+
+def test_an_example_is_a_text_with_what_is_asked_for_in_it(examples):
+    """Of exactly the length asked for; the needle at its depth, within a tenth; the answer at the end, not anywhere near."""
+    (made, tokenizer), texts = examples, set()
+    assert made.tokens.shape == (3 * 7, LENGTH) and made.tokens.dtype == torch.long
+    assert made.tasks == [("one needle", d) for d in (0, 25, 50, 75, 100) for _ in range(3)] + [
+        (task, None) for task in ("several needles", "variable tracking") for _ in range(3)]
+    for (task, depth), x, n in zip(made.tasks, made.tokens, made.n_answer):
+        prompt, answer = tokenizer.decode(x[:-n]), tokenizer.decode(x[-n:])
+        texts.add(prompt)
+        if task == "variable tracking":
+            number = re.search(r"with the value (\d+)", prompt)[1]
+            names = answer[1:].split(", VAR ")
+            steps = [f"VAR {name} = {value}." for name, value in zip(names, [number, *(f"VAR {name}" for name in names)])]
+            places = [prompt.index(step) for step in steps]
+            assert len(names) == 3 and places == sorted(places)
+            continue
+        keyword = re.search(r"number for (\w+) is$", prompt)[1]
+        needles = re.findall(r" The special magic number for (\w+) is (\d{7})\.", prompt)
+        assert dict(needles)[keyword] == answer.strip() and len(dict(needles)) == len(needles) == (1 if depth is not None else 4)
+        if depth is not None:
+            before, after = prompt.split(f" The special magic number for {keyword} is{answer}.")
+            before, after = before.split("\n\n", 1)[1], after.split("\n\n")[0]
+            n_before, n_after = (len(tokenizer(part).input_ids) for part in (before, after))
+            assert n_before / (n_before + n_after) == pytest.approx(depth / 100, abs=0.11 if depth % 100 else 0)
+            if depth % 100:
+                assert before.endswith(".")
+    assert len(texts) == len(made.tokens)
+
+
+def test_examples_are_the_same_ones_each_time(examples, reader):
+    """Whatever was drawn before, and the first ones of more."""
+    made, tokenizer = examples
+    random.random(), torch.rand(1)
+    text = evaluate.tokenize([(reader / "text.txt").read_text()], tokenizer)
+    again = retrieval.make_examples(tokenizer, text, LENGTH, 4)
+    kept = torch.arange(len(again.tokens)) % 4 < 3
+    assert torch.equal(again.tokens[kept], made.tokens) and torch.equal(again.n_answer[kept], made.n_answer)
+    assert not torch.equal(again.tokens[3], again.tokens[2])
+
+
+@pytest.mark.parametrize("text", ["No end of a sentence ", "One end. And then none "])
+def test_a_text_without_sentences_is_cut_anywhere(text, examples):
+    tokenizer = examples[1]
+    made = retrieval.make_examples(tokenizer, torch.tensor(tokenizer(text).input_ids + tokenizer(" and").input_ids * 400), LENGTH, 1)
+    for (_, depth), x in zip(made.tasks[:5], made.tokens):
+        before, after = re.split(r" The special magic number for \w+ is \d+\.", tokenizer.decode(x).split("\n\n")[1])
+        assert len(before) / len(before + after) == pytest.approx(depth / 100, abs=0.15)
+
+
+def test_what_a_tokenizer_puts_before_a_text_is_put_before_an_example(examples):
+    made, tokenizer = examples
+    special = lambda text, add_special_tokens=True, **options: SimpleNamespace(
+        input_ids=[0] * add_special_tokens + tokenizer(text, add_special_tokens=False).input_ids)
+    special.get_vocab = tokenizer.get_vocab
+    found = retrieval.make_examples(special, torch.arange(2, 650), LENGTH, 1)
+    assert found.tokens.shape == (7, LENGTH) and (found.tokens[:, 0] == 0).all() and (found.tokens[:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("method", ["teacher", "sea"])
+@torch.no_grad()
+def test_an_answer_is_found_where_greedy_decoding_begins_with_it(method):
+    """With a cache, a token at a time; and answers of several lengths at once, each changed in one place."""
+    model, x, rows = tiny("llama"), tokens(4, 16), []
+    if method == "sea":
+        convert.attach(model, width=8, topk=3)
+    n_answer = torch.tensor([3, 5, 1, 5])
+    for row, n in zip(x, n_answer):
+        greedy = model.generate(row[None, :-n], attention_mask=torch.ones(1, 16 - n), do_sample=False, max_new_tokens=int(n),
+                                min_new_tokens=int(n), pad_token_id=0)[0]
+        rows.append(greedy)
+    greedy = torch.stack(rows)
+    assert retrieval.is_solved(model, greedy, n_answer).all()
+    for place in range(1, 6):
+        changed = greedy.clone()
+        changed[:, -place] = (changed[:, -place] + 1) % 64
+        # before an answer the prompt is another one
+        expected = [place > n and model.generate(row[None, :-n], attention_mask=torch.ones(1, 16 - n), do_sample=False, pad_token_id=0,
+                                                 max_new_tokens=int(n), min_new_tokens=int(n))[0].equal(row)
+                    for row, n in zip(changed, n_answer)]
+        assert retrieval.is_solved(model, changed, n_answer).tolist() == expected
+
+
+def test_retrieval_is_measured_alone_and_told_in_tables(reader, tmp_path, capsys):
+    """Of teacher and students, at each of --topk; perplexity and pictures are another command's."""
+    model = LlamaForCausalLM.from_pretrained(reader / "teacher")
+    convert.save(convert.attach(model, width=8, topk=4), tmp_path / "sea")
+    convert.save(convert.attach(LlamaForCausalLM.from_pretrained(reader / "teacher"), "performer"), tmp_path / "performer")
+    convert.save(LlamaForCausalLM.from_pretrained(reader / "teacher"), tmp_path / "dense")
+    students = [tmp_path / name for name in ("sea", "performer", "dense")]
+    found = evaluate.main(reading(reader, "--students", *students, "--topk", 2, "--retrieval", 150, LENGTH, "--retrieval-examples", 1,
+                                  "--out", tmp_path / "out"))
+    assert list(found) == ["teacher", "sea", "sea, topk 2", "performer", "dense"] and found["dense"] == found["teacher"]
+    assert [(x["task"], x["length"]) for x in found["sea"]["retrieval"]] == [(task, n) for n in (150, LENGTH) for task in retrieval.TASKS]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["retrieval.json"]
+    saved = json.loads((tmp_path / "out/retrieval.json").read_text())
+    assert saved["models"] == found and saved["args"]["retrieval"] == [150, LENGTH]
+    printed = capsys.readouterr().out
+    assert f"{'one needle':18} {'150 *':>9} {'200 *':>9}\n" in printed and "sea, topk 2: 0 of 7 found, in 150 tokens\n" in printed
+    assert f"{'sea, topk 2':18} {'0%':>9} {'0%':>9}\n" in printed
+
+
+def test_tables_of_retrieval_have_their_numbers_in_their_columns(capsys):
+    shares = lambda *found: [dict(task=task, length=length, found=x) for length in (4096, 8192) for task, x in zip(retrieval.TASKS, found)]
+    by_depth = [dict(depth=d, found=x) for d, x in zip(retrieval.DEPTHS, (1.0, 0.5, 0.9, 0.8, 0.7))]
+    rows = {name: dict(retrieval=[x | dict(by_depth=by_depth) for x in shares(*found)]) for name, found in
+            dict(teacher=(0.95, 0.8, 0.75), sea=(0.9, 0.6, 0.5)).items()}
+    retrieval.print_tables(rows)
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line in ("one needle 4,096 8,192", "teacher 95% 95%", "sea 90% 90%", "several needles 4,096 8,192", "teacher 80% 80%", "sea 60% 60%",
+                 "variable tracking 4,096 * 8,192 *", "sea 50% 50%", "at 8,192, depth 0 % 25 % * 50 % 75 % 100 % *", "sea 100% 50% 90% 80% 70%"):
+        assert line.split() in found
+    assert "* the teacher itself finds less than 80%: this says little of its students".split() in found
+
+
+def test_processes_share_the_examples(examples, monkeypatch):
+    """Each of them sees its own, and none is missing."""
+    made, ranks = examples[0], [(0, 1), (0, 2), (1, 2)]
+    stub, args = Stub(700, lambda tokens: sum(tokens) % 700), evaluate.parse(["--model", "x", "--device", "cpu", "--micro-batch", "4"])
+    monkeypatch.setattr(retrieval, "is_solved", lambda model, x, n: x.sum(1) % 2 == 0)
+    found = []
+    for rank in ranks:
+        monkeypatch.setattr(evaluate, "rank_and_size", lambda rank=rank: rank)
+        found.append(evaluate.solved(stub, made, args))
+    assert torch.equal(found[0], made.tokens.sum(1) % 2 == 0) and torch.equal(found[1] | found[2], found[0])
+    assert not (found[1] & found[2]).any() and found[1].any() and found[2].any()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--retrieval", "100", "257"], "--retrieval: expected at most the model's 256 positions, got 257"),
+    (["--retrieval", "40"], "--retrieval: expected at least [0-9]+ tokens, got 40$"),
+    (["--retrieval", "0"], "--retrieval: expected at least [0-9]+ tokens, got 0$"),
+    (["--retrieval", "200", "--valid-data", "SHORT"], "--retrieval: expected a text of at least [0-9]+ tokens .*, got [0-9]+ for"),
+])
+def test_lengths_without_room_are_refused(options, message, reader, tmp_path):
+    (tmp_path / "short.txt").write_text("The old clerk. " * 9)
+    options = [str(tmp_path / "short.txt") if x == "SHORT" else x for x in options]
+    with pytest.raises(SystemExit, match="^" + message):
+        evaluate.main(reading(reader, *options, "--out", tmp_path))
+    assert not (tmp_path / "retrieval.json").exists()
+
+
 # -- what it refuses ---------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +522,11 @@ def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatc
     (["--topk", "8", "0"], "--topk: expected integers >= 1, got [8, 0]"),
     (["--new-tokens", "0"], "--new-tokens: expected an integer >= 1, got 0"),
     (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
+    (["--from-token", "0"], "--from-token: expected an integer >= 1, got 0"),
+    (["--from-token", "17", "--seq-len", "16"], "--from-token: expected at most the 16 tokens of --seq-len, got 17"),
+    (["--retrieval", "64", "--retrieval-examples", "0"], "--retrieval-examples: expected an integer >= 1, got 0"),
+    *((["--retrieval", "64", *option.split()], f"--retrieval: expected no {option.split()[0]} beside it, which it has no use for") for option in
+      ("--seq-len 16", "--eval-windows 3", "--inside-documents", "--from-token 2", "--look 0.0", "--prompt x")),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):

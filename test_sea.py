@@ -87,7 +87,7 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2, bins=True):
         seed=draw(st.integers(0, 999)),
         cell_keys=causal and draw(st.booleans()),
         bin=bin,
-        local=draw(st.integers(0, 6)) if bin else 0,
+        local=draw(st.integers(1, 6)) if bin else 0,
         first=draw(st.integers(0, 4)) if bin else 0,
         candidates=draw(st.integers(1, 3)) if bin else 1,
     )
@@ -101,7 +101,7 @@ cases_of_cells = cases(bins=False)
 def of_kind(case: Case, kind) -> Case:
     """A case that a control can run."""
     if kind is WindowAttention:
-        case = replace(case, causal=True, bin=max(1, case.bin), local=0)
+        case = replace(case, causal=True, bin=max(1, case.bin), local=1)
         case = replace(case, group="query" if case.group not in ("kv", "causal_batch") else case.group, topk=case.topk + case.least)
     return case if kind is SEAttention else replace(case, stride=1, cell_keys=False)
 
@@ -360,6 +360,7 @@ def test_permuting_the_batch_permutes_the_output(case, random):
 
 @given(cases())
 def test_grouped_query_is_repeated_heads(case):
+    case = replace(case, group="query") if case.group == "kv" else case  # whose heads share a choice
     grouped, (q, k, v) = case.layer(), case.qkv()
     repeated = SEAttention(case.config(n_kv_head=None)).double()
     repeated.load_state_dict(grouped.state_dict())
@@ -939,9 +940,10 @@ def test_attention_csr_is_the_sparse_attention_exactly(case, density, block):
 def test_attention_weights_are_the_same_under_autocast(case, dtype):
     (q, k, _), seen = [x.to(dtype) for x in case.qkv()], seen_by(case)
     mask = torch.ones(*q.shape[:3], case.width, dtype=torch.bool)
-    expected = sea.attention_weights(q, k, mask, seen)
+    keep = sea.expand_mask(mask, seen, k.shape[2])
+    expected = sea.attention_weights(q, k, keep)
     with torch.autocast("cpu", torch.bfloat16):
-        weights = sea.attention_weights(q, k, mask, seen)
+        weights = sea.attention_weights(q, k, keep)
     assert weights.dtype == torch.float32 and torch.equal(weights, expected)
 
 
@@ -1088,7 +1090,7 @@ BINS = dict(bin=4, local=3, first=5, topk=13)
     (dict(seed=2**64), "seed", "64 bits", str(2**64)),
     (dict(bin=-1), "bin", ">= 0", "-1"),
     (dict(bin=2.0), "bin", ">= 0", "2.0"),
-    (BINS | dict(local=-1), "local", ">= 0", "-1"),
+    (BINS | dict(local=0), "local", ">= 1", "0"),
     (BINS | dict(first="4"), "first", ">= 0", "'4'"),
     (BINS | dict(candidates=0), "candidates", ">= 1", "0"),
     (BINS | dict(topk=12), "topk", "at least 13, since 11 first and last keys", "12"),
