@@ -412,6 +412,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
+OF_NO_WEIGHT = ("topk", "group", "bin", "local", "first", "candidates", "backend")
 # The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
 # warning and run dense attention; so they refuse an attention of this name, and repeat it.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
@@ -528,10 +529,10 @@ def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
 
 
 def set_option(model: PreTrainedModel, **options: Any) -> None:
-    """Change fields of SEAConfig that no weight depends on, of any trained student: topk (the paper's dynamic k), group, backend."""
+    """Change fields of SEAConfig that no weight depends on (OF_NO_WEIGHT) of any trained student: topk is the paper's dynamic k."""
     for name in options:
-        if name not in ("topk", "group", "backend"):
-            raise ValueError(f"options: expected topk, group or backend, got {name}, which the weights depend on")
+        if name not in OF_NO_WEIGHT:
+            raise ValueError(f"options: expected some of {', '.join(OF_NO_WEIGHT)}, got {name}, which the weights depend on")
     if not hasattr(model.config, "sea"):
         raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
     for module in attention_modules(model):

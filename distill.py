@@ -11,6 +11,7 @@
     student     a copy of it that is trained, with other attention:
       sea         SEA
       performer   control: a Performer, the linear attention that SEA estimates with
+      window      control: the first and the last keys alone, as many as SEA attends to
       dense       control: the teacher's own attention
       oracle      SEA whose cells come from the teacher's attention: the bound for any estimate
     loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + context + 0 score)
@@ -106,7 +107,7 @@ class OptimizerConfig:
 # OptimizerConfig follow as well; --sea cell_keys=false --loss score=1 make the rest the paper's, too.
 # Without: found by trying, for two CPU cores.
 PAPER = dict(steps=10_000, batch=32, eval_every=500, sea={}, optimizer={})
-TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16),
+TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16, bin=2, local=4, first=2),
             optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
 
 
@@ -202,7 +203,7 @@ def new_student(name: str, original, teacher, args):
     student = copy.deepcopy(original).requires_grad_(True)
     if name != "dense":
         fields = args.sea
-        if name == "performer":  # it estimates no rows
+        if name in convert.BASELINES:  # they estimate no rows
             fields = {key: x for key, x in args.sea.items() if key not in ("query_stride", "cell_keys")}
         convert.attach(student, method="sea" if name == "oracle" else name, **fields)
     if name == "oracle":
@@ -547,12 +548,11 @@ def peak_memory(args) -> float:
 
 # -- options ---------------------------------------------------------------------------------------
 
-OF_SAVED = ("topk", "group", "backend")  # fields that no weight depends on
-
 
 def settings(config: type) -> Callable[[str], tuple[str, object]]:
     """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
-    kinds = {f.name: f.type for f in dataclasses.fields(config) if f.name not in checkpoints.FROM_MODEL}
+    kinds = {f.name: f.type if isinstance(f.type, type) else str  # str | None
+             for f in dataclasses.fields(config) if f.name not in checkpoints.FROM_MODEL}
 
     def setting(text: str) -> tuple[str, object]:
         name, _, value = text.partition("=")
@@ -585,10 +585,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
-        "query_stride, nbf, cell_keys (true or false), group, backend, max_positions (rows of the "
+        "bin, local, first, candidates, query_stride, nbf, cell_keys (true or false), group, backend, "
+        "max_positions (rows of the "
         "position table of each layer: unless given the model's positions, which may be far more than "
-        "--seq-len trains); without --model, width=64 topk=16 unless given; with --load, topk, group "
-        "and backend only")
+        "--seq-len trains); without --model, width=64 topk=16 bin=2 local=4 first=2 unless given; with "
+        "--load only what no weight depends on: topk, group, bin, local, first, candidates, backend")
     add("--loss", type=settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
         "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
         "first token, they are most of the loss: hidden=0.005 is better there")
@@ -629,9 +630,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Turn --sea into a dict, --loss and --optimizer into their dataclasses."""
     job, given = PAPER if args.model else TINY, dict(args.sea)
-    fixed = [name for name in given if name not in OF_SAVED]
+    fixed = [name for name in given if name not in convert.OF_NO_WEIGHT]
     if args.load and fixed:
-        p.error(f"--sea: expected {', '.join(OF_SAVED)} only with --load, since the saved student has "
+        p.error(f"--sea: expected {', '.join(convert.OF_NO_WEIGHT)} only with --load, since the saved student has "
                 f"its own of the others, got {', '.join(fixed)}")
     args.sea = given if args.load else job["sea"] | given
     option = "--loss"

@@ -974,24 +974,41 @@ def both_records(student, teacher, x: Tensor, args) -> tuple[Records, Records]:
 
 def estimate_report(student: convert.Record, teacher: convert.Record) -> Tensor:
     """Of one layer, (4,): KL(teacher's attention || estimate) in nats a query, and the least that cells
-    of this width allow; the share of the teacher's attention that is kept, under the cells selected,
-    and under the best cells, as many."""
+    of this width allow; the share of the teacher's attention that is kept, by the keys attended to, and
+    by the best cells or bins, as many."""
     config, result, seen = student.config, student.sea, student.sea.seen
-    ops = sea.operations(config, teacher.q)
-    pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale)
-    best = best_scores(pooled, seen)
-    best_cells = sea.topk_mask(best.softmax(-1), seen, config.topk, config.group)
+    ops, cells = sea.operations(config, teacher.q), config.cell_layout(result.in_cells)
+    pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale, **cells)
+    best = best_scores(pooled, **cells)
 
     def kl(scores, row=None):  # what L_estimate gains by its weight
-        with_kl, without = (sea.estimate_loss(scores, pooled, seen, row=row, kl_weight=weight)
+        with_kl, without = (sea.estimate_loss(scores, pooled, row=row, kl_weight=weight, **cells)
                             for weight in (1.0, 0.0))
         return with_kl - without
 
-    def share(mask):
-        return (pooled.cells * mask).sum(-1).mean()
+    if config.has_bins:
+        shares = shares_in_bins(result, teacher)
+    else:
+        masks = result.mask, sea.topk_mask(best.softmax(-1), seen, config.topk, config.group)
+        shares = [(pooled.cells * mask).sum(-1).mean() for mask in masks]
+    return torch.stack([kl(result.scores, result.row), kl(best), *shares])
 
-    kept = share(result.mask)
-    return torch.stack([kl(result.scores, result.row), kl(best), kept, share(best_cells)])
+
+def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 256) -> list[Tensor]:
+    """Of the teacher's attention, in the bins of a student, and in the best bins, as many; `block`
+    queries at a time."""
+    bin, shares = result.bin, []
+    for i in range(0, teacher.q.shape[2], block):
+        rows = slice(i, i + block)
+        log_a, seen = sea.dense_scores(teacher.q[:, :, rows], teacher.k, result.seen[:, rows], teacher.scale)
+        a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
+        bins = sea.take(result.bins, result.row[:, rows]).long()
+        a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)
+        n = (bins < sea.NONE).sum(-1, keepdim=True)
+        best = a.sort(-1, descending=True).values * (torch.arange(a.shape[-1], device=a.device) < n)
+        kept = F.pad(a, (0, 1)).gather(-1, bins.clamp(max=a.shape[-1]))
+        shares.append(torch.stack([kept.sum(-1), best.sum(-1)]))
+    return list(torch.cat(shares, dim=-1).mean((1, 2, 3)))
 
 
 # -- retrieval -------------------------------------------------------------------------------------
@@ -1054,10 +1071,12 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
         print(f"{path.name} shows the first {DRAWN:,} tokens of {len(x):,}")
     heads = args.look or [median_head(students, teachers)]
     plt = pyplot()
-    figure, axes = plt.subplots(len(heads), 4, figsize=(17, 4.4 * len(heads)), layout="constrained",
-                                squeeze=False)
-    for row, (layer, head) in zip(axes, heads):
-        draw_head(figure, row, panels(students[layer], teachers[layer], layer, head))
+    images = [panels(students[layer], teachers[layer], layer, head) for layer, head in heads]
+    n_panel = len(images[0])
+    figure, axes = plt.subplots(len(heads), n_panel, figsize=(4.25 * n_panel, 4.4 * len(heads)),
+                                layout="constrained", squeeze=False)
+    for row, of_head in zip(axes, images):
+        draw_head(figure, row, of_head)
     figure.savefig(path, dpi=170)  # two pixels a column: with less than one, whole columns are left out
     plt.close(figure)
 
@@ -1070,7 +1089,7 @@ def attention_of(record: convert.Record) -> Tensor:
 
 def kept_keys(record: convert.Record) -> Tensor:
     """Which keys a student's first sequence attends to, (H, T, T)."""
-    return sea.expand_mask(record.sea.mask, record.sea.seen, record.k.shape[2])[0]
+    return record.sea.attended(record.k.shape[2])[0]
 
 
 def share_kept(student: convert.Record, teacher: convert.Record) -> Tensor:
@@ -1087,25 +1106,37 @@ def median_head(students: Records, teachers: Records) -> tuple[int, int]:
 def panels(student: convert.Record, teacher: convert.Record, layer: int,
            head: int) -> dict[str, Tensor]:
     """Title -> image (T, T) of one head, -inf where there is nothing: log10 of attention, or bool."""
-    result, (q, k), T = student.sea, (student.q, student.k), student.q.shape[2]
+    result, config, T = student.sea, student.config, student.q.shape[2]
     kept = kept_keys(student)[head]
     scores = result.scores[:1, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
-    estimate = sea.spread_to_keys(scores, result.seen, T, -torch.inf).softmax(-1)[0, 0]
-    sparse = sea.attention_weights(q, k, result.mask, result.seen, student.scale)[0, head]
-    share = share_kept(student, teacher)[head].item()
+    estimate = sea.spread_to_keys(scores, result.in_cells[:1], T, -torch.inf, config.unit).softmax(-1)[0, 0]
+    sparse = sea.attention_weights(student.q[:1], student.k[:1], result.attended(T)[:1],
+                                   student.scale)[0, head]
     unseen = torch.ones_like(kept).triu(1)
 
     def log10(attention, hidden):
         return attention.float().clamp(min=1e-4).log10().masked_fill(hidden, -torch.inf).cpu()
 
-    return {
-        f"1. the model's attention\n(layer {layer}, head {head})":
-            log10(attention_of(teacher)[head], unseen),
-        f"2. SEA's estimate of it,\n{scores.shape[3]} cells a row": log10(estimate, unseen),
-        f"3. the keys under the cells it keeps: {kept.sum(1).float().mean():.0f} of "
-        f"{(T + 1) / 2:,.0f} a query,\nwhich hold {share:.0%} of the model's attention": kept.cpu(),
-        "4. SEA's attention\nover these keys": log10(sparse, unseen | ~kept),
+    images = {
+        f"the model's attention\n(layer {layer}, head {head})": log10(attention_of(teacher)[head], unseen),
+        f"SEA's estimate of it,\n{scores.shape[3]} cells a row": log10(estimate, unseen),
     }
+    if config.has_bins:
+        images["the keys under the best cells:\ncandidates"] = candidates(student, head).cpu()
+    share = share_kept(student, teacher)[head].item()
+    images[f"the keys it keeps: {kept.sum(1).float().mean():.0f} of {(T + 1) / 2:,.0f} a query,\nwhich hold "
+           f"{share:.0%} of the model's attention"] = kept.cpu()
+    images["SEA's attention\nover these keys"] = log10(sparse, unseen | ~kept)
+    return {f"{i}. {title}": image for i, (title, image) in enumerate(images.items(), 1)}
+
+
+def candidates(student: convert.Record, head: int) -> Tensor:
+    """Which keys of the first sequence compete to be chosen, with bins: bool (T, T)."""
+    result, config, (_, H, T, _) = student.sea, student.config, student.q.shape
+    in_cells, scores = result.in_cells[:1], result.scores[:1, :, result.row[0]]
+    cells = sea.candidate_cells(scores, in_cells // config.bin, config, config.n_chosen(config.topk))
+    chooser = head * cells.shape[1] // H
+    return sea.spread_to_keys(cells, in_cells, T, False, config.bin)[0, chooser]
 
 
 def draw_head(figure, axes, images: dict[str, Tensor]) -> None:

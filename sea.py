@@ -670,39 +670,37 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
         chosen       config.n_chosen(topk) of them, by softmax_scale * q . (mean key of the bin)
         always       the first keys, and all keys from the end of the cells to the row's last query
     """
-    (B, H, R, width), bin, C = scores.shape, config.bin, config.n_choosers
+    (_, H, R, _), bin, C = scores.shape, config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk)
     if order is not None:
         k = take(k, order).masked_fill(~is_token(k, row_seen.amax(1)), 0)
     middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
     k = F.pad(k, (0, 0, 0, config.query_stride - 1))  # of later queries that use the last row
     number = torch.arange(-(-k.shape[2] // bin), device=k.device)  # of each bin
-    lowest = torch.finfo(at_least_fp32(scores[:0]).dtype).min
-
-    def of_choosers(x):
-        """(B, H, R, N) -> (B, C, R, N)"""
-        return x.unflatten(1, (C, -1)).mean(2)
-
+    best_cells = candidate_cells(scores, middle, config, n_chosen)
+    is_candidate = spread_to_keys(best_cells, middle, len(number), False) & (number >= config.n_first)
     with no_autocast(q):
-        # -- candidates
-        holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width)
-        probs = of_choosers(at_least_fp32(scores).masked_fill(~holds, lowest).softmax(-1))
-        probs = probs.masked_fill(~holds, -1)
-        n_cells = _rounded(config.candidates * n_chosen * width, middle.clamp(min=1))
-        best_cells = keep_best(probs, n_cells, "query") & holds
-        cell = cell_of_key(number, middle[..., None].clamp(min=1), width).clamp(max=width - 1)[:, None]
-        is_candidate = best_cells.gather(-1, cell.expand(-1, C, -1, -1))
-        is_candidate &= (number >= config.n_first) & (number < middle[:, None, :, None])
-        # -- the best of them
         means = at_least_fp32(repeat_heads(mean_keys(k, bin), H))
         products = (at_least_fp32(q) * softmax_scale) @ means.mT  # (B, H, R, bins)
-        products = products.masked_fill(~repeat_heads(is_candidate, H), lowest)
-        probs = of_choosers(products.softmax(-1)).masked_fill(~is_candidate, -1)
+        products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
+        probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
         chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group)
         chosen &= is_candidate & (n_chosen > 0)
     always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()
+
+
+def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen: int) -> Tensor:
+    """The cells whose bins compete, of scores (B, H, R, width) and middle (B, R) bins in cells: bool
+    (B, C, R, width)."""
+    width, C = scores.shape[-1], config.n_choosers
+    holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
+    scores = at_least_fp32(scores)
+    probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
+    probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
+    n_cells = _rounded(config.candidates * n_chosen * width, middle.clamp(min=1))
+    return keep_best(probs, n_cells, "query") & holds
 
 
 def always_bins(row_seen: Tensor, config: SEAConfig) -> Tensor:
