@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step, _new,
-                                    _next_power_of_2, _vector)
+    from .estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
+                                    _new, _next_power_of_2, _vector)
 else:
-    from estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step, _new,
-                                   _next_power_of_2, _vector)
+    from estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
+                                   _new, _next_power_of_2, _vector)
 
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
@@ -41,7 +41,8 @@ def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> di
     n_head = min(heads, most)
     n_query = min(queries, most // n_head)
     return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), QUERIES=n_query,
-                BLOCK_M=max(16, _next_power_of_2(n_head * n_query)), BLOCK_D=max(16, _next_power_of_2(d_head)))
+                BLOCK_M=max(16, _next_power_of_2(n_head * n_query)),
+                BLOCK_D=max(16, _next_power_of_2(d_head)))
 
 
 def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> dict:
@@ -65,7 +66,8 @@ def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int, bin: 
 def _step_tiles(n: int, d_head: int) -> dict:
     """Of a decoding step: blocks of 8,192 numbers, as many as registers hold."""
     block_d = max(32, _next_power_of_2(d_head))  # Triton 3.6: wrong addresses if two threads read a head
-    return dict(BLOCK_LIST=_next_power_of_2(n), BLOCK_N=min(8192 // block_d, 256), BLOCK_D=block_d, num_warps=8)
+    return dict(BLOCK_LIST=_next_power_of_2(n), BLOCK_N=min(8192 // block_d, 256), BLOCK_D=block_d,
+                num_warps=8)
 
 
 # -- rows, tiles and lists inside a kernel
@@ -140,13 +142,15 @@ def _queries_of_tile(seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS: tl.
 # once for all queries of a tile, where eager writes T x S scores. Keys that no query of the row sees are
 # not read. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, begins_ptr, o_ptr, lse_ptr, q_strides,
-                              k_strides, v_strides, H, T, R, n, n_key, qk_scale, CHOOSERS: tl.constexpr,
-                              GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                              HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, begins_ptr, o_ptr, lse_ptr,
+                              q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
+                              CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                              D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                              QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     b, c, first_head, begin, end, bins_ptr = _tile_of_row(
-        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES, CHOOSERS=CHOOSERS)
+        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        CHOOSERS=CHOOSERS)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     kv = c * (H // CHOOSERS) // GROUP
@@ -180,9 +184,9 @@ def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, begins_pt
         # -- write back
         mask_empty = l_i == 0
         l_i = tl.where(mask_empty, 1.0, l_i)
-        acc = acc / l_i[:, None]
+        o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
         lse = tl.where(mask_empty, float("inf"), m_i + tl.log2(l_i))
-        tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], acc.to(o_ptr.dtype.element_ty), mask=mask_md)
+        tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], o, mask=mask_md)
         tl.store(lse_ptr + offs_bhm, lse, mask=mask_m)
 
 
@@ -224,13 +228,14 @@ def _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin):
 # Reference: autograd through sea.bin_attention.
 @triton.jit
 def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_ptr, begins_ptr, lse_ptr,
-                             delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n, n_key,
-                             qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
+                             delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n,
+                             n_key, qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
                              BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                              HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     b, c, first_head, begin, end, bins_ptr = _tile_of_row(
-        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES, CHOOSERS=CHOOSERS)
+        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        CHOOSERS=CHOOSERS)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     kv = c * (H // CHOOSERS) // GROUP
@@ -286,10 +291,10 @@ def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_
 # Reference: autograd through sea.bin_attention.
 @triton.jit
 def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr, lse_ptr, delta_ptr,
-                               visitors_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, part_ptr, dk_ptr,
-                               dv_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n_key, n_bin, n_list,
-                               per_program, qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
-                               BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                               visitors_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, part_ptr,
+                               dk_ptr, dv_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n_key,
+                               n_bin, n_list, per_program, qk_scale, softmax_scale, CHOOSERS: tl.constexpr,
+                               GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                                HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, VISITS: tl.constexpr,
                                CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                                BLOCK_D: tl.constexpr):
@@ -445,10 +450,11 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, softmax_scale, b
 # fp32: everything, and no dots: a tile of rows would hold a single query. Reads each listed key once, and
 # no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr, order_ptr, o_ptr, q_strides,
-                               k_strides, v_strides, H, R, n, n_key, qk_scale, CHOOSERS: tl.constexpr,
-                               GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr,
-                               BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr, order_ptr, o_ptr,
+                               q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
+                               CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                               D: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_D: tl.constexpr):
     pid_bh = tl.program_id(0).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     t = tl.minimum(tl.load(seen_ptr + b), n_key).to(tl.int32)
@@ -485,9 +491,10 @@ def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr,
 
 def _bin_attention_step(q, k, v, bins, seen, row, order, softmax_scale, bin):
     (B, H, _, D), n = q.shape, bins.shape[3]
-    sizes, o = _sizes(q, k, v, bins, softmax_scale, bin), _new(q, B, H, 1, D)
-    del sizes["T"]
-    _bin_attention_step_kernel[(B * H,)](q, k, v, bins, seen, row, order, o, n=n, **sizes, **_step_tiles(n, D))
+    o = _new(q, B, H, 1, D)
+    _bin_attention_step_kernel[(B * H,)](
+        q, k, v, bins, seen, row, order, o, n=n, **_sizes(q, k, v, bins, softmax_scale, bin),
+        **_step_tiles(n, D))
     return o
 
 

@@ -994,7 +994,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
 
     zeros = lambda *size, **kwargs: torch.zeros(*size, **{"device": DEVICE, **kwargs})
     modules = {module: [name for name in vars(module) if name.endswith("_kernel")]
-               for module in (kernels, estimator_kernels)}
+               for module in (kernels, bin_kernels, estimator_kernels)}
     with contextlib.ExitStack() as stack:
         for module, names in modules.items():
             for name in names:
@@ -1002,7 +1002,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
         stack.enter_context(mock.patch.object(torch, "empty", zeros))
         stack.enter_context(mock.patch.object(torch, "empty_like", torch.zeros_like))
         B, T = 70_000, 2
-        config = sea.SEAConfig(n_head=2, d_head=2, width=4, nbf=1, query_stride=2, max_positions=4, backend="triton")
+        config = sea.SEAConfig(n_head=2, d_head=2, width=4, nbf=1, query_stride=2, max_positions=4, bin=0, backend="triton")
         layer = sea.SEAttention(config).to(DEVICE)
         qkv = [torch.zeros(B, 2, T, 2, device=DEVICE, requires_grad=True) for _ in range(3)]
         result = layer(*qkv)
@@ -1012,6 +1012,10 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             kernels.select_cells(result.scores, result.seen[:, :1], 1, "query")
             kernels.pool_attention(qkv[0], qkv[1], result.seen, 4)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
+        bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
+        kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
+        with torch.no_grad():
+            kernels.bin_attention(qkv[0][:, :, :1], *qkv[1:], bins[:, :, :1], result.seen[:, :1], bin=8)
     assert grids.keys() == {name for names in modules.values() for name in names}
     assert all(n <= 65_535 for found in grids.values() for grid in found for n in grid[1:]), grids
 
