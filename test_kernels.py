@@ -487,7 +487,7 @@ class Bins:
     uneven: bool
     padded: bool
     layout: str
-    per_program: int  # visits of a dk, dv program: 1 splits the work on every bin
+    per_program: int  # visits of a dk, dv program, at least: 1 splits the work on every bin where there are few
     seed: int
 
     def lists(self, R, S, generator):
@@ -529,7 +529,7 @@ def bin_cases(draw, size=2 * BLOCK + 3):
 def check_bin_attention(case, change=lambda seen: seen):
     q, k, v, bins, seen, row = case.tensors()
     seen = change(seen)
-    few = {} if CUDA and case.T > 99 else dict(VISITS_PER_PROGRAM=case.per_program)
+    few = {} if case.T > 99 else dict(VISITS_PER_PROGRAM=case.per_program, MAX_EXTRA_PROGRAMS=99)
     with mock.patch.multiple(bin_kernels, **few):
         as_accurate_as_eager(case, lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row),
                              lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row), [q, k, v])
