@@ -523,7 +523,7 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
             f"{bins.dtype} {tuple(bins.shape)}")
     _check_attention(q, k, v, seen, row, order, "bins", bins.shape[2])
-    (B, H, T, D), Hkv, (C, R, n) = q.shape, k.shape[1], bins.shape[1:]
+    (B, H, _, D), Hkv, (C, R, n) = q.shape, k.shape[1], bins.shape[1:]
     _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
             f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the {Hkv} "
             "key/value heads", tuple(bins.shape))
