@@ -23,7 +23,12 @@ MAX_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 64 * 64, torch.float32: 64
 MAX_DECODER = 2**16  # 2D x P, weights of encode_rows' decoder for one of its channels
 MAX_WIDTH_CELL_KEYS = 2048  # the cells of a row
 
+MAX_D_HEAD = 256  # of attention: tiles of queries, keys and accumulators must fit into registers
+
 DTYPES = tuple(MAX_SUMS)
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
+LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
 
 
 # -- tools -------------------------------------------------------------------------------------------
@@ -42,6 +47,40 @@ def _check_tensor(name: str, x: Tensor, n_dim: int, shape: str) -> None:
     _expect(x.ndim == n_dim, name, f"shape {shape}", tuple(x.shape))
     _expect(x.dtype in DTYPES, name, "float32, float16 or bfloat16", x.dtype)
     _check_device(name, x)
+
+
+def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
+    """What all kinds of attention ask of their arguments."""
+    (B, H, T, D), Hkv = q.shape, k.shape[1]
+    _expect(k.shape[0] == B and k.shape[3] == D, "k", f"a batch of {B} and head size {D} as q",
+            tuple(k.shape))
+    _expect(H % Hkv == 0, "k", f"a number of heads that divides q's {H}", Hkv)
+    _expect(D <= MAX_D_HEAD, "q", f"head size <= {MAX_D_HEAD}", D)
+    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, row: Tensor | None, order: Tensor | None,
+                     name: str, n_rows: int) -> None:
+    """What sparse_attention and bin_attention ask of their arguments; `name` has n_rows rows."""
+    for x_name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(x_name, x, 4, "(B, heads, tokens, D)")
+        _expect(x.dtype == q.dtype, x_name, f"dtype {q.dtype} as q", x.dtype)
+        _expect(x.device == q.device, x_name, f"device {q.device} as q", x.device)
+        _expect(x.shape[2] >= 1, x_name, "at least one token", tuple(x.shape))
+    _check_qk(q, k, seen)
+    (B, _, T, _), S = q.shape, k.shape[2]
+    _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
+    _expect(row is not None or n_rows == T, name, f"{T} rows, or `row` to say which is whose", n_rows)
+    for x_name, x, words, shape in (("row", row, "(B, T)", (B, T)), ("order", order, "(B, S)", (B, S))):
+        if x is not None:
+            _expect(x.shape == shape, x_name, f"shape {words} = {shape}", tuple(x.shape))
+
+
+def _in_order(k: Tensor, v: Tensor, seen: Tensor, order: Tensor) -> list[Tensor]:
+    """Keys and values, each at its rank; 0 where no query sees them, since padding may be nan."""
+    offs_k = order[:, None, :, None].expand_as(k)
+    unseen = torch.arange(k.shape[2], device=k.device) >= seen.amax(1, keepdim=True)
+    return [x.gather(2, offs_k).masked_fill(unseen[:, None, :, None], 0) for x in (k, v)]
 
 
 def _is_step(x: Tensor) -> bool:

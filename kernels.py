@@ -1,9 +1,10 @@
 """SEA on the GPU: the operations of sea.py that cost time, in Triton, forward and backward.
 
 This file has masks as bits, the selection of cells, sparse attention and the pooled attention of a
-teacher, and re-exports the estimator's operations from estimator_kernels.py. Signatures and results are
-those of sea.py; exceptions are noted. Its docstrings say what each operation computes, its glossary what
-the letters mean. To use the kernels elsewhere, copy both files: they need only torch and Triton.
+teacher, and re-exports the estimator's operations from estimator_kernels.py and attention to chosen bins
+from bin_kernels.py. Signatures and results are those of sea.py; exceptions are noted. Its docstrings say
+what each operation computes, its glossary what the letters mean. To use the kernels elsewhere, copy the
+three files: they need only torch and Triton.
 
 Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Softmax statistics, norms, sums and
 accumulators are fp32 whatever the input is. GROUP is the number of query heads that share one key/value
@@ -35,18 +36,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
-                                    MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
-                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                    causal_context, choose_rows, encode_rows, mix_average)
+    from .bin_kernels import bin_attention
+    from .estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
+                                    MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
+                                    _check_tensor, _expect, _in_order, _is_step, _next_power_of_2, _program,
+                                    _vector, add_cell_keys, causal_cnn, causal_context, choose_rows,
+                                    encode_rows, mix_average)
 else:
-    from estimator_kernels import (DTYPES, MAX_DECODER, MAX_FEATURES, MAX_STRIDE, MAX_SUMS,
-                                   MAX_WIDTH_CELL_KEYS, _cdiv, _check_tensor, _expect, _is_step,
-                                   _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                   causal_context, choose_rows, encode_rows, mix_average)
+    from bin_kernels import bin_attention
+    from estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
+                                   MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
+                                   _check_tensor, _expect, _in_order, _is_step, _next_power_of_2, _program,
+                                   _vector, add_cell_keys, causal_cnn, causal_context, choose_rows,
+                                   encode_rows, mix_average)
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; -inf would give nan: exp2((-inf) - (-inf))
-LOG2_E = tl.constexpr(math.log2(math.e))  # e^x = 2^(x log2 e), and the GPU has 2^x
 LN_2 = tl.constexpr(math.log(2))
 
 # -- masks of cells, packed --------------------------------------------------------------------------
@@ -291,7 +294,6 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 UNIT = tl.constexpr(8)  # keys
 GAP = tl.constexpr(2)  # units. Gaps up to this are walked through: a run's last block is half empty anyway
 MAX_WINDOW_KEYS = tl.constexpr(2**20)  # up to here the fp32 error of real_cell + i width / t is below 1/(4t)
-MAX_D_HEAD = 256  # tiles of queries, keys and accumulators must fit into registers
 MAX_WIDTH = 16384  # its square has to fit into 32 bits
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants; BLOCK_N <= 32, as windows are.
@@ -1061,16 +1063,6 @@ class _SparseAttention(torch.autograd.Function):
         return *_sparse_attention_bwd(q, k, v, o, lse, do, bits, seen, row, *ctx.constants), *[None] * 5
 
 
-def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
-    """What sparse_attention and pool_attention ask of their arguments in common."""
-    (B, H, T, D), Hkv = q.shape, k.shape[1]
-    _expect(k.shape[0] == B and k.shape[3] == D, "k", f"a batch of {B} and head size {D} as q",
-            tuple(k.shape))
-    _expect(H % Hkv == 0, "k", f"a number of heads that divides q's {H}", Hkv)
-    _expect(D <= MAX_D_HEAD, "q", f"head size <= {MAX_D_HEAD}", D)
-    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
-
-
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, seen: Tensor,
                      softmax_scale: float | None = None, *, row: Tensor | None = None,
                      order: Tensor | None = None) -> Tensor:
@@ -1078,25 +1070,13 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, s
 
     Gradients reach q, k and v and are summed in a fixed order: bit-equal from run to run.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, 4, "(B, heads, tokens, D)")
-        _expect(x.dtype == q.dtype, name, f"dtype {q.dtype} as q", x.dtype)
-        _expect(x.device == q.device, name, f"device {q.device} as q", x.device)
-        _expect(x.shape[2] >= 1, name, "at least one token", tuple(x.shape))
-    _check_qk(q, k, seen)
-    (B, H, T, D), S = q.shape, k.shape[2]
-    _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
-    _expect(len(mask.shape) == 4 and mask.shape[:2] == (B, H), "mask",
-            f"shape (B, H, R, width) with B, H = {(B, H)}", tuple(mask.shape))
+    _expect(len(mask.shape) == 4, "mask", "shape (B, H, R, width)", tuple(mask.shape))
+    _check_attention(q, k, v, seen, row, order, "mask", mask.shape[2])
+    B, H, _, D = q.shape
+    _expect(mask.shape[:2] == (B, H), "mask", f"shape (B, H, R, width) with B, H = {(B, H)}",
+            tuple(mask.shape))
     _expect(mask.shape[3] <= MAX_WIDTH, "mask", f"a width of at most {MAX_WIDTH}", mask.shape[3])
-    if row is None:
-        _expect(mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
-    else:
-        _expect(row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}", tuple(row.shape))
-        row = row.contiguous()
-    if order is not None:
-        _expect(order.shape == (B, S), "order", f"shape (B, S) = {(B, S)}", tuple(order.shape))
-        order = order.contiguous()
+    row, order = (None if x is None else x.contiguous() for x in (row, order))
     cells = mask if isinstance(mask, CellBits) else pack_mask(mask)
     bits, seen = cells.bits.contiguous(), seen.contiguous()
     scale = float(D**-0.5 if softmax_scale is None else softmax_scale)
@@ -1104,9 +1084,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, s
         if _is_step(q):
             return _sparse_attention_step(q, k, v, bits, seen, row, order, scale, cells.width)
         if order is not None:
-            offs_k = order[:, None, :, None].expand(-1, k.shape[1], -1, D)
-            unseen = torch.arange(S, device=k.device) >= seen.amax(1, keepdim=True)  # padding may be nan
-            k, v = (x.gather(2, offs_k).masked_fill(unseen[:, None, :, None], 0) for x in (k, v))
+            k, v = _in_order(k, v, seen, order)
         return _SparseAttention.apply(q, k, v, bits, seen, row, scale, cells.width)
 
 

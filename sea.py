@@ -1185,7 +1185,8 @@ def operations(config: SEAConfig, q: Tensor):
         kernels = load_kernels()
         reason = kernels.supports(config, q.dtype)
     except (ImportError, FileNotFoundError) as error:
-        reason = f"it needs kernels.py and estimator_kernels.py beside sea.py, and Triton ({error})"
+        reason = ("it needs kernels.py, bin_kernels.py and estimator_kernels.py beside sea.py, and "
+                  f"Triton ({error})")
     if reason is None:
         return kernels
     _expect(config.backend == "auto", "backend", "one that can run this layer",

@@ -21,6 +21,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import bin_kernels
 import estimator_kernels
 import kernels
 import sea
@@ -135,7 +136,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
 
 
 TWINS = ["choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask", "select_cells",
-         "sparse_attention", "mix_average", "pool_attention"]
+         "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
@@ -465,6 +466,152 @@ def test_arguments_that_do_not_fit_are_named(argument, change):
                 mask=torch.zeros(1, 2, 8, 5).bool(), seen=torch.ones(1, 8).long())
     with pytest.raises(ValueError, match=f"^{argument}: expected .*, got "):
         kernels.sparse_attention(**{name: x.to(DEVICE) for name, x in {**fits, **change}.items()})
+
+
+# -- attention to chosen bins ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bins:
+    """A call of bin_attention, as numbers. `density` of the bins is listed, those behind the last key included; `padded`: some
+    queries see nothing; `uneven`: rows have any number of queries, not `stride` of them."""
+
+    dtype: torch.dtype
+    T: int
+    extra: int  # keys of the past
+    heads: tuple[int, int, int, int]  # B, Hkv, choosers of each, query heads of each chooser
+    D: int
+    bin: int
+    density: float
+    stride: int
+    uneven: bool
+    padded: bool
+    layout: str
+    per_program: int  # visits of a dk, dv program, at least: 1 splits the work on every bin where there are few
+    seed: int
+
+    def lists(self, R, S, generator):
+        (B, Hkv, choosers, _), n_bin = self.heads, -(-S // self.bin)
+        keep = torch.rand(B, Hkv * choosers, R, n_bin + 1, generator=generator) < self.density
+        keep[:, :, torch.rand(R, generator=generator) < 0.1] = False
+        bins = torch.where(keep, torch.arange(n_bin + 1), sea.NONE).sort(-1).values
+        return bins[..., : max(1, int(keep.sum(-1).max()) + self.seed % 2)].int()  # a NONE behind all, or none
+
+    def tensors(self):
+        (B, Hkv, choosers, group), (T, S) = self.heads, (self.T, self.T + self.extra)
+        generator = torch.Generator().manual_seed(self.seed)
+        make = lambda h, n, layout: lay_out(torch.randn(B, h, n, self.D, generator=generator).to(self.dtype), layout)
+        q = make(Hkv * choosers * group, T, self.layout)
+        k, v = make(Hkv, S, self.layout), make(Hkv, S, LAYOUT_OF_V[self.layout])
+        R = -(-T // self.stride) + 1
+        seen, row = (torch.arange(T) + 1 + self.extra).repeat(B, 1), None
+        if self.padded:
+            seen[torch.rand(B, T, generator=generator) < 0.3] = 0
+        if self.uneven:
+            row = torch.randint(R, (B, T), generator=generator).sort(-1).values
+        elif self.stride > 1:
+            row = (torch.arange(T) + torch.randint(self.stride, (B, 1), generator=generator)) // self.stride
+        bins = self.lists(T if row is None else R, S, generator).to(DEVICE)
+        return q, k, v, bins, by_column(seen), None if row is None else by_column(row)
+
+
+@st.composite
+def bin_cases(draw, size=2 * BLOCK + 3):
+    heads = [(1, 1, 1, 1), (1, 2, 1, 3), (2, 1, 2, 1), (1, 1, 2, 3)]
+    return Bins(
+        dtype=draw(st.sampled_from(DTYPES)), T=draw(st.integers(1, size)), extra=draw(st.integers(0, size) | st.integers(100, 300)),
+        heads=draw(st.sampled_from(heads[1::2] if CUDA else heads)), D=draw(sizes(1, 2 * BLOCK + 3, 7, 35)),
+        bin=draw(st.sampled_from([8, 5] if CUDA else [8, 1, 4, 5, 16, 32, 33])), density=draw(st.sampled_from([0.3, 1.0, 0.1, 0.0])),
+        stride=draw(st.sampled_from([1, 4] if CUDA else [1, 2, 3, 4, 5])), uneven=draw(st.booleans()), padded=draw(st.booleans()),
+        layout=draw(LAYOUTS), per_program=draw(st.sampled_from([64, 1])), seed=draw(st.integers(0, 99)))
+
+
+def check_bin_attention(case, change=lambda seen: seen):
+    q, k, v, bins, seen, row = case.tensors()
+    seen = change(seen)
+    few = {} if case.T > 99 else dict(VISITS_PER_PROGRAM=case.per_program, MAX_EXTRA_PROGRAMS=99)
+    with mock.patch.multiple(bin_kernels, **few):
+        as_accurate_as_eager(case, lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row),
+                             lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row), [q, k, v])
+
+
+@given(bin_cases())
+@example(Bins(torch.float32, 35, 0, (1, 2, 1, 3), 8, 8, 0.3, 4, False, False, "contiguous", 1, 0))
+@example(Bins(torch.float32, 5, 9, (1, 1, 1, 35), 8, 8, 0.3, 2, False, False, "gaps", 1, 0))  # more heads than a tile holds
+@example(Bins(torch.float16, 70, 9, (1, 1, 1, 3), 16, 100, 0.5, 35, True, True, "contiguous", 1, 1))  # and queries; wide bins
+@settings(FEW)
+@in_parts("dtype", *DTYPES)
+def test_bin_attention_matches_reference(dtype, case):
+    check_bin_attention(case if dtype is None else replace(case, dtype=dtype))
+
+
+def test_bins_and_seen_in_any_order():
+    case = Bins(torch.float32, 33, 120, (1, 1, 1, 2), 16, 8, 0.3, 3, False, True, "contiguous", 64, 3)
+    check_bin_attention(case, lambda seen: (seen * 37 % 153).clamp(min=0))
+
+
+def test_all_bins_are_dense_attention():
+    q, k, v, bins, seen, _ = Bins(torch.float32, 35, 0, (1, 2, 1, 2), 8, 4, 1.0, 1, False, False, "contiguous", 64, 0).tensors()
+    bins = torch.arange(9, dtype=torch.int32, device=DEVICE).expand(1, 2, 35, 9)
+    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
+    torch.testing.assert_close(kernels.bin_attention(q, k, v, bins, seen, bin=4), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_no_query_of_a_row_sees_are_not_read():
+    q, k, v, bins, seen, _ = Bins(torch.float32, 35, 20, (1, 1, 1, 2), 8, 8, 0.6, 1, False, False, "contiguous", 64, 0).tensors()
+    before = kernels.bin_attention(q, k, v, bins, seen, bin=8)
+    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf
+    after = kernels.bin_attention(q, k, v, bins, seen, bin=8)
+    assert torch.equal(before[:, :, :20], after[:, :, :20]) and not torch.equal(before, after)
+
+
+def test_bins_of_keys_in_any_order():
+    q, k, v, bins, seen, row = Bins(torch.float32, 33, 20, (2, 1, 1, 2), 16, 8, 0.5, 3, False, True, "gaps", 64, 3).tensors()
+    order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
+    seen = seen.clamp(max=50)
+    expected = kernels.bin_attention(q, sea.take(k, order), sea.take(v, order), bins, seen, bin=8, row=row)
+    for b in range(2):  # the last in order are padding, which may hold anything
+        k[b, :, order[b, 50:]] = v[b, :, order[b, 50:]] = torch.nan
+    assert torch.equal(kernels.bin_attention(q, k, v, bins, seen, bin=8, row=row, order=order), expected)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_memory_of_bin_attention_is_linear_in_the_number_of_tokens(stride):
+    """What is kept and what the backward pass needs: no launch is asked for T x T numbers."""
+    def numbers(T):
+        case = Bins(torch.float32, T, 0, (1, 1, 1, 2), 4, 8, 0.0, stride, False, False, "contiguous", 64, 0)
+        q, k, v, bins, seen, row = case.tensors()
+        bins, allocated, real = bins.new_full((*bins.shape[:3], 3), sea.NONE), [], torch.Tensor.numel
+
+        class Count(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                allocated.extend(real(x) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+                return out
+
+        with Count(), mock.patch.multiple(bin_kernels, **{name: mock.MagicMock() for name in dir(bin_kernels)
+                                                          if name.startswith("_bin_attention") and name.endswith("_kernel")},
+                                          _sum_bin_parts_kernel=mock.MagicMock()):
+            kernels.bin_attention(q.requires_grad_(), k, v, bins, seen, bin=8, row=row).sum().backward()
+        return max(allocated)
+
+    assert numbers(4096) <= 4.1 * numbers(1024)
+
+
+@pytest.mark.parametrize("argument, change", [
+    ("k", dict(k=torch.zeros(1, 3, 8, 4))), ("v", dict(v=torch.zeros(1, 1, 7, 4))), ("seen", dict(seen=torch.ones(1, 7))),
+    ("bins", dict(bins=torch.zeros(1, 2, 4, 5).int())), ("bins", dict(bins=torch.zeros(1, 2, 8, 5).long())),
+    ("bins", dict(bins=torch.zeros(1, 3, 8, 5).int())), ("bins", dict(bins=torch.zeros(2, 2, 8, 5).int())),
+    ("bins", dict(bins=torch.zeros(1, 2, 8, 0).int())), ("bin", dict(bin=0)), ("bin", dict(bin=8.0)),
+    ("row", dict(row=torch.zeros(1, 7).long())), ("order", dict(order=torch.zeros(1, 7).long())),
+    ("q", dict(q=torch.zeros(1, 2, 8))), ("q", dict(q=torch.zeros(1, 2, 8, 4).double())),
+    ("k", dict(k=torch.zeros(1, 1, 8, 4).half())), ("q", dict(q=torch.zeros(1, 2, 8, 257), k=torch.zeros(1, 1, 8, 257))),
+])
+def test_arguments_of_bin_attention_that_do_not_fit_are_named(argument, change):
+    fits = dict(q=torch.zeros(1, 2, 8, 4), k=torch.zeros(1, 1, 8, 4), v=torch.zeros(1, 1, 8, 4),
+                bins=torch.zeros(1, 2, 8, 5).int(), seen=torch.ones(1, 8).long(), bin=8)
+    with pytest.raises(ValueError, match=f"^{argument}: expected .*, got "):
+        kernels.bin_attention(**{name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in {**fits, **change}.items()})
 
 
 # -- teacher attention pooled to cells ---------------------------------------------------------------------------------
@@ -847,7 +994,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
 
     zeros = lambda *size, **kwargs: torch.zeros(*size, **{"device": DEVICE, **kwargs})
     modules = {module: [name for name in vars(module) if name.endswith("_kernel")]
-               for module in (kernels, estimator_kernels)}
+               for module in (kernels, bin_kernels, estimator_kernels)}
     with contextlib.ExitStack() as stack:
         for module, names in modules.items():
             for name in names:
@@ -855,7 +1002,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
         stack.enter_context(mock.patch.object(torch, "empty", zeros))
         stack.enter_context(mock.patch.object(torch, "empty_like", torch.zeros_like))
         B, T = 70_000, 2
-        config = sea.SEAConfig(n_head=2, d_head=2, width=4, nbf=1, query_stride=2, max_positions=4, backend="triton")
+        config = sea.SEAConfig(n_head=2, d_head=2, width=4, nbf=1, query_stride=2, max_positions=4, bin=0, backend="triton")
         layer = sea.SEAttention(config).to(DEVICE)
         qkv = [torch.zeros(B, 2, T, 2, device=DEVICE, requires_grad=True) for _ in range(3)]
         result = layer(*qkv)
@@ -865,6 +1012,10 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             kernels.select_cells(result.scores, result.seen[:, :1], 1, "query")
             kernels.pool_attention(qkv[0], qkv[1], result.seen, 4)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
+        bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
+        kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
+        with torch.no_grad():
+            kernels.bin_attention(qkv[0][:, :, :1], *qkv[1:], bins[:, :, :1], result.seen[:, :1], bin=8)
     assert grids.keys() == {name for names in modules.values() for name in names}
     assert all(n <= 65_535 for found in grids.values() for grid in found for n in grid[1:]), grids
 
@@ -971,7 +1122,7 @@ def test_lora_on_all_linear_layers_of_a_student_is_the_same_on_both_backends():
 def no_tiles():
     """Only the kernels of a decoding step may run."""
     estimator = (getattr(estimator_kernels, name) for name in ("_CausalContext", "_CausalCNN", "_AddCellKeys", "_MixAverage"))
-    functions = (kernels._SparseAttention, *estimator)
+    functions = (kernels._SparseAttention, bin_kernels._BinAttention, *estimator)
     with contextlib.ExitStack() as stack, torch.no_grad():
         for function in functions:
             stack.enter_context(mock.patch.object(function, "apply", side_effect=AssertionError(f"{function.__name__} ran")))
@@ -1055,6 +1206,34 @@ def check_sparse_step(case):
 @settings(FEW)
 def test_a_step_of_sparse_attention_matches_reference(case):
     check_sparse_step(case)
+
+
+def check_bin_step(case):
+    """Keys from `seen` on hold NaN or inf: a static buffer goes on behind them. With `padded`, keys stand in any order."""
+    case = replace(case, T=1, uneven=False)
+    q, k, v, bins, seen, row = case.tensors()
+    generator, n = torch.Generator().manual_seed(case.seed), k.shape[2]
+    seen = torch.randint(n // 2, n + 1, (len(q), 1), generator=generator).to(DEVICE) * (seen > 0)
+    row = torch.randint(2, (len(q), 1), generator=generator).to(DEVICE) if case.stride > 1 else None  # of two
+    order = by_column(torch.stack([torch.randperm(n, generator=generator) for _ in q])) if case.padded else None
+
+    def kernel(q, k, v):
+        later = torch.arange(n, device=DEVICE) >= seen
+        later = later if order is None else torch.zeros_like(later).scatter(1, order, later)  # by place
+        k, v = (x.masked_fill(later[:, None, :, None], bad) for x, bad in ((k, torch.nan), (v, torch.inf)))
+        with no_tiles():
+            return kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row, order=order)
+
+    reference = torch.no_grad()(lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row, order=order))
+    as_accurate_as_eager(case, torch.no_grad()(kernel), reference, [q, k, v])
+
+
+@given(bin_cases())
+@example(Bins(torch.float32, 1, 600, (2, 2, 1, 3), 17, 8, 0.5, 1, False, False, "gaps", 64, 1))  # several blocks
+@example(Bins(torch.float32, 1, 40, (2, 1, 1, 2), 8, 8, 0.5, 4, False, True, "contiguous", 64, 0))  # keys in orders that differ
+@settings(FEW)
+def test_a_step_of_bin_attention_matches_reference(case):
+    check_bin_step(case)
 
 
 def check_decoding(case, first, rtol=1e-3):
@@ -1200,10 +1379,10 @@ else:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_three_files_are_found_in_a_package(tmp_path):
+def test_the_four_files_are_found_in_a_package(tmp_path):
     """Copied into one, and with nothing of theirs anywhere else."""
     (tmp_path / "mypkg").mkdir()
-    for name in ("sea.py", "kernels.py", "estimator_kernels.py"):
+    for name in ("sea.py", "kernels.py", "bin_kernels.py", "estimator_kernels.py"):
         (tmp_path / "mypkg" / name).write_text((here / name).read_text())
     (tmp_path / "mypkg" / "__init__.py").touch()
     code = """
@@ -1212,8 +1391,9 @@ import mypkg.sea
 from mypkg import kernels
 assert kernels.__file__ == mypkg.sea.__file__.replace("sea.py", "kernels.py")
 assert kernels.causal_context.__module__ == "mypkg.estimator_kernels"
+assert kernels.bin_attention.__module__ == "mypkg.bin_kernels"
 assert mypkg.sea.load_kernels() is kernels
-assert not {"sea", "estimator_kernels", "sea_kernels"} & sys.modules.keys()
+assert not {"sea", "bin_kernels", "estimator_kernels", "sea_kernels"} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={name: x for name, x in os.environ.items() if name != "PYTHONPATH"})
@@ -1468,6 +1648,38 @@ def test_gradients_are_bit_equal_from_run_to_run(dtype):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 4])
+def test_gradients_of_bin_attention_are_bit_equal_from_run_to_run(dtype, stride):
+    q, k, v, bins, seen, row = Bins(dtype, 4096, 0, (1, 2, 1, 3), 64, 8, 0.05, stride, False, False, "contiguous", 64, 0).tensors()
+    bins[..., 0] = 0  # keys that every query visits
+
+    def run():
+        xs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = kernels.bin_attention(*xs, bins, seen, bin=8, row=row)
+        return [out, *torch.autograd.grad(out, xs, torch.ones_like(out))]
+
+    first = run()
+    for _ in range(3):
+        assert all(map(torch.equal, first, run()))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, extra, heads, D, bin, stride", [(2048, 0, (1, 2, 1, 7), 64, 8, 1), (2048, 99, (1, 1, 2, 3), 128, 16, 4),
+                                                             (1, 4999, (1, 2, 1, 3), 64, 8, 1), (999, 0, (1, 1, 1, 1), 256, 1, 2)])
+def test_large_bin_attention_matches_reference(dtype, T, extra, heads, D, bin, stride):
+    check_bin_attention(Bins(dtype, T, extra, heads, D, bin, 0.05, stride, False, True, "heads last", 64, 0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extra, D", [(4999, 64), (131071, 64), (3000, 80)])
+def test_large_step_of_bin_attention_matches_reference(dtype, extra, D):
+    check_bin_step(Bins(dtype, 1, extra, (2, 2, 1, 3), D, 8, 0.02, 1, False, False, "heads last", 64, 0))
+
+
+@gpu
 @pytest.mark.parametrize("cell_keys", [False, True])
 @pytest.mark.parametrize("stride", [1, 4])
 def test_a_layer_is_bit_equal_from_run_to_run(stride, cell_keys):
@@ -1589,6 +1801,14 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
             kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
             layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
     yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
+    bins = torch.arange(S // 8, dtype=torch.int32).repeat(B, Hkv, R, 1)
+    for size in (8, 5, 64) if D == 64 and dtype == torch.bfloat16 else (8,):
+        yield kernels.bin_attention(q, k, v, bins, seen, bin=size, row=row)
+    many = torch.ones(B, 48 * Hkv, T, D, dtype=dtype, requires_grad=True)  # heads of a chooser, in several tiles
+    yield kernels.bin_attention(many, k, v, bins, seen, bin=8, row=row)
+    with torch.no_grad():
+        kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8)
+        kernels.bin_attention(q[:, :, :1], k, v, bins, seen[:, :1], bin=8, row=seen[:, :1], order=torch.arange(S)[None])
     for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
         cnn = sea.CausalCNN(heads, n_cells).to(dtype)
         image = torch.ones(1, 2 * heads, 8, n_cells // 4, dtype=dtype, requires_grad=True)

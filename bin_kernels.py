@@ -1,0 +1,544 @@
+"""SEA's attention to chosen bins of keys in Triton: forward, backward and decoding step.
+
+kernels.py re-exports bin_attention. What its docstring says of signatures, dtypes, programs and decoding
+steps holds here, too.
+
+A row is what queries share that use the same choice (query_stride of them), a chooser the query heads that
+share one. R rows of C choosers have a list of bins each, (B, C, R, n) int32, ascending, with NONE behind the
+last. In all kernels t is the number of keys that a query sees, j a key, s a place among the keys of a list:
+key number s stands at j = list[s // BIN] * BIN + s % BIN.
+
+A tile holds the queries of a row and the heads of its chooser, which visit the same keys: QUERIES x HEADS of
+them, padded to BLOCK_M. Rows may have any number of queries and choosers any number of heads; where they have
+more than a tile holds, their list is walked several times.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if __package__:  # the files were copied into a package
+    from .estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
+                                    _new, _next_power_of_2, _vector)
+else:
+    from estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
+                                   _new, _next_power_of_2, _vector)
+
+NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
+
+# -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants.
+VISITS_PER_PROGRAM = 64  # (bin, row) pairs that one program of the dk, dv kernel adds up, at least
+MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on bins that many rows visit
+
+
+def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> dict:
+    """For `heads` query heads of a chooser and rows of about `queries` queries. "ieee" dots in fp32 run
+    without tensor cores: small tiles keep them in registers. HEAD_TILES: tiles that the heads take."""
+    small = dtype == torch.float32
+    most = 16 if small else 32  # 64 rows would be a dot of another kind, with limits of its own
+    n_head = min(heads, most)
+    n_query = min(queries, most // n_head)
+    return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), QUERIES=n_query,
+                BLOCK_M=max(16, _next_power_of_2(n_head * n_query)),
+                BLOCK_D=max(16, _next_power_of_2(d_head)))
+
+
+def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> dict:
+    """Of the forward and dq kernels."""
+    tile = _tile_sizes(dtype, d_head, heads, queries)
+    if dtype == torch.float32:
+        return dict(tile, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
+    return dict(tile, BLOCK_N=32, num_warps=tile["BLOCK_M"] // 16 if d_head <= 128 else 4, num_stages=3)
+
+
+def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int, bin: int) -> dict:
+    """Of the dk, dv kernel: CHUNKS programs for BLOCK_N keys of a bin each, VISITS rows at a time."""
+    tile = _tile_sizes(dtype, d_head, heads, queries)
+    block_m = 16 if dtype == torch.float32 else 32
+    block_n = min(max(16, _next_power_of_2(bin)), 16 if dtype == torch.float32 else 32)
+    num_warps = 4 if dtype == torch.float32 else max(2, tile["BLOCK_D"] // 64)
+    return dict(tile, BLOCK_M=block_m, BLOCK_N=block_n, VISITS=block_m // (tile["HEADS"] * tile["QUERIES"]),
+                CHUNKS=_cdiv(bin, block_n), num_warps=num_warps, num_stages=1)
+
+
+def _step_tiles(n: int, d_head: int) -> dict:
+    """Of a decoding step: blocks of 8,192 numbers, as many as registers hold."""
+    block_d = max(32, _next_power_of_2(d_head))  # Triton 3.6: wrong addresses if two threads read a head
+    return dict(BLOCK_LIST=_next_power_of_2(n), BLOCK_N=min(8192 // block_d, 256), BLOCK_D=block_d,
+                num_warps=8)
+
+
+# -- rows, tiles and lists inside a kernel
+
+
+@triton.jit
+def _queries_of_row(begins_ptr, b, r, R, mask):
+    """The first query of row r and the one after its last. begins (B, R + 1), or None: query r alone."""
+    if begins_ptr is None:
+        begin, end = r, r + mask.to(tl.int32)
+    else:
+        begins_ptr += b * (R + 1) + r
+        begin, end = tl.load(begins_ptr, mask=mask, other=0), tl.load(begins_ptr + 1, mask=mask, other=0)
+    return begin, end
+
+
+@triton.jit
+def _n_slot(bins_ptr, n, n_key, BIN: tl.constexpr, BLOCK_LIST: tl.constexpr):
+    """Keys of the bins of a list that begin before key n_key, the last bin as if it were full."""
+    offs = tl.arange(0, BLOCK_LIST)
+    bins = tl.load(bins_ptr + offs, mask=offs < n, other=NONE)
+    return tl.sum((bins < (n_key + BIN - 1) // BIN).to(tl.int32), axis=0) * BIN
+
+
+@triton.jit
+def _key_of_slot(bins_ptr, offs_s, n_slot, BIN: tl.constexpr):
+    """Keys number offs_s of a list; which of them are on it, if their bins are full."""
+    mask_s = offs_s < n_slot
+    return tl.load(bins_ptr + offs_s // BIN, mask=mask_s, other=0) * BIN + offs_s % BIN, mask_s
+
+
+@triton.jit
+def _rows_of(ptr, strides, b, h, i, offs_d):
+    """Pointers to rows i of heads h, (rows, BLOCK_D)."""
+    ptr += b * strides[0] + h[:, None].to(tl.int64) * strides[1] + i[:, None].to(tl.int64) * strides[2]
+    return ptr + offs_d[None, :] * strides[3]
+
+
+@triton.jit
+def _tile_of_row(pid, begins_ptr, bins_ptr, H, R, n, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                 CHOOSERS: tl.constexpr):
+    """b, c of a program's chooser, its first head, the queries of its row, and the row's list."""
+    r, pid_bch = pid % R, (pid // R).to(tl.int64)
+    pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
+    b, c = pid_bc // CHOOSERS, pid_bc % CHOOSERS
+    begin, end = _queries_of_row(begins_ptr, b, r, R, pid >= 0)
+    return b, c, (pid_head * HEADS).to(tl.int32), begin, end, bins_ptr + (pid_bc * R + r) * n
+
+
+@triton.jit
+def _queries_of_tile(seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS: tl.constexpr,
+                     HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Heads, queries, t, offsets into (B, H, T) and mask of a tile, (BLOCK_M,) each."""
+    offs_m = tl.arange(0, BLOCK_M)
+    i_head, query = first_head + offs_m % HEADS, start + offs_m // HEADS
+    mask_m = (offs_m < HEADS * QUERIES) & (i_head < H // CHOOSERS) & (query < end)
+    h = c * (H // CHOOSERS) + i_head
+    t = tl.load(seen_ptr + b * T + query, mask=mask_m, other=0).to(tl.int32)
+    return h, query, t, (b * H + h) * T + query, mask_m
+
+
+# -- forward
+
+
+# o = softmax(q k^T * softmax_scale) v over the keys of the row's bins that a query sees;
+# lse = log2 of the sum of 2^(scores * log2 e), +inf where there is no key.
+# One program: the queries of one row and HEADS heads of its chooser; grid (R * B * CHOOSERS * HEAD_TILES,).
+#   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, R, n) int32; seen (B, T) int
+#   begins (B, R + 1) int32: the first query of each row, or None: row i is query i
+#   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
+# fp32: scores, m_i, l_i, acc; p until the dot, whose operands have the dtype of v. Reads the listed keys
+# once for all queries of a tile, where eager writes T x S scores. Keys that no query of the row sees are
+# not read. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
+@triton.jit
+def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, begins_ptr, o_ptr, lse_ptr,
+                              q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
+                              CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                              D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                              QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    b, c, first_head, begin, end, bins_ptr = _tile_of_row(
+        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        CHOOSERS=CHOOSERS)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    kv = c * (H // CHOOSERS) // GROUP
+    k_ptr += b * k_strides[0] + kv * k_strides[1] + offs_d[None, :] * k_strides[3]
+    v_ptr += b * v_strides[0] + kv * v_strides[1] + offs_d[None, :] * v_strides[3]
+    for start in range(begin, end, QUERIES):
+        h, query, t, offs_bhm, mask_m = _queries_of_tile(
+            seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS=CHOOSERS, HEADS=HEADS, QUERIES=QUERIES,
+            BLOCK_M=BLOCK_M)
+        mask_md = mask_m[:, None] & mask_d[None, :]
+        # (BLOCK_M, BLOCK_D)
+        q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+        m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        t_max = tl.minimum(tl.max(t, axis=0), n_key)
+        n_slot = _n_slot(bins_ptr, n, t_max, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+        for start_s in range(0, n_slot, BLOCK_N):
+            j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
+            mask_s &= j < t_max
+            mask_sd = mask_s[:, None] & mask_d[None, :]
+            # -- scores, (BLOCK_M, BLOCK_N)
+            k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+            s = tl.where(mask_s[None, :] & (j[None, :] < t[:, None]), s, -float("inf"))
+            # -- online softmax
+            m_new = tl.maximum(m_i, tl.max(s, axis=1))
+            p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
+            l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
+            v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+            acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        # -- write back
+        mask_empty = l_i == 0
+        l_i = tl.where(mask_empty, 1.0, l_i)
+        o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
+        lse = tl.where(mask_empty, float("inf"), m_i + tl.log2(l_i))
+        tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], o, mask=mask_md)
+        tl.store(lse_ptr + offs_bhm, lse, mask=mask_m)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, softmax_scale: float, bin: int) -> dict:
+    """Keywords that the forward, dq and dk, dv kernels have in common."""
+    (_, H, T, D), (Hkv, S), (C, R) = q.shape, k.shape[1:3], bins.shape[1:3]
+    return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, T=T, R=R, n_key=S,
+                qk_scale=softmax_scale * LOG2_E.value, CHOOSERS=C, GROUP=H // Hkv, BIN=bin, D=D)
+
+
+def _tile_arguments(q: Tensor, bins: Tensor) -> tuple[torch.dtype, int, int, int]:
+    """dtype, D, heads of a chooser and, as far as shapes tell, queries of a row."""
+    (_, H, T, D), (C, R) = q.shape, bins.shape[1:3]
+    return q.dtype, D, H // C, _cdiv(T, R)
+
+
+def _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin):
+    (B, H, T, D), (C, R, n) = q.shape, bins.shape[1:]
+    tiles = _walk_tiles(*_tile_arguments(q, bins))
+    o, lse = _new(q, B, H, T, D), _new(q, B, H, T, dtype=torch.float32)
+    _bin_attention_fwd_kernel[(R * B * C * tiles["HEAD_TILES"],)](
+        q, k, v, bins, seen, begins, o, lse, n=n, BLOCK_LIST=_next_power_of_2(n),
+        **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    return o, lse
+
+
+# -- backward
+#
+# With p = 2^(scores - lse), dp = do v^T, delta = rowsum(o do) and ds = p (dp - delta):
+#
+#     dq = ds k * softmax_scale      dk = ds^T q * softmax_scale      dv = p^T do
+
+
+# dq, and delta.
+# One program: the tile and the walk of the forward kernel.
+#   o (B, H, T, D) contiguous, do (B, H, T, D) any strides, lse (B, H, T) fp32; the others as there
+#   delta (B, H, T) fp32, dq (B, H, T, D) contiguous
+# fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
+# Reference: autograd through sea.bin_attention.
+@triton.jit
+def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_ptr, begins_ptr, lse_ptr,
+                             delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n,
+                             n_key, qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
+                             BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                             HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr,
+                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    b, c, first_head, begin, end, bins_ptr = _tile_of_row(
+        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        CHOOSERS=CHOOSERS)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    kv = c * (H // CHOOSERS) // GROUP
+    k_ptr += b * k_strides[0] + kv * k_strides[1] + offs_d[None, :] * k_strides[3]
+    v_ptr += b * v_strides[0] + kv * v_strides[1] + offs_d[None, :] * v_strides[3]
+    for start in range(begin, end, QUERIES):
+        h, query, t, offs_bhm, mask_m = _queries_of_tile(
+            seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS=CHOOSERS, HEADS=HEADS, QUERIES=QUERIES,
+            BLOCK_M=BLOCK_M)
+        mask_md = mask_m[:, None] & mask_d[None, :]
+        # (BLOCK_M, BLOCK_D)
+        q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+        do = tl.load(_rows_of(do_ptr, do_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+        o = tl.load(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
+        lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+        tl.store(delta_ptr + offs_bhm, delta, mask=mask_m)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        t_max = tl.minimum(tl.max(t, axis=0), n_key)
+        n_slot = _n_slot(bins_ptr, n, t_max, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+        for start_s in range(0, n_slot, BLOCK_N):
+            j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
+            mask_s &= j < t_max
+            mask_sd = mask_s[:, None] & mask_d[None, :]
+            # -- probabilities again, (BLOCK_M, BLOCK_N)
+            k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
+            v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+            p = tl.where(mask_s[None, :] & (j[None, :] < t[:, None]), tl.exp2(s - lse[:, None]), 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            dq += tl.dot(ds, k, input_precision="ieee")
+        dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + offs_bhm[:, None] * D + offs_d[None, :], dq, mask=mask_md)
+
+
+# dk = ds^T q * softmax_scale, dv = p^T do, summed over the rows that visit a bin, in their order.
+# One program: BLOCK_N keys of one bin of one key/value head, and at most `per_program` of its visits; grid
+# (n_program * CHUNKS,); surplus programs return. A bin with few visits has one program, which writes dk and
+# dv. One with many (every row visits the first) has several: they write to `part`, and _sum_bin_parts_kernel
+# adds up.
+#   q, do (B, H, T, D), k, v (B, Hkv, S, D), any strides; lse, delta (B, H, T) fp32 contiguous
+#   seen, begins as in the forward kernel
+#   visitors (B * CHOOSERS * R * n,) int32: rows, numbered (b * CHOOSERS + c) * R + r, sorted by the bins that
+#   they visit; those of list number (b * Hkv + kv) * n_bin + bin stand from firsts[list] to before
+#   firsts[list + 1]; firsts (n_list + 1,) int64
+#   list_of (n_program,) int64: the list that a program works on
+#   part_ends (n_list,) int64: running sum of the programs of each list; slots (n_list,) int64: the same, of
+#   lists shared by several
+#   part (slots, CHUNKS, 2, BLOCK_N, BLOCK_D) fp32; dk, dv (B, Hkv, S, D) contiguous
+# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Deterministic; no
+# count has to reach the CPU, so a CUDA graph can hold it.
+# Reference: autograd through sea.bin_attention.
+@triton.jit
+def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr, lse_ptr, delta_ptr,
+                               visitors_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, part_ptr,
+                               dk_ptr, dv_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n_key,
+                               n_bin, n_list, per_program, qk_scale, softmax_scale, CHOOSERS: tl.constexpr,
+                               GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                               HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, VISITS: tl.constexpr,
+                               CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_D: tl.constexpr):
+    pid, pid_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    i_list = tl.load(list_of_ptr + pid)
+    if i_list >= n_list:  # the grid is an upper bound
+        return
+    pid_bkv, i_bin = i_list // n_bin, (i_list % n_bin).to(tl.int32)
+    b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
+    # -- visits begin ... end - 1 are this program's, which is number pid_part of n_part
+    first, last = tl.load(firsts_ptr + i_list), tl.load(firsts_ptr + i_list + 1)
+    n_part = tl.maximum((last - first + per_program - 1) // per_program, 1)
+    pid_part = pid - (tl.load(part_ends_ptr + i_list) - n_part)
+    begin = first + pid_part * per_program
+    n_visit = tl.minimum(last - begin, per_program).to(tl.int32)
+    visitors_ptr += begin
+
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    i_visit, i_query, i_head = offs_m // (HEADS * QUERIES), offs_m // HEADS % QUERIES, offs_m % HEADS
+    offs_bin = pid_chunk * BLOCK_N + offs_n
+    j = i_bin * BIN + offs_bin
+    mask_n, mask_d = (offs_bin < BIN) & (j < n_key), offs_d < D
+    mask_nd = mask_n[:, None] & mask_d[None, :]
+    # (BLOCK_N, BLOCK_D)
+    offs_kv = j[:, None].to(tl.int64) * k_strides[2] + offs_d[None, :] * k_strides[3]
+    k = tl.load(k_ptr + b * k_strides[0] + kv * k_strides[1] + offs_kv, mask=mask_nd, other=0.0)
+    offs_kv = j[:, None].to(tl.int64) * v_strides[2] + offs_d[None, :] * v_strides[3]
+    v = tl.load(v_ptr + b * v_strides[0] + kv * v_strides[1] + offs_kv, mask=mask_nd, other=0.0)
+    dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start_visit in range(0, n_visit, VISITS):
+        mask_visit = (i_visit < VISITS) & (start_visit + i_visit < n_visit)
+        visitor = tl.load(visitors_ptr + start_visit + i_visit, mask=mask_visit, other=0)
+        c, r = visitor // R % CHOOSERS, visitor % R
+        query, end_query = _queries_of_row(begins_ptr, b, r, R, mask_visit)
+        longest = tl.max(end_query - query, axis=0)  # a row may have more queries than a tile holds
+        for start in range(0, longest, QUERIES):
+            for pid_head in tl.static_range(HEAD_TILES):
+                offs_head = pid_head * HEADS + i_head
+                h, i = c * (H // CHOOSERS) + offs_head, query + start + i_query
+                mask_m = mask_visit & (offs_head < H // CHOOSERS) & (i < end_query)
+                mask_md = mask_m[:, None] & mask_d[None, :]
+                offs_bhm = (b * H + h) * T + i
+                t = tl.load(seen_ptr + b * T + i, mask=mask_m, other=0).to(tl.int32)
+                # (BLOCK_M, BLOCK_D)
+                q = tl.load(_rows_of(q_ptr, q_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
+                do = tl.load(_rows_of(do_ptr, do_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
+                lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
+                delta = tl.load(delta_ptr + offs_bhm, mask=mask_m, other=0.0)
+                # -- probabilities again, (BLOCK_N, BLOCK_M)
+                s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+                mask_nm = mask_n[:, None] & (j[:, None] < t[None, :])
+                p = tl.where(mask_nm, tl.exp2(s - lse[None, :]), 0.0)
+                dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+                ds = (p * (dp - delta[None, :])).to(q.dtype)
+                dk += tl.dot(ds, q, input_precision="ieee")
+    # -- write back
+    dk *= softmax_scale
+    if n_part == 1:
+        offs_kv = (pid_bkv * n_key + j[:, None]) * D + offs_d[None, :]
+        tl.store(dk_ptr + offs_kv, dk.to(dk_ptr.dtype.element_ty), mask=mask_nd)
+        tl.store(dv_ptr + offs_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_nd)
+    else:
+        slot = tl.load(slots_ptr + i_list) - n_part + pid_part
+        part_ptr += (slot * CHUNKS + pid_chunk) * 2 * BLOCK_N * BLOCK_D
+        offs_nd = offs_n[:, None] * BLOCK_D + offs_d[None, :]
+        tl.store(part_ptr + offs_nd, dk)
+        tl.store(part_ptr + BLOCK_N * BLOCK_D + offs_nd, dv)
+
+
+# dk, dv of the bins that several programs share: the sum of their parts, in order.
+# One program: BLOCK_N keys of one bin; grid (n_list * CHUNKS,). Pointers as above.
+@triton.jit
+def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_bin, per_program,
+                          BIN: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_D: tl.constexpr):
+    i_list, pid_chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
+    n_visit = tl.load(firsts_ptr + i_list + 1) - tl.load(firsts_ptr + i_list)
+    n_part = (n_visit + per_program - 1) // per_program
+    if n_part <= 1:
+        return
+    slot = tl.load(slots_ptr + i_list) - n_part
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    part_ptr += slot * CHUNKS * 2 * BLOCK_N * BLOCK_D + offs_n[:, None] * BLOCK_D + offs_d[None, :]
+    dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in range(0, n_part.to(tl.int32)):
+        dk += tl.load(part_ptr + (i * CHUNKS + pid_chunk) * 2 * BLOCK_N * BLOCK_D)
+        dv += tl.load(part_ptr + (i * CHUNKS + pid_chunk) * 2 * BLOCK_N * BLOCK_D + BLOCK_N * BLOCK_D)
+    offs_bin = pid_chunk * BLOCK_N + offs_n
+    j = i_list % n_bin * BIN + offs_bin
+    mask_nd = ((offs_bin < BIN) & (j < n_key))[:, None] & (offs_d < D)[None, :]
+    offs_kv = (i_list // n_bin * n_key + j[:, None]) * D + offs_d[None, :]
+    tl.store(dk_ptr + offs_kv, dk.to(dk_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(dv_ptr + offs_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_nd)
+
+
+def _visits(bins: Tensor, Hkv: int, n_bin: int) -> tuple[Tensor, Tensor]:
+    """visitors and firsts, as above: which rows visit each bin of each key/value head, by a stable sort."""
+    B, C, R, n = bins.shape
+    n_list = B * Hkv * n_bin
+    head = torch.arange(B * Hkv, dtype=torch.int32, device=bins.device).view(B, Hkv, 1, 1, 1)
+    bins = bins.view(B, Hkv, C // Hkv, R, n)
+    visited = (bins + head * n_bin).masked_fill(bins >= n_bin, n_list)
+    visited, index = visited.flatten().sort(stable=True)
+    lists = torch.arange(n_list + 1, dtype=torch.int32, device=bins.device)
+    return index.div(n, rounding_mode="floor").int(), torch.searchsorted(visited, lists)
+
+
+def _bin_attention_dkdv(q, k, v, do, bins, seen, begins, lse, delta, softmax_scale, bin):
+    (B, Hkv, S, D), n_bin = k.shape, _cdiv(k.shape[2], bin)
+    n_list, tiles = B * Hkv * n_bin, _dkdv_tiles(*_tile_arguments(q, bins), bin)
+    visitors, firsts = _visits(bins, Hkv, n_bin)
+    # -- a program per list, and up to n_extra more for lists with many visits, in at most 2 n_extra parts
+    per_program = max(VISITS_PER_PROGRAM, _cdiv(bins.numel(), MAX_EXTRA_PROGRAMS))
+    n_extra = bins.numel() // per_program
+    n_part = (firsts.diff() + per_program - 1).div(per_program, rounding_mode="floor").clamp(min=1)
+    part_ends, slots = n_part.cumsum(0), (n_part * (n_part > 1)).cumsum(0)
+    n_program = n_list + n_extra
+    list_of = torch.searchsorted(part_ends, torch.arange(n_program, device=q.device), right=True)
+
+    part = _new(q, 2 * n_extra, tiles["CHUNKS"], 2, tiles["BLOCK_N"], tiles["BLOCK_D"], dtype=torch.float32)
+    dk, dv = (_new(k, *k.shape) for _ in range(2))
+    _bin_attention_dkdv_kernel[(n_program * tiles["CHUNKS"],)](
+        q, k, v, do, seen, begins, lse, delta, visitors, firsts, list_of, part_ends, slots, part, dk, dv,
+        do_strides=do.stride(), n_bin=n_bin, n_list=n_list, per_program=per_program,
+        softmax_scale=softmax_scale, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    _sum_bin_parts_kernel[(n_list * tiles["CHUNKS"],)](
+        firsts, slots, part, dk, dv, n_key=S, n_bin=n_bin, per_program=per_program, BIN=bin, D=D,
+        **{name: tiles[name] for name in ("CHUNKS", "BLOCK_N", "BLOCK_D")})
+    return dk, dv
+
+
+def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, softmax_scale, bin):
+    B, C, R, n = bins.shape
+    tiles = _walk_tiles(*_tile_arguments(q, bins))
+    delta, dq = torch.empty_like(lse), torch.empty_like(o)
+    _bin_attention_dq_kernel[(R * B * C * tiles["HEAD_TILES"],)](
+        q, k, v, o, do, bins, seen, begins, lse, delta, dq, do_strides=do.stride(), n=n,
+        softmax_scale=softmax_scale, BLOCK_LIST=_next_power_of_2(n),
+        **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    dk, dv = _bin_attention_dkdv(q, k, v, do, bins, seen, begins, lse, delta, softmax_scale, bin)
+    return dq, dk, dv
+
+
+# -- a decoding step
+
+
+# o as above, for one query per sequence.
+# One program: one head; grid (B * H,).
+#   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, R, n) int32
+#   seen (B, 1) int; row (B, 1) int or None for 0; order (B, S) int or None: the place of the key of each rank
+#   o (B, H, 1, D) contiguous
+# fp32: everything, and no dots: a tile of rows would hold a single query. Reads each listed key once, and
+# no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
+@triton.jit
+def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr, order_ptr, o_ptr,
+                               q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
+                               CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                               D: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_D: tl.constexpr):
+    pid_bh = tl.program_id(0).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    t = tl.minimum(tl.load(seen_ptr + b), n_key).to(tl.int32)
+    row = 0 if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
+    bins_ptr += ((b * CHOOSERS + h // (H // CHOOSERS)) * R + row) * n
+    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    q = _vector(q_ptr + b * q_strides[0] + h * q_strides[1], offs_d * q_strides[3], mask_d) * qk_scale
+    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1] + offs_d[None, :] * k_strides[3]
+    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1] + offs_d[None, :] * v_strides[3]
+    m_i, l_i = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, n_slot, BLOCK_N):
+        j, mask_s = _key_of_slot(bins_ptr, start + offs_n, n_slot, BIN)
+        mask_s &= j < t
+        j = j.to(tl.int64)
+        if order_ptr is not None:
+            j = tl.load(order_ptr + b * n_key + j, mask=mask_s, other=0).to(tl.int64)
+        # (BLOCK_N, BLOCK_D)
+        mask_sd = mask_s[:, None] & mask_d[None, :]
+        k = tl.load(k_ptr + j[:, None] * k_strides[2], mask=mask_sd, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + j[:, None] * v_strides[2], mask=mask_sd, other=0.0).to(tl.float32)
+        s = tl.where(mask_s, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+        # -- online softmax
+        m_new = tl.maximum(m_i, tl.max(s, axis=0))
+        p, alpha = tl.exp2(s - m_new), tl.exp2(m_i - m_new)
+        l_i, m_i = l_i * alpha + tl.sum(p, axis=0), m_new
+        acc = acc * alpha + tl.sum(p[:, None] * v, axis=0)
+    acc = acc / tl.where(l_i == 0, 1.0, l_i)
+    tl.store(o_ptr + pid_bh * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=mask_d)
+
+
+def _bin_attention_step(q, k, v, bins, seen, row, order, softmax_scale, bin):
+    (B, H, _, D), n = q.shape, bins.shape[3]
+    o = _new(q, B, H, 1, D)
+    _bin_attention_step_kernel[(B * H,)](
+        q, k, v, bins, seen, row, order, o, n=n, **_sizes(q, k, v, bins, softmax_scale, bin),
+        **_step_tiles(n, D))
+    return o
+
+
+class _BinAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bins, seen, begins, softmax_scale, bin):
+        o, lse = _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin)
+        ctx.save_for_backward(q, k, v, o, lse, bins, seen, begins)
+        ctx.constants = softmax_scale, bin
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, bins, seen, begins = ctx.saved_tensors
+        return *_bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, *ctx.constants), *[None] * 5
+
+
+def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
+                  softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
+                  order: Tensor | None = None) -> Tensor:
+    """sea.bin_attention. Any number of queries may share a row; it is fast if about as many share each.
+
+    Gradients reach q, k and v and are summed in a fixed order: bit-equal from run to run.
+    """
+    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
+            f"{bins.dtype} {tuple(bins.shape)}")
+    _check_attention(q, k, v, seen, row, order, "bins", bins.shape[2])
+    (B, H, _, D), Hkv, (C, R, n) = q.shape, k.shape[1], bins.shape[1:]
+    _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
+            f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the {Hkv} "
+            "key/value heads", tuple(bins.shape))
+    _expect(R >= 1 and n >= 1, "bins", "at least one row and one bin", tuple(bins.shape))
+    _expect(isinstance(bin, int) and bin >= 1, "bin", "an integer >= 1", bin)
+    bins, seen = bins.contiguous(), seen.contiguous()
+    row, order = (None if x is None else x.contiguous() for x in (row, order))
+    scale = float(D**-0.5 if softmax_scale is None else softmax_scale)
+    with torch.cuda.device_of(q):
+        if _is_step(q):
+            return _bin_attention_step(q, k, v, bins, seen, row, order, scale, bin)
+        if order is not None:
+            k, v = _in_order(k, v, seen, order)
+        begins = None
+        if row is not None:
+            rows = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
+            begins = torch.searchsorted(row, rows, out_int32=True)
+        return _BinAttention.apply(q, k, v, bins, seen, begins, scale, bin)
