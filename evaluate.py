@@ -928,7 +928,7 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
     if method != "oracle":  # whose cells come from a whole pass of the teacher
         row |= measure_use(student, setting)
     if method in ("sea", "oracle"):
-        row |= dict(layers=layer_report(student, teacher, setting.valid[:8], args))
+        row |= dict(layers=layer_report(student, teacher, setting.valid[:n_reported(args)], args))
     if method != "sea":
         return {name: row}
     draw(student, teacher, setting.valid[0], picture(name, args), args)
@@ -949,6 +949,11 @@ def at_each_topk(name: str, student, setting: Setting) -> dict[str, dict]:
         found = measure(student, setting) | times(student, setting)
         rows[f"{name}, topk {k}"] = dict(student=name, topk=k) | found
     return rows
+
+
+def n_reported(args) -> int:
+    """Windows that the report on layers looks at: 8, or as many as 16,384 tokens are."""
+    return max(1, min(8, 2**14 // args.seq_len))
 
 
 @torch.no_grad()
@@ -1005,7 +1010,8 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
         bins = sea.take(result.bins, result.row[:, rows]).long()
         a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)
         n = (bins < sea.NONE).sum(-1, keepdim=True)
-        best = a.sort(-1, descending=True).values * (torch.arange(a.shape[-1], device=a.device) < n)
+        best = a.topk(min(bins.shape[-1], a.shape[-1]), -1).values
+        best = best * (torch.arange(best.shape[-1], device=a.device) < n)
         kept = F.pad(a, (0, 1)).gather(-1, bins.clamp(max=a.shape[-1]))
         shares.append(torch.stack([kept.sum(-1), best.sum(-1)]))
     return list(torch.cat(shares, dim=-1).mean((1, 2, 3)))
