@@ -1,9 +1,10 @@
 """SEA on the GPU: the operations of sea.py that cost time, in Triton, forward and backward.
 
-This file has masks as bits, the selection of cells, sparse attention and the pooled attention of a
-teacher, and re-exports the estimator's operations from estimator_kernels.py. Signatures and results are
-those of sea.py; exceptions are noted. Its docstrings say what each operation computes, its glossary what
-the letters mean. To use the kernels elsewhere, copy both files: they need only torch and Triton.
+This file has masks as bits, the selection of cells, the choice of bins, sparse attention and the pooled
+attention of a teacher, and re-exports the estimator's operations from estimator_kernels.py. Signatures and
+results are those of sea.py; exceptions are noted. Its docstrings say what each operation computes, its
+glossary what the letters mean. To use the kernels elsewhere, copy both files: they need only torch and
+Triton.
 
 Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Softmax statistics, norms, sums and
 accumulators are fp32 whatever the input is. GROUP is the number of query heads that share one key/value
