@@ -1534,10 +1534,10 @@ def _bin_level(seen, N_BINS: tl.constexpr):
 
 
 @triton.jit
-def _bin_of_cell(p, seen, e, WIDTH: tl.constexpr):
-    """The bin of 2^e keys that the middle key of cell p is in, seen (2 p + 1) // (2 WIDTH), or the last full
-    one. seen in two parts, since the product passes 2^31 at seen = 1M, width 1024."""
-    middle = seen // (2 * WIDTH) * (2 * p + 1) + seen % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
+def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr):
+    """The bin of 2^e keys that the middle key of cell p is in, in_cells (2 p + 1) // (2 WIDTH), or the last
+    full one. in_cells in two parts, since the product passes 2^31 at 1M keys, width 1024."""
+    middle = in_cells // (2 * WIDTH) * (2 * p + 1) + in_cells % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
     return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
@@ -1614,7 +1614,7 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
 # always one, it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of
 # those of its row.
-#   q (B, H, R, D), seen (B, R) int, any strides; means and count as above
+#   q (B, H, R, D), seen and in_cells (B, R) int, any strides; means and count as above
 #   x (B, H, R, WIDTH) contiguous, in place
 #   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
@@ -1622,10 +1622,11 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
 # level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a
 # cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, products_ptr, parts_ptr,
-                      q_strides, seen_strides, H, R, n_level, n_tile, softmax_scale, GROUP: tl.constexpr,
-                      D: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr,
-                      BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
+                      parts_ptr, q_strides, seen_strides, in_cells_strides, H, R, n_level, n_tile,
+                      softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                      BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr,
+                      BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
@@ -1641,6 +1642,8 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
         q = _load_tile(q_ptrs, row, offs_d, q_strides[2], q_strides[3], mask_r[:, None] & mask_d)
         seen = tl.load(seen_ptr + b * seen_strides[0] + row * seen_strides[1], mask=mask_r,
                        other=0).to(tl.int32)
+        in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0] + row * in_cells_strides[1], mask=mask_r,
+                           other=0).to(tl.int32)
         level, lowest = _bin_level(seen, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
         level_begin = tl.maximum(tl.min(tl.where(seen > 0, level, 64), axis=0), lowest)
         level_end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
@@ -1656,7 +1659,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
                 products = tl.dot(q, tl.trans(mean), input_precision="ieee")
                 tl.store(products_ptr + offs_bin[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
-            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], e, WIDTH)
+            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH)
             s += tl.load(products_ptr + bin_of_cell, mask=mask_e[:, None] & mask_p, other=0.0)
             tl.debug_barrier()  # before other products come
         s = tl.where(mask_p, s * softmax_scale, -float("inf"))
@@ -1675,14 +1678,16 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, count_ptr, pr
 # row's scores.
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
-#   seen (B, 1) any strides, count, n_new (B,) int; past and sums (B, Hkv, 2 * WIDTH, D) fp32 as above
+#   seen, in_cells (B, 1), any strides; count, n_new (B,) int
+#   past and sums (B, Hkv, 2 * WIDTH, D) fp32 as above
 #   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
 # fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, past_ptr,
-                           products_ptr, sums_ptr, q_strides, k_strides, seen_strides, HKV, softmax_scale,
-                           GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
-                           BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr,
+                           past_ptr, products_ptr, sums_ptr, q_strides, k_strides, seen_strides,
+                           in_cells_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
+                           WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+                           BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
     pid_bkv = tl.program_id(0).to(tl.int64)
     b, kv = pid_bkv // HKV, pid_bkv % HKV
@@ -1710,7 +1715,8 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
             tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products, mask=mask_b)
     tl.debug_barrier()
     seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
-    bin_of_cell = _bin_of_cell(offs_p, seen, last, WIDTH)
+    in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0]).to(tl.int32)
+    bin_of_cell = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH)
     for g in range(0, GROUP):
         h = pid_bkv * GROUP + g  # of all sequences
         s = tl.load(products_ptr + h * N_BINS + bin_of_cell, mask=mask_p, other=-float("inf"))
@@ -1720,42 +1726,44 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, count_ptr, n
         tl.store(x_ptr + h * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p & (seen > 0))
 
 
-def _cell_keys_launch(x, gain, q, means, row_seen, count, parts, softmax_scale):
+def _cell_keys_launch(x, gain, q, means, row_seen, in_cells, count, parts, softmax_scale):
     (B, H, R, D), width, (Hkv, n_level) = q.shape, x.shape[-1], means.shape[1:3]
     tiles = _cell_keys_tiles(q.dtype, D, width)
     n_tile = _cdiv(R, tiles["BLOCK_R"]) * B * H
     n_program = min(n_tile, CELL_KEYS["programs"])
     products = _new(q, n_program, tiles["BLOCK_R"], 2 * width, dtype=torch.float32)
     _cell_keys_kernel[(n_program,)](
-        x, gain, q, means, row_seen, count, products, parts, q_strides=q.stride(),
-        seen_strides=row_seen.stride(), H=H, R=R, n_level=n_level, n_tile=n_tile, softmax_scale=softmax_scale,
-        GROUP=H // Hkv, D=D, WIDTH=width, BACKWARD=parts is not None, **tiles)
+        x, gain, q, means, row_seen, in_cells, count, products, parts, q_strides=q.stride(),
+        seen_strides=row_seen.stride(), in_cells_strides=in_cells.stride(), H=H, R=R, n_level=n_level,
+        n_tile=n_tile, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D, WIDTH=width,
+        BACKWARD=parts is not None, **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
     """In place, since scores are the largest tensor of a layer."""
 
     @staticmethod
-    def forward(ctx, scores, gain, q, means, row_seen, count, softmax_scale):
+    def forward(ctx, scores, gain, q, means, row_seen, in_cells, count, softmax_scale):
         ctx.mark_dirty(scores)
-        ctx.save_for_backward(gain, q, means, row_seen, count)
+        ctx.save_for_backward(gain, q, means, row_seen, in_cells, count)
         ctx.softmax_scale = softmax_scale
-        _cell_keys_launch(scores, gain, q, means, row_seen, count, None, softmax_scale)
+        _cell_keys_launch(scores, gain, q, means, row_seen, in_cells, count, None, softmax_scale)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dscores):
-        gain, q, means, row_seen, count = ctx.saved_tensors
+        gain, q, means, row_seen, in_cells, count = ctx.saved_tensors
         (B, H, R, D), dscores = q.shape, dscores.contiguous()
         tiles_per_head = _cdiv(R, _cell_keys_tiles(q.dtype, D, dscores.shape[-1])["BLOCK_R"])
         parts = _new(q, B, H, tiles_per_head, dtype=torch.float32)
-        _cell_keys_launch(dscores, gain, q, means, row_seen, count, parts, ctx.softmax_scale)
-        return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 5
+        _cell_keys_launch(dscores, gain, q, means, row_seen, in_cells, count, parts, ctx.softmax_scale)
+        return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 6
 
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
-                  count: Tensor, n_new: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+                  count: Tensor, n_new: Tensor, past: Tensor,
+                  in_cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """sea.add_cell_keys, in place. A row sees `count` keys at least, or none."""
     _check_tensor("scores", scores, 4, "(B, H, R, width)")
     _check_tensor("q", q, 4, "(B, H, R, D)")
@@ -1765,7 +1773,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
             tuple(scores.shape))
     _expect(width <= MAX_WIDTH_CELL_KEYS, "scores", f"a width of at most {MAX_WIDTH_CELL_KEYS}", width)
     _expect(scores.is_contiguous(), "scores", "a contiguous tensor, to add to", f"strides {scores.stride()}")
-    _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
+    in_cells = row_seen if in_cells is None else in_cells
+    for name, x in (("row_seen", row_seen), ("in_cells", in_cells)):
+        _expect(x.shape == (B, R), name, f"shape (B, R) = {(B, R)}", tuple(x.shape))
     q, k, past, softmax_scale = q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
     count, n_new, gain, n_bins = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
     sums = _new(k, B, Hkv, n_bins, D, dtype=torch.float32)
@@ -1773,9 +1783,10 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         if _is_step(q) and T == 1:
             products = _new(q, B * H, n_bins, dtype=torch.float32)
             _cell_keys_step_kernel[(B * Hkv,)](
-                scores, gain, q, k, row_seen, count, n_new, past, products, sums, q_strides=q.stride(),
-                k_strides=k.stride(), seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale,
-                GROUP=H // Hkv, D=D, WIDTH=width, **_cell_keys_step_tiles(D, width))
+                scores, gain, q, k, row_seen, in_cells, count, n_new, past, products, sums,
+                q_strides=q.stride(), k_strides=k.stride(), seen_strides=row_seen.stride(),
+                in_cells_strides=in_cells.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
+                WIDTH=width, **_cell_keys_step_tiles(D, width))
             return scores, sums
         # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
         n_level = ((T - 1) // n_bins).bit_length() + 2
@@ -1783,7 +1794,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
             k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
             N_BINS=n_bins, BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)
-        return _AddCellKeys.apply(scores, gain, q, means, row_seen, count, softmax_scale), sums
+        return _AddCellKeys.apply(scores, gain, q, means, row_seen, in_cells, count, softmax_scale), sums
 
 
 # -- mix ---------------------------------------------------------------------------------------------

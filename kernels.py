@@ -1,10 +1,10 @@
 """SEA on the GPU: the operations of sea.py that cost time, in Triton, forward and backward.
 
-This file has masks as bits, the selection of cells, sparse attention and the pooled attention of a
-teacher, and re-exports the estimator's operations from estimator_kernels.py and attention to chosen bins
-from bin_kernels.py. Signatures and results are those of sea.py; exceptions are noted. Its docstrings say
-what each operation computes, its glossary what the letters mean. To use the kernels elsewhere, copy the
-three files: they need only torch and Triton.
+This file has masks as bits, the selection of cells, the choice of bins, sparse attention and the pooled
+attention of a teacher, and re-exports the estimator's operations from estimator_kernels.py and attention to
+chosen bins from bin_kernels.py. Signatures and results are those of sea.py; exceptions are noted. Its
+docstrings say what each operation computes, its glossary what the letters mean. To use the kernels
+elsewhere, copy the three files: they need only torch and Triton.
 
 Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Softmax statistics, norms, sums and
 accumulators are fp32 whatever the input is. GROUP is the number of query heads that share one key/value
@@ -36,19 +36,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
-    from .bin_kernels import bin_attention
+    from .bin_kernels import NONE, bin_attention
     from .estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                     MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
-                                    _check_tensor, _expect, _in_order, _is_step, _next_power_of_2, _program,
-                                    _vector, add_cell_keys, causal_cnn, causal_context, choose_rows,
-                                    encode_rows, mix_average)
+                                    _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile,
+                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
+                                    causal_context, choose_rows, encode_rows, mix_average)
 else:
-    from bin_kernels import bin_attention
+    from bin_kernels import NONE, bin_attention
     from estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                    MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
-                                   _check_tensor, _expect, _in_order, _is_step, _next_power_of_2, _program,
-                                   _vector, add_cell_keys, causal_cnn, causal_context, choose_rows,
-                                   encode_rows, mix_average)
+                                   _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile,
+                                   _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
+                                   causal_context, choose_rows, encode_rows, mix_average)
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -160,6 +160,18 @@ def _bisect(x, n, count, low, high):
     return _order_to_float(low), count
 
 
+@triton.jit
+def _keep_best(x, n, count, low, high):
+    """Which of the numbers x are the n largest, ties to the lower index; arguments as in _bisect."""
+    threshold, count = _bisect(x, n, count, low, high)
+    mask_kept = x >= threshold
+    if count != n:  # more numbers than wanted equal the n-th largest
+        mask_tie = x == threshold
+        n_tie = n - tl.sum((x > threshold).to(tl.int32), axis=0)
+        mask_kept = (x > threshold) | (mask_tie & (tl.cumsum(mask_tie.to(tl.int32), axis=0) <= n_tie))
+    return mask_kept
+
+
 # x (B, H, R, width), any strides: probabilities, or scores if SOFTMAX; seen (B, R) int
 #   -> bits (B, H, R, words) int32:
 # the n = round(HEADS * topk * width / seen) largest of the HEADS x width cells of one query; of equal cells
@@ -201,12 +213,7 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl
     seen = tl.load(seen_ptr + b * R + pid_r).to(tl.int64)
     t = tl.maximum(seen, 1)
     n = tl.minimum(tl.maximum((budget + t) // (2 * t), 1), HEADS * WIDTH).to(tl.int32)
-    threshold, count = _bisect(x, n, n * 0 + HEADS * WIDTH, low, high)
-    mask_kept = x >= threshold
-    if count != n:  # more cells than wanted equal the n-th largest
-        mask_tie = x == threshold
-        n_tie = n - tl.sum((x > threshold).to(tl.int32), axis=0)
-        mask_kept = (x > threshold) | (mask_tie & (tl.cumsum(mask_tie.to(tl.int32), axis=0) <= n_tie))
+    mask_kept = _keep_best(x, n, n * 0 + HEADS * WIDTH, low, high)
 
     # -- pack, (BLOCK_H * BLOCK_P / 32, 32) cells
     kept = tl.reshape((mask_kept & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32))
@@ -262,6 +269,225 @@ def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_b
 def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
     """sea.topk_mask, bit for bit, ties included. select_cells gives bits, as sparse_attention takes them."""
     return unpack_mask(_select(probs, seen, topk, group, softmax=False))
+
+
+# -- candidates and bins -----------------------------------------------------------------------------
+#
+# A row's program works in three steps, between which numbers change threads through scratch memory: it finds
+# the best cells and lists their bins, the candidates; ranks these by their mean keys, a block at a time; and
+# lists those that are chosen behind the first bins and before the last.
+
+BIN_GROUPS = ("query", "kv")
+MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
+MEAN_KEYS = dict(BLOCK_N=32, num_warps=4)
+CHOOSE = dict(programs=2112)  # 16 on each of an H100's multiprocessors
+
+
+def _choose_tiles(dtype: torch.dtype, d_head: int, heads: int, width: int, n_candidate: int,
+                  is_step: bool) -> dict:
+    """For rows of choosers of so many heads: 32 cells and 16 candidates per thread. A single row has 8 warps
+    at least."""
+    block_h, block_p = _next_power_of_2(heads), max(32, _next_power_of_2(width))
+    block_c, block_d = max(32, _next_power_of_2(n_candidate)), _dot_block(d_head, dtype)
+    num_warps = min(max(block_h * block_p // 1024, block_c // 512, 8 if is_step else 1), 16)
+    block_n = min(max(2048 * num_warps // block_d, 16), 64 if dtype != torch.float32 else 32)
+    return dict(BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=max(16, block_h), BLOCK_N=block_n,
+                BLOCK_D=block_d, num_warps=num_warps)
+
+
+@functools.cache
+def _most_candidates(n_wanted: int, width: int, n_bin: int) -> int:
+    """The most candidates that a row of up to n_bin bins has, if n_wanted are asked for."""
+    most = 0
+    for middle in range(1, n_bin + 1):
+        n_cell = max((2 * n_wanted * width + middle) // (2 * middle), 1)
+        most = max(most, min(n_cell * _cdiv(middle, width), middle))
+    return most
+
+
+@triton.jit
+def _mean_keys(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr,
+               BIN: tl.constexpr):
+    """Mean keys of bins (int64) of one head, (bins, BLOCK_D) fp32. order_ptr: the place of the key of each
+    rank, or None. The order of the sum is fixed."""
+    acc = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
+    for i in range(BIN):
+        j = bins * BIN + i
+        mask_j = mask_bin & (j < n_key)
+        place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
+        acc += _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
+                          mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+    return acc / BIN
+
+
+# means[n] = mean of keys n BIN ... (n + 1) BIN - 1.
+# One program: BLOCK_N bins of one key/value head; grid (cdiv(n_bin, BLOCK_N) * B * Hkv,).
+#   k (B, Hkv, S, D), any strides; order (B, S) int or None: the place of the key of each rank
+#   means (B, Hkv, n_bin, D) in the dtype of k, contiguous
+# fp32: the sums. Reads each key once. The last mean is too small if its bin is not whole: no row has such a
+# bin in its cells. Reference: sea.mean_keys.
+@triton.jit
+def _mean_keys_kernel(k_ptr, order_ptr, means_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
+                      BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_n, pid_bkv = _program(tl.cdiv(n_bin, BLOCK_N))
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
+    bins, offs_d = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
+    mask_n = bins < n_bin
+    order_ptr = None if order_ptr is None else order_ptr + b * n_key
+    mean = _mean_keys(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n, n_key,
+                      offs_d, D=D, BIN=BIN)
+    tl.store(means_ptr + (pid_bkv * n_bin + bins[:, None]) * D + offs_d[None, :],
+             mean.to(means_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def _keep_best_probs(probs, mask, n):
+    """Which of the probabilities where mask are the n largest, or all, ties to the lower index."""
+    count = tl.sum(mask.to(tl.int32), axis=0)
+    high = _float_to_order(tl.max(tl.where(mask, probs, 0.0), axis=0)) + 1
+    low = tl.minimum(_float_to_order(tl.min(tl.where(mask, probs, 1.0), axis=0)), high - 1)
+    probs = tl.where(mask, probs, float("nan"))  # NaN reaches nothing
+    return _keep_best(probs, tl.minimum(n, count), count, low, high)
+
+
+@triton.jit
+def _softmax(x, axis: tl.constexpr):
+    """Along the last axis; 0 where x is -inf."""
+    x = tl.exp2((x - tl.expand_dims(tl.maximum(tl.max(x, axis=axis), LOWEST), axis)) * LOG2_E)
+    return x / tl.expand_dims(tl.maximum(tl.sum(x, axis=axis), 1.0), axis)
+
+
+# The bins that each row attends to: those of the first keys, n_chosen of the candidates, and those from the
+# end of the cells to the row's last query.
+# One program: every n-th row of one chooser and its HEADS query heads; grid (n,).
+#   x (B, H, R, WIDTH), q (B, H, R, D), any strides; seen (B, R) int
+#   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, MEAN_OF 1, mean keys (B, Hkv, n_bin, D)
+#   candidates (n, BLOCK_C) int32, ranked (n, HEADS, BLOCK_C) fp32: scratch, which stays in the L2 cache
+#   bins (B, C, R, n_listed) int32. budget = 2 * WIDTH * candidates wanted.
+# fp32: everything but the operands of the dot, mean keys in the dtype of k. A row reads its scores, and the
+# mean keys of its candidates (MEAN_OF > 1, a decoding step: their keys), so that rows times bins is neither
+# computed nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities
+# round differently.
+@triton.jit
+def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, seen_ptr, candidates_ptr, ranked_ptr, bins_ptr,
+                        x_strides, q_strides, k_strides, H, R, n_key, n_row, local, n_first, stride, budget,
+                        n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr, HEADS: tl.constexpr,
+                        D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, MEAN_OF: tl.constexpr,
+                        BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_h, offs_p, offs_c = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
+    ranked_ptr += tl.program_id(0).to(tl.int64) * HEADS * BLOCK_C
+    for pid_row in range(tl.program_id(0), n_row, tl.num_programs(0)):
+        r, pid_bc = (pid_row % R).to(tl.int64), (pid_row // R).to(tl.int64)
+        b, h = pid_bc * HEADS // H, pid_bc * HEADS % H
+        seen = tl.load(seen_ptr + b * R + r).to(tl.int32)
+        middle = tl.maximum(seen - local, 0) // BIN  # bins in cells
+
+        # -- the best cells, (BLOCK_H, BLOCK_P)
+        begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
+        mask_p = (begin < end) & (offs_p < WIDTH)  # cells without bins do not compete
+        x_ptrs = x_ptr + b * x_strides[0] + r * x_strides[2]
+        x = tl.load(x_ptrs + (h + offs_h)[:, None] * x_strides[1] + offs_p[None, :] * x_strides[3],
+                    mask=(offs_h < HEADS)[:, None] & mask_p[None, :], other=-float("inf")).to(tl.float32)
+        probs = tl.sum(_softmax(x, axis=1), axis=0) / HEADS
+        m = tl.maximum(middle, 1).to(tl.int64)
+        n_cell = tl.minimum(tl.maximum((budget + m) // (2 * m), 1), WIDTH).to(tl.int32)
+        mask_kept = _keep_best_probs(probs, mask_p, n_cell)
+
+        # -- list their bins
+        begin = tl.maximum(begin, n_first)
+        n_of_cell = tl.where(mask_kept, tl.maximum(end - begin, 0), 0)
+        n_candidate, slot = tl.sum(n_of_cell, axis=0), tl.cumsum(n_of_cell, axis=0) - n_of_cell
+        tl.debug_barrier()  # all threads have read the previous list
+        for i in range(0, tl.cdiv(middle, WIDTH)):
+            tl.store(candidates_ptr + slot + i, begin + i, mask=i < n_of_cell)
+        tl.debug_barrier()
+
+        # -- scores of candidates, (BLOCK_M, BLOCK_N)
+        mask_m, kv = offs_m < HEADS, h // GROUP
+        # (BLOCK_M, BLOCK_D)
+        q = _load_tile(q_ptr + b * q_strides[0] + r * q_strides[2], h + offs_m, offs_d, q_strides[1],
+                       q_strides[3], mask_m[:, None] & (offs_d < D)[None, :])
+        order_ptrs = None if order_ptr is None else order_ptr + b * n_key
+        for start in range(0, n_candidate, BLOCK_N):
+            offs_slot = start + offs_n
+            mask_n = offs_slot < n_candidate
+            candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
+            # (BLOCK_N, BLOCK_D)
+            key = _mean_keys(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
+                             candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=MEAN_OF).to(q.dtype)
+            s = tl.dot(q, tl.trans(key), input_precision="ieee") * softmax_scale
+            tl.store(ranked_ptr + offs_m[:, None] * BLOCK_C + offs_slot[None, :], s,
+                     mask=mask_m[:, None] & mask_n[None, :])
+        tl.debug_barrier()
+
+        # -- the best candidates, (BLOCK_C,)
+        mask_c = offs_c < n_candidate
+        probs = tl.zeros((BLOCK_C,), tl.float32)
+        for i in range(0, HEADS):
+            s = tl.load(ranked_ptr + i * BLOCK_C + offs_c, mask=mask_c, other=-float("inf"))
+            probs += _softmax(s, axis=0)
+        mask_kept = _keep_best_probs(probs / HEADS, mask_c, n_chosen) & (n_chosen > 0)
+
+        # -- write back
+        n_seen = tl.where(seen > 0, tl.cdiv(seen + stride - 1, BIN), 0)  # by the row's last query
+        first_end, last_begin = tl.minimum(n_seen, n_first), tl.maximum(middle, n_first)
+        chosen_end = first_end + tl.sum(mask_kept.to(tl.int32), axis=0)
+        last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
+        out_ptr = bins_ptr + (pid_bc * R + r) * n_listed
+        candidate = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
+        slot = first_end + tl.cumsum(mask_kept.to(tl.int32), axis=0) - 1
+        tl.store(out_ptr + slot, candidate, mask=mask_kept)
+        for start in range(0, n_listed, BLOCK_C):
+            slot = start + offs_c
+            number = tl.where(slot < last_end, last_begin + slot - chosen_end, NONE)
+            tl.store(out_ptr + slot, tl.where(slot < first_end, slot, number),
+                     mask=(slot < n_listed) & ((slot < first_end) | (slot >= chosen_end)))
+
+
+@torch.no_grad()
+def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: int, config,
+                softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+    """sea.choose_bins."""
+    _check_tensor("scores", scores, 4, "(B, H, R, width)")
+    _check_tensor("q", q, 4, "(B, H, R, D)")
+    _check_tensor("k", k, 4, "(B, Hkv, S, D)")
+    (B, H, R, D), (Hkv, S), width, bin = q.shape, k.shape[1:3], scores.shape[-1], config.bin
+    _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
+            tuple(scores.shape))
+    _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
+    _expect(k.shape[0] == B and k.shape[3] == D and H % Hkv == 0, "k",
+            f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
+    _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
+    _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
+    n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk), _cdiv(S, bin)
+    C, n_wanted = config.n_choosers, min(config.candidates * n_chosen, n_bin)
+    n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
+    _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates",
+            n_candidate)
+    order, heads = None if order is None else order.contiguous(), H // C
+    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, is_step=R == 1)
+    n_program = min(B * C * R, CHOOSE["programs"])
+    candidates = torch.empty(n_program, tiles["BLOCK_C"], dtype=torch.int32, device=q.device)
+    ranked = torch.empty(n_program, heads, tiles["BLOCK_C"], dtype=torch.float32, device=q.device)
+    bins = torch.empty(B, C, R, n_listed, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        if R > 1:
+            means = torch.empty(B, Hkv, n_bin, D, dtype=k.dtype, device=k.device)
+            _mean_keys_kernel[(_cdiv(n_bin, MEAN_KEYS["BLOCK_N"]) * B * Hkv,)](
+                k, order, means, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
+                BLOCK_D=tiles["BLOCK_D"], **MEAN_KEYS)
+            k, order = means, None
+        _choose_bins_kernel[(n_program,)](
+            scores, q, k, order, row_seen.contiguous(), candidates, ranked, bins, x_strides=scores.stride(),
+            q_strides=q.stride(), k_strides=k.stride(), H=H, R=R, n_key=k.shape[2], n_row=B * C * R,
+            local=config.local, n_first=config.n_first, stride=config.query_stride,
+            budget=2 * n_wanted * width, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
+            softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=heads, D=D, WIDTH=width, BIN=bin,
+            MEAN_OF=bin if R == 1 else 1, **tiles)
+    return bins
 
 
 # -- sparse attention --------------------------------------------------------------------------------
@@ -1126,10 +1352,11 @@ def _add_in_cell(a, is_first_a, b, is_first_b):
 
 
 # A = softmax(q k^T * softmax_scale) over the keys seen; cells = sum of A over each cell's keys;
-# a_log_a, a_square = sums of each row.
+# a_log_a, a_square = sums of each row. The sums hold keys FIRST ... in_cells - 1. Cells are cells of
+# in_cells / UNIT_KEYS units of neighbouring keys.
 # One program: BLOCK_M queries, twice over all their keys, for the lse and then A; grid
 # (cdiv(T, BLOCK_M) * B * H,).
-#   q (B, H, T, D), k (B, Hkv, S, D), any strides; seen (B, T) int
+#   q (B, H, T, D), k (B, Hkv, S, D), any strides; seen, in_cells (B, T) int
 #   cells (B, H, T, width) fp32, zeros, since cells without keys are not written
 #   a_log_a, a_square (B, H, T) fp32
 # The keys of a cell are neighbours: their sum is a running sum that begins again at each cell, is carried
@@ -1137,8 +1364,9 @@ def _add_in_cell(a, is_first_a, b, is_first_b):
 # atomics. fp32: scores and all sums. Writes T x width, where eager writes several T x S.
 # Limits: MAX_D_HEAD. Reference: sea.pool_attention.
 @triton.jit
-def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_square_ptr, q_strides, k_strides,
-                           H, T, n_key, qk_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, in_cells_ptr, cells_ptr, a_log_a_ptr, a_square_ptr,
+                           q_strides, k_strides, H, T, n_key, qk_scale, GROUP: tl.constexpr, D: tl.constexpr,
+                           WIDTH: tl.constexpr, UNIT_KEYS: tl.constexpr, FIRST: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     n_tile = tl.cdiv(T, BLOCK_M)
     pid_m, pid_bh = _program(n_tile)
@@ -1149,6 +1377,8 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
     mask_m, mask_d = offs_m < T, offs_d < D
     mask_md = mask_m[:, None] & mask_d[None, :]
     t = tl.load(seen_ptr + b * T + offs_m, mask=mask_m, other=0).to(tl.int32)
+    in_cells = tl.load(in_cells_ptr + b * T + offs_m, mask=mask_m, other=0).to(tl.int32)
+    n_unit = in_cells // UNIT_KEYS
     end = tl.minimum(tl.max(t, axis=0), n_key)
     # (BLOCK_M, BLOCK_D)
     q = tl.load(_head_rows(q_ptr, q_strides, b, h, offs_m, offs_d), mask=mask_md, other=0.0)
@@ -1166,17 +1396,19 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
     offs_bhm = pid_bh * T + offs_m
     a_log_a, a_square = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     carry = tl.zeros((BLOCK_M,), tl.float32)  # sum of the cell that the previous block left unfinished
-    for start in range(0, end, BLOCK_N):
+    for start in range(0, tl.minimum(end, tl.max(in_cells, axis=0)), BLOCK_N):
         j = start + offs_n
         s, mask_mn = _dense_scores(q, k_ptr, k_strides[2], j, t, n_key, mask_d=mask_d, qk_scale=qk_scale)
+        mask_mn &= j[None, :] < in_cells[:, None]
         log_a = tl.where(mask_mn, s - lse[:, None], 0.0)
-        a = tl.where(mask_mn, tl.exp2(log_a), 0.0)
+        a = tl.where(mask_mn & (j >= FIRST)[None, :], tl.exp2(log_a), 0.0)
         a_log_a += tl.sum(a * log_a, axis=1)
         a_square += tl.sum(a * a, axis=1)
-        # -- the remainder of the division by 2 t grows by 2 width a key: it tells a cell's first and last key
-        cell, rest = _cell_of_key(t[:, None], j[None, :], WIDTH)
-        is_first = (rest < 2 * WIDTH).to(tl.int32)
-        mask_last = (rest + 2 * WIDTH >= 2 * t[:, None]) | (j + 1 >= n_key)[None, :]
+        # -- the remainder of the division by 2 n_unit grows by 2 width a unit: which tells a cell's ends
+        cell, rest = _cell_of_key(n_unit[:, None], (j // UNIT_KEYS)[None, :], WIDTH)
+        is_first = ((rest < 2 * WIDTH) & (j % UNIT_KEYS == 0)[None, :]).to(tl.int32)
+        mask_last = (rest + 2 * WIDTH >= 2 * n_unit[:, None]) & ((j + 1) % UNIT_KEYS == 0)[None, :]
+        mask_last |= (j + 1 >= n_key)[None, :]
         in_cell, has_begun = tl.associative_scan((a, is_first), 1, _add_in_cell)
         in_cell += tl.where(has_begun != 0, 0.0, carry[:, None])
         tl.store(cells_ptr + offs_bhm[:, None] * WIDTH + cell, in_cell, mask=mask_mn & mask_last)
@@ -1187,22 +1419,27 @@ def _pool_attention_kernel(q_ptr, k_ptr, seen_ptr, cells_ptr, a_log_a_ptr, a_squ
 
 
 def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
-                   softmax_scale: float | None = None) -> PooledAttention:
-    """sea.pool_attention, without gradient."""
+                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None, unit: int = 1,
+                   first: int = 0) -> PooledAttention:
+    """sea.pool_attention, without gradient; in_cells is a multiple of unit."""
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
     _expect(k.dtype == q.dtype and k.device == q.device, "k", f"{q.dtype} on {q.device} as q",
             f"{k.dtype} on {k.device}")
     _check_qk(q, k, seen)
     _expect(isinstance(width, int) and width >= 1, "width", "an integer >= 1", width)
+    in_cells = seen if in_cells is None else in_cells
+    _expect(in_cells.shape == seen.shape, "in_cells", f"shape (B, T) = {tuple(seen.shape)}",
+            tuple(in_cells.shape))
     (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     scale, tiles = D**-0.5 if softmax_scale is None else softmax_scale, _pool_tiles(q.dtype, D)
     cells = torch.zeros(B, H, T, width, dtype=torch.float32, device=q.device)
     a_log_a, a_square = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         _pool_attention_kernel[(_cdiv(T, tiles["BLOCK_M"]) * B * H,)](
-            q, k, seen.contiguous(), cells, a_log_a, a_square, q_strides=q.stride(), k_strides=k.stride(),
-            H=H, T=T, n_key=S, qk_scale=scale * LOG2_E.value, GROUP=H // Hkv, D=D, WIDTH=width, **tiles)
+            q, k, seen.contiguous(), in_cells.contiguous(), cells, a_log_a, a_square, q_strides=q.stride(),
+            k_strides=k.stride(), H=H, T=T, n_key=S, qk_scale=scale * LOG2_E.value, GROUP=H // Hkv, D=D,
+            WIDTH=width, UNIT_KEYS=unit, FIRST=first, **tiles)
     return PooledAttention(cells, a_log_a, a_square, S)
 
 
@@ -1214,8 +1451,10 @@ def supports(config, dtype: torch.dtype) -> str | None:
     """None if the kernels can run a layer of this sea.SEAConfig on inputs of this dtype, else the reason."""
     if dtype not in DTYPES:
         return f"dtype {dtype}: float32, float16 or bfloat16 only"
+    if config.has_bins and config.group not in BIN_GROUPS:
+        return f"group {config.group} with bins: one of {BIN_GROUPS} only, since each chooser ranks its own"
     D, m, width = config.d_head, config.n_features, config.width
-    heads = config.n_head if config.group == "causal_batch" else 1
+    heads = config.n_head if config.group == "causal_batch" else config.n_head // config.n_choosers
     tiles = _select_tiles(heads, width)
     n_ranked = tiles["BLOCK_H"] * tiles["BLOCK_P"]
     limits = [
@@ -1224,6 +1463,11 @@ def supports(config, dtype: torch.dtype) -> str | None:
         (f"n_head x width = {heads} x {width}, padded to powers of two,", n_ranked, MAX_RANKED,
          "one program ranks all cells that compete"),
     ]
+    if config.has_bins:
+        n_bin = _cdiv(config.max_positions, config.bin)
+        n_wanted = min(config.candidates * config.n_chosen(config.topk), n_bin)
+        n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
+        limits += [("candidates of topk", n_candidate, MAX_CANDIDATES, "one program ranks all candidates")]
     if config.causal:  # the bidirectional estimator has no kernels
         quarter = _cdiv(width, 4)
         n_sums = max(64, _next_power_of_2(m)) * max(64, _next_power_of_2(D))

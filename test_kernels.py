@@ -136,16 +136,17 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
 
 
 TWINS = ["choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask", "select_cells",
-         "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
+         "choose_bins", "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_signature_is_that_of_sea(name):
-    """But for `block`, how many queries the reference takes at a time; a module of sea.py is any to the kernels, which also take a
-    mask of cells as they pack it."""
+    """But for `block`, how many queries the reference takes at a time; a module of sea.py is any to the kernels, and so is a
+    config. They also take a mask of cells as they pack it."""
     ours, theirs = inspect.signature(getattr(kernels, name)), inspect.signature(getattr(sea, name))
-    expected = [x.replace(annotation=torch.nn.Module) if x.annotation is sea.CausalCNN else x
+    any_class = {sea.CausalCNN: torch.nn.Module, sea.SEAConfig: inspect.Parameter.empty}
+    expected = [x.replace(annotation=any_class[x.annotation]) if x.annotation in any_class else x
                 for x in theirs.parameters.values() if x.name != "block"]
     if name == "sparse_attention":
         expected = [x.replace(annotation=torch.Tensor | kernels.CellBits) if x.name == "mask" else x for x in expected]
@@ -257,7 +258,8 @@ class Cells:
         return lay_out(scores.to(self.dtype), self.layout), by_column(seen)
 
 
-CELLS = st.builds(Cells, dtype=st.sampled_from(DTYPES), group=st.sampled_from(list(sea.GROUPS)), B=st.integers(1, 2), H=sizes(1, 3, 3),
+CELL_GROUPS = [name for name, group in sea.GROUPS.items() if not group.shared]
+CELLS = st.builds(Cells, dtype=st.sampled_from(DTYPES), group=st.sampled_from(CELL_GROUPS), B=st.integers(1, 2), H=sizes(1, 3, 3),
                   R=st.integers(1, 4), width=sizes(1, 70, 7, 70), topk=st.integers(1, 9), levels=st.sampled_from([0, 1, 2]),
                   layout=LAYOUTS, seed=st.integers(0, 99))
 
@@ -282,7 +284,7 @@ def test_zeros_of_either_sign_tie():
         assert torch.equal(kernels.topk_mask(x, seen, 3, group), sea.topk_mask(x, seen, 3, group))
 
 
-@pytest.mark.parametrize("group", list(sea.GROUPS))
+@pytest.mark.parametrize("group", CELL_GROUPS)
 def test_a_huge_topk_keeps_everything(group):
     seen = torch.tensor([[0, 1, 7, 10**9]], device=DEVICE)
     cells = kernels.select_cells(torch.rand(1, 2, 4, 5, device=DEVICE), seen, 2**62, group)
@@ -314,6 +316,160 @@ def test_fused_softmax_selects_the_same_up_to_its_rounding(case):
     differ = mask ^ fused
     highest, lowest = probs.masked_fill(~differ, 0).amax(dims), probs.masked_fill(~differ, 1).amin(dims)
     assert (highest <= lowest * (1 + 4e-6)).all()  # the kernel ranks logarithms, up to about -16: 2^-20 apart
+
+
+# -- candidates and bins -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Choice:
+    """A call of choose_bins, as numbers. `exact`: small integers, of which products and means are exact and many tie."""
+
+    dtype: torch.dtype
+    group: str
+    heads: tuple[int, int, int]  # B, Hkv, H / Hkv
+    R: int
+    S: int  # keys of a static buffer
+    D: int
+    width: int
+    bin: int
+    local: int
+    first: int
+    candidates: int
+    n_chosen: int
+    stride: int
+    ordered: bool
+    exact: bool
+    layout: str
+    seed: int
+
+    def config(self):
+        _, Hkv, group = self.heads
+        n_first = -(-self.first // self.bin)
+        topk = (n_first + self.n_chosen) * self.bin + self.local + self.bin // 2
+        config = sea.SEAConfig(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=topk, group=self.group,
+                               bin=self.bin, local=self.local, first=self.first, candidates=self.candidates,
+                               query_stride=self.stride, max_positions=2**15)
+        assert config.n_chosen(topk) == self.n_chosen
+        return config
+
+    def tensors(self):
+        """scores, q, k, row_seen, order; keys that no row sees are NaN, and some rows see nothing."""
+        (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
+
+        def make(heads, *size):
+            if not self.exact:
+                return torch.randn(B, heads, *size, generator=generator).to(self.dtype)
+            x = torch.randint(-1, 2, (B, min(heads, Hkv), *size), generator=generator)  # of which means over heads are exact
+            return x.repeat_interleave(heads // x.shape[1], 1).to(self.dtype)
+
+        H = Hkv * group
+        scores, q, k = make(H, self.R, self.width), make(H, self.R, self.D), make(Hkv, self.S, self.D)
+        seen = torch.randint(self.S + 1, (B, self.R), generator=generator)
+        seen[torch.rand(B, self.R, generator=generator) < 0.1] = 0
+        order = torch.stack([torch.randperm(self.S, generator=generator) for _ in range(B)]) if self.ordered else None
+        for b in range(B):
+            unseen = torch.arange(self.S)[seen[b].max() :]
+            k[b, :, unseen if order is None else order[b, unseen]] = torch.nan
+        order = None if order is None else by_column(order)
+        wide = torch.cat([scores[:, :, :1], scores], 2)  # a row of the past before them, as a layer has it
+        return lay_out(wide, self.layout)[:, :, 1:], lay_out(q, self.layout), lay_out(k, self.layout), by_column(seen), order
+
+
+CHOICES = st.builds(
+    Choice, dtype=st.sampled_from(DTYPES), group=st.sampled_from(kernels.BIN_GROUPS[::-1]),
+    heads=st.sampled_from([(1, 1, 2), (2, 2, 3)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 2, 3)]), R=st.integers(1, 4),
+    S=st.integers(1, 60) | st.integers(300, 700), D=sizes(1, 35, 7, 35), width=sizes(1, 70, 3, 70),
+    bin=st.sampled_from([8, 1] if CUDA else [8, 1, 4, 5, 16]), local=st.sampled_from([28, 0, 3]), first=st.sampled_from([8, 0, 1]),
+    candidates=st.sampled_from([8, 1, 3]), n_chosen=st.sampled_from([2, 1, 7]), stride=st.integers(1, 4), ordered=st.booleans(),
+    exact=st.booleans(), layout=LAYOUTS, seed=st.integers(0, 99))
+
+
+def unsure_rows(case, scores, q, *args, **kwargs):
+    """Rows whose bins change if what they are chosen by changes by as little as rounding does."""
+    eps, generator = torch.finfo(case.dtype).eps + 4 * torch.finfo(torch.float32).eps, torch.Generator().manual_seed(1)
+    noisy = lambda x: x.float() + eps * (1 + x.float().abs()) * torch.randn(x.shape, generator=generator).to(DEVICE)
+    runs = [sea.choose_bins(noisy(scores), noisy(q), *args, **kwargs) for _ in range(4)]
+    return torch.stack([(x != runs[0]).any(-1) for x in runs]).any(0)
+
+
+def check_choose_bins(case):
+    config, (scores, q, k, seen, order) = case.config(), case.tensors()
+    args = scores, q, k, seen, config.topk, config, 0.5
+    expected = sea.choose_bins(*args, order=order)
+    with guarded():
+        bins = kernels.choose_bins(*args, order=order)
+    assert bins.dtype == torch.int32 and bins.shape == expected.shape
+    equal = (bins == expected).all(-1)
+    sure = torch.ones_like(equal) if case.exact else ~unsure_rows(case, *args, order=order)
+    assert (equal | ~sure).all(), case
+    assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()  # also where rounding decides
+    assert torch.equal((bins != sea.NONE).sum(-1), (expected != sea.NONE).sum(-1))
+    return equal
+
+
+@given(CHOICES)
+@example(Choice(torch.float32, "kv", (2, 2, 3), 4, 600, 16, 20, 8, 28, 8, 8, 3, 1, True, False, "gaps", 0))
+@example(Choice(torch.float32, "query", (1, 2, 2), 3, 600, 16, 20, 4, 0, 0, 2, 5, 3, False, False, "contiguous", 1))
+@example(Choice(torch.float16, "kv", (1, 1, 2), 3, 500, 64, 64, 1, 3, 1, 3, 7, 1, False, True, "heads last", 2))  # ties
+@settings(max_examples=30)
+def test_chosen_bins_are_those_of_sea(case):
+    """Lists of ascending bins; ties to the lower cell and bin."""
+    check_choose_bins(case)
+
+
+@given(CHOICES.map(lambda case: replace(case, R=4)))
+@settings(max_examples=8)
+def test_a_step_chooses_the_bins_of_the_whole_call(case):
+    """Row by row: from keys, in whatever order, not from all mean keys."""
+    config, (scores, q, k, seen, order) = case.config(), case.tensors()
+    whole = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5, order=order)
+    sure = case.exact | ~unsure_rows(case, scores, q, k, seen, config.topk, config, 0.5, order=order)
+    with mock.patch.object(kernels, "_mean_keys_kernel", None):
+        rows = [kernels.choose_bins(scores[:, :, i : i + 1], q[:, :, i : i + 1], k, seen[:, i : i + 1], config.topk, config, 0.5,
+                                    order=order) for i in range(case.R)]
+    assert ((torch.cat(rows, 2) == whole).all(-1) | ~sure).all(), case
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of inf - inf, in the interpreter
+def test_bins_are_chosen_whatever_the_scores():
+    """Rows of NaN and inf end, within their bounds, and cost no other row anything."""
+    case = Choice(torch.float32, "kv", (1, 1, 2), 4, 400, 8, 16, 8, 28, 8, 8, 2, 1, False, False, "contiguous", 0)
+    config, (scores, q, k, _, _) = case.config(), case.tensors()
+    seen = torch.full((1, 4), 400, device=DEVICE)
+    k = k.nan_to_num(1.0)
+    expected = sea.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
+    scores, q = scores.clone(), q.clone()
+    scores[:, :, 1], scores[:, :, 2, 3:], q[:, :, 3] = torch.nan, torch.inf, torch.nan
+    with guarded():
+        bins = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
+    assert torch.equal(bins[:, :, 0], expected[:, :, 0])
+    assert (((bins >= 0) & (bins < 50)) | (bins == sea.NONE)).all()
+
+
+@given(st.integers(1, 3000), st.integers(1, 40), st.sampled_from([1, 8, 64]))
+@settings(max_examples=20)
+def test_no_row_has_more_candidates_than_its_program_has_slots(n_wanted, width, n_bin):
+    """The cells with most bins among as many as a row of each length may have."""
+    most = 0
+    for middle in range(1, n_bin + 1):
+        n_cell = max(1, (2 * n_wanted * width + middle) // (2 * middle))
+        per_cell = sea.keys_per_cell(torch.tensor([[middle]]), width)[0, 0].sort(descending=True).values
+        most = max(most, int(per_cell[:n_cell].sum()))
+    assert most <= kernels._most_candidates(n_wanted, width, n_bin)
+
+
+@pytest.mark.parametrize("argument, change", [
+    ("scores", dict(scores=torch.zeros(1, 2, 7, 4))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
+    ("k", dict(k=torch.zeros(1, 2, 9, 3))), ("k", dict(k=torch.zeros(1, 2, 9, 8).half())), ("topk", dict(topk=3)),
+    ("group", dict(config=sea.SEAConfig(n_head=2, d_head=8, group="causal_batch"))),
+])
+def test_a_choice_that_cannot_be_made_is_named(argument, change):
+    fits = dict(scores=torch.zeros(1, 2, 3, 4), q=torch.zeros(1, 2, 3, 8), k=torch.zeros(1, 2, 9, 8),
+                row_seen=torch.ones(1, 3).long(), topk=64, config=sea.SEAConfig(n_head=2, d_head=8), softmax_scale=1.0)
+    args = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in {**fits, **change}.items()}
+    with pytest.raises(ValueError, match=f"^{argument}: expected .*, got "):
+        kernels.choose_bins(**args)
 
 
 # -- sparse attention --------------------------------------------------------------------------------------------------
@@ -617,11 +773,12 @@ def test_arguments_of_bin_attention_that_do_not_fit_are_named(argument, change):
 # -- teacher attention pooled to cells ---------------------------------------------------------------------------------
 
 
-def check_pool_attention(case):
+def check_pool_attention(case, bin=0, local=0, first=0):
     q, k, _, mask, seen, _ = case.tensors()
+    options = dict(in_cells=(seen - local).clamp(0) // bin * bin, unit=bin, first=first) if bin else {}
     results = lambda pooled: [pooled.cells, pooled.a_log_a, pooled.a_square]
-    as_accurate_as_eager(case, lambda q, k: results(kernels.pool_attention(q, k, seen, case.width)),
-                         lambda q, k: results(sea.pool_attention(q, k, seen, case.width)), [q, k])
+    as_accurate_as_eager(case, lambda q, k: results(kernels.pool_attention(q, k, seen, case.width, **options)),
+                         lambda q, k: results(sea.pool_attention(q, k, seen, case.width, **options)), [q, k])
 
 
 @given(sparse_cases())
@@ -629,6 +786,14 @@ def check_pool_attention(case):
 @settings(max_examples=20 if CUDA else 10)  # a running sum with its own rule is slow in the interpreter
 def test_pool_attention_matches_reference(case):
     check_pool_attention(case)
+
+
+@given(sparse_cases(), st.sampled_from([8, 1] if CUDA else [8, 1, 5, 16]), st.sampled_from([28, 0, 3]), st.sampled_from([8, 0, 3]))
+@example(Sparse(torch.float32, True, 18, 87, (1, 2, 2), 8, 3, 0.5, 1, True, "gaps", 1, 0), 5, 3, 3)  # units that span blocks
+@settings(max_examples=20 if CUDA else 8)
+def test_pool_attention_over_bins_matches_reference(case, bin, local, first):
+    """The last keys are in no cell and, as the first, in no sum, but in the softmax; a bin is in one cell."""
+    check_pool_attention(case, bin, local, first)
 
 
 def test_pooled_attention_is_what_the_estimate_loss_takes():
@@ -797,15 +962,16 @@ def keep_relus_apart(cnn: sea.CausalCNN, image: torch.Tensor, past: torch.Tensor
         conv.bias += 1.25 * largest * (1 - 2 * (torch.arange(len(conv.bias), device=conv.bias.device) % 2))
 
 
-def check_cell_keys(case, before=0, softmax_scale=0.3):
+def check_cell_keys(case, before=0, softmax_scale=0.3, local=None):
     """With one program in all, it has every tile."""
     programs = estimator_kernels.CELL_KEYS["programs"] if case.seed % 3 else 1
     with mock.patch.dict(estimator_kernels.CELL_KEYS, programs=programs):
-        _check_cell_keys(case, before, softmax_scale)
+        _check_cell_keys(case, before, softmax_scale, local)
 
 
-def _check_cell_keys(case, before, softmax_scale):
-    """Of the last tokens, after up to `before` others whose bins are given; rows as the layer hands them over."""
+def _check_cell_keys(case, before, softmax_scale, local):
+    """Of the last tokens, after up to `before` others whose bins are given; rows as the layer hands them over. local: how many keys
+    at least are in no cell, and the others in bins of 4."""
     (q, k, _), (B, Hkv, _), stride, T = case.qkv(), case.heads, case.stride, case.T
     generator = torch.Generator().manual_seed(case.seed)
     make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, case.dtype)
@@ -826,10 +992,12 @@ def _check_cell_keys(case, before, softmax_scale):
         count = n_new
     n_new, rows, k = tokens(T - before), q[:, :, before::stride], k[:, :, before:]
     t = row_seen(count, n_new, T - before)
+    in_cells = None if local is None else by_column((t - local).clamp(0) // 4 * 4)
 
     def call(f):
         def run(scores, gain, q, k, past):
-            scores, sums = f(scores + 0, gain, q, k, t, softmax_scale, count, n_new, in_fp32(past))  # + 0: it works in place
+            scores = scores + 0  # it works in place
+            scores, sums = f(scores, gain, q, k, t, softmax_scale, count, n_new, in_fp32(past), in_cells)
             return scores.to(q.dtype), sums
         return run
     check = step_as_accurate_as_eager if T - before == 1 else as_accurate_as_eager
@@ -908,6 +1076,15 @@ def test_encode_cnn_and_mix_match_reference(case):
 @settings(FEW)
 def test_cell_keys_match_reference(case, before, softmax_scale):
     check_cell_keys(case, min(before, case.T - 1), softmax_scale)
+
+
+@given(LAYERS, st.integers(0, 6 * BLOCK), st.sampled_from([28, 0, 3]))
+@example(Layer(torch.float32, 99, 3, (2, 1, 2), 16, 8, 4, True, "gaps", 3), 0, 28)
+@example(Layer(torch.float32, 99, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 98, 28)  # a step
+@settings(max_examples=10)
+def test_cell_keys_of_cells_that_end_before_the_last_keys(case, before, local):
+    """The middles of cells move, the bins of keys do not."""
+    check_cell_keys(case, min(before, case.T - 1), local=local)
 
 
 @pytest.mark.parametrize("n", [5, 1])
@@ -1011,6 +1188,8 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             layer(*(x[:, :, :1] for x in qkv), state=result.state)
             kernels.select_cells(result.scores, result.seen[:, :1], 1, "query")
             kernels.pool_attention(qkv[0], qkv[1], result.seen, 4)
+            bins = sea.SEAConfig(n_head=2, d_head=2, width=4)
+            kernels.choose_bins(qkv[0].repeat(1, 1, 1, 2), *qkv[:2], result.seen, 64, bins, 1.0)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
         bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
         kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
@@ -1293,13 +1472,16 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
         assert error <= 2 * bar + 0.01 * size, f"{name}: {error}, {bar}, {size}"
 
 
-CAN_RUN = dict(n_head=12, d_head=64)
+CAN_RUN = dict(n_head=12, d_head=64, bin=0)
+BINS = dict(bin=8, max_positions=32768)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("change", [
     dict(), dict(query_stride=32), dict(n_head=16, width=2048), dict(n_head=1, width=4096, d_head=32, cell_keys=False),
-    dict(n_kv_head=4, group="query"), dict(causal=False, nbf=1, width=128), dict(causal=False, group="batch", d_head=256)])
+    dict(n_kv_head=4, group="query"), dict(BINS, n_head=14, n_kv_head=2, topk=2048), dict(BINS, group="query", topk=512),
+    dict(BINS, bin=1, n_head=16, n_kv_head=1, width=2048), dict(causal=False, nbf=1, width=128),
+    dict(causal=False, group="batch", d_head=256)])
 def test_kernels_support(change, dtype):
     """Also BERT's 266 features, since the bidirectional estimator has no kernels."""
     assert kernels.supports(sea.SEAConfig(**{**CAN_RUN, **change}), dtype) is None
@@ -1317,6 +1499,9 @@ def test_kernels_support(change, dtype):
     (dict(n_head=33, width=1024), torch.bfloat16, "n_head x width = 33 x 1024, padded to powers of two, 65536: at most 32768, "),
     (dict(n_head=1, width=16385, causal=False), torch.bfloat16, "width 16385: at most 16384, "),
     (dict(n_head=1, d_head=32, width=2049), torch.bfloat16, "width with cell_keys 2049: at most 2048, "),
+    (dict(BINS, group="causal_batch"), torch.bfloat16, "group causal_batch with bins: one of ('query', 'kv') only, "),
+    (dict(BINS, n_head=33, n_kv_head=1, width=1024), torch.bfloat16, "n_head x width = 33 x 1024, padded to powers of two, 65536: "),
+    (dict(BINS, bin=1, topk=8192), torch.bfloat16, "candidates of topk 32768: at most 16384, "),
 ])
 def test_a_layer_that_the_kernels_cannot_run_is_left_to_sea_or_raises(change, dtype, reason):
     """With the field, its value and the limit. Only the choice is looked at, so that it needs no GPU."""
@@ -1597,9 +1782,23 @@ def test_large_sparse_attention_matches_reference(dtype, T, extra, width, D, str
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, n_chosen, D, width", [((1, 2, 7), 59, 64, 256), ((2, 3, 3), 11, 64, 256), ((1, 4, 1), 3, 128, 256),
+                                                       ((1, 1, 4), 200, 80, 1000)])
+def test_large_choice_is_that_of_sea(dtype, heads, n_chosen, D, width):
+    """Rounding decides in few rows."""
+    case = Choice(dtype, "kv", heads, 1000, 32768, D, width, 8, 28, 8, 8, n_chosen, 1, False, False, "heads last", 0)
+    assert check_choose_bins(case).float().mean() > 0.95
+    assert check_choose_bins(replace(case, exact=True)).all()
+    check_choose_bins(replace(case, R=1, heads=(4, *heads[1:]), ordered=True))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T, extra, width, D", [(2048, 0, 256, 64), (700, 1300, 1000, 128), (1, 4999, 128, 80)])
 def test_large_pool_attention_matches_reference(dtype, T, extra, width, D):
-    check_pool_attention(Sparse(dtype, True, T, extra, (1, 2, 2), D, width, 0.05, 1, True, "heads last", 64, 0))
+    case = Sparse(dtype, True, T, extra, (1, 2, 2), D, width, 0.05, 1, True, "heads last", 64, 0)
+    check_pool_attention(case)
+    check_pool_attention(case, 8, 28, 8)
 
 
 @gpu
@@ -1787,7 +1986,12 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     kernels.select_cells(scores, seen[:, :R], 64, "causal_batch")
     kernels.select_cells(scores, seen[:, :R], 64, "query")
     kernels.pool_attention(q, k, seen, width)
+    kernels.pool_attention(q, k, seen, width, in_cells=seen, unit=8, first=8)
     config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
+    for bins in (config, replace(config, group="query", topk=512, bin=4)):
+        for n_row, order in itertools.product((R, 1), (None, torch.zeros(B, S, dtype=torch.long))):
+            kernels.choose_bins(scores[:, :, :n_row], q[:, :, :n_row], k, seen[:, :n_row], bins.topk, bins, 0.1, order=order)
+    config = replace(config, bin=0, group="causal_batch")
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
     for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
         config = replace(config, cell_keys=with_scores)
