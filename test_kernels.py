@@ -380,7 +380,7 @@ CHOICES = st.builds(
     Choice, dtype=st.sampled_from(DTYPES), group=st.sampled_from(kernels.BIN_GROUPS[::-1]),
     heads=st.sampled_from([(1, 1, 2), (2, 2, 3)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 2, 3)]), R=st.integers(1, 4),
     S=st.integers(1, 60) | st.integers(300, 700), D=sizes(1, 35, 7, 35), width=sizes(1, 70, 3, 70),
-    bin=st.sampled_from([8, 1] if CUDA else [8, 1, 4, 5, 16]), local=st.sampled_from([28, 0, 3]), first=st.sampled_from([8, 0, 1]),
+    bin=st.sampled_from([8, 1] if CUDA else [8, 1, 4, 5, 16]), local=st.sampled_from([28, 1, 3]), first=st.sampled_from([8, 0, 1]),
     candidates=st.sampled_from([8, 1, 3]), n_chosen=st.sampled_from([2, 1, 7]), stride=st.integers(1, 4), ordered=st.booleans(),
     exact=st.booleans(), layout=LAYOUTS, seed=st.integers(0, 99))
 
@@ -410,7 +410,7 @@ def check_choose_bins(case):
 
 @given(CHOICES)
 @example(Choice(torch.float32, "kv", (2, 2, 3), 4, 600, 16, 20, 8, 28, 8, 8, 3, 1, True, False, "gaps", 0))
-@example(Choice(torch.float32, "query", (1, 2, 2), 3, 600, 16, 20, 4, 0, 0, 2, 5, 3, False, False, "contiguous", 1))
+@example(Choice(torch.float32, "query", (1, 2, 2), 3, 600, 16, 20, 4, 1, 0, 2, 5, 3, False, False, "contiguous", 1))
 @example(Choice(torch.float16, "kv", (1, 1, 2), 3, 500, 64, 64, 1, 3, 1, 3, 7, 1, False, True, "heads last", 2))  # ties
 @settings(max_examples=30)
 def test_chosen_bins_are_those_of_sea(case):
