@@ -274,12 +274,12 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # -- candidates and bins -----------------------------------------------------------------------------
 #
 # A row's program works in three steps, between which numbers change threads through scratch memory: it finds
-# the best cells and lists their bins, the candidates; ranks these by their mean keys, a block at a time; and
-# lists those that are chosen behind the first bins and before the last.
+# the best cells and lists their bins, the candidates; ranks these by what stands for their keys, a block at a
+# time; and lists those that are chosen behind the first bins and before the last.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
-MEAN_KEYS = dict(BLOCK_N=32, num_warps=4)
+BOXES = dict(BLOCK_N=32, num_warps=4)
 CHOOSE = dict(programs=2112)  # 16 on each of an H100's multiprocessors
 
 
@@ -306,38 +306,42 @@ def _most_candidates(n_wanted: int, width: int, n_bin: int) -> int:
 
 
 @triton.jit
-def _mean_keys(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr,
-               BIN: tl.constexpr):
-    """Mean keys of bins (int64) of one head, (bins, BLOCK_D) fp32. order_ptr: the place of the key of each
-    rank, or None. The order of the sum is fixed."""
-    acc = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
+def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
+    """sea.boxes of bins (int64) of one head, centres and radii, (bins, BLOCK_D) fp32 each. order_ptr: the
+    place of the key of each rank, or None. The order of the sum is fixed."""
+    total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
+    highest, lowest = total - float("inf"), total + float("inf")
     for i in range(BIN):
         j = bins * BIN + i
         mask_j = mask_bin & (j < n_key)
         place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
-        acc += _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
-                          mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
-    return acc / BIN
+        key = _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
+                         mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+        total += key
+        highest, lowest = tl.maximum(highest, key), tl.minimum(lowest, key)
+    return total / (2 * BIN) + (highest + lowest) / 4, (highest - lowest) / 4
 
 
-# means[n] = mean of keys n BIN ... (n + 1) BIN - 1.
+# keys = what stands for every BIN keys: centre and radius.
 # One program: BLOCK_N bins of one key/value head; grid (cdiv(n_bin, BLOCK_N) * B * Hkv,).
 #   k (B, Hkv, S, D), any strides; order (B, S) int or None: the place of the key of each rank
-#   means (B, Hkv, n_bin, D) in the dtype of k, contiguous
-# fp32: the sums. Reads each key once. The last mean is too small if its bin is not whole: no row has such a
-# bin in its cells. Reference: sea.mean_keys.
+#   out (B, Hkv, n_bin, 2, D) in the dtype of k, contiguous
+# fp32: sums. Reads each key once. The last bin may not be whole: no row has such a bin in its cells.
+# Reference: sea.boxes.
 @triton.jit
-def _mean_keys_kernel(k_ptr, order_ptr, means_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
-                      BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
+                     BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_n, pid_bkv = _program(tl.cdiv(n_bin, BLOCK_N))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     bins, offs_d = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_n = bins < n_bin
     order_ptr = None if order_ptr is None else order_ptr + b * n_key
-    mean = _mean_keys(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n, n_key,
-                      offs_d, D=D, BIN=BIN)
-    tl.store(means_ptr + (pid_bkv * n_bin + bins[:, None]) * D + offs_d[None, :],
-             mean.to(means_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_d < D)[None, :])
+    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n,
+                               n_key, offs_d, D=D, BIN=BIN)
+    out_ptr += (pid_bkv * n_bin + bins[:, None]) * 2 * D + offs_d[None, :]
+    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+    tl.store(out_ptr, centre.to(out_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(out_ptr + D, radius.to(out_ptr.dtype.element_ty), mask=mask_nd)
 
 
 @triton.jit
@@ -361,18 +365,19 @@ def _softmax(x, axis: tl.constexpr):
 # end of the cells to the row's last query.
 # One program: every n-th row of one chooser and its HEADS query heads; grid (n,).
 #   x (B, H, R, WIDTH), q (B, H, R, D), any strides; seen (B, R) int
-#   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, MEAN_OF 1, mean keys (B, Hkv, n_bin, D)
+#   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
+#   (B, Hkv, n_bin, 2, D) contiguous
 #   candidates (n, BLOCK_C) int32, ranked (n, HEADS, BLOCK_C) fp32: scratch, which stays in the L2 cache
 #   bins (B, C, R, n_listed) int32. budget = 2 * WIDTH * candidates wanted.
-# fp32: everything but the operands of the dot, mean keys in the dtype of k. A row reads its scores, and the
-# mean keys of its candidates (MEAN_OF > 1, a decoding step: their keys), so that rows times bins is neither
-# computed nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities
+# fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
+# dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
+# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities
 # round differently.
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, seen_ptr, candidates_ptr, ranked_ptr, bins_ptr,
                         x_strides, q_strides, k_strides, H, R, n_key, n_row, local, n_first, stride, budget,
                         n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr, HEADS: tl.constexpr,
-                        D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, MEAN_OF: tl.constexpr,
+                        D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
                         BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_h, offs_p, offs_c = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
@@ -416,9 +421,17 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, seen_ptr, candidates_ptr
             mask_n = offs_slot < n_candidate
             candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
             # (BLOCK_N, BLOCK_D)
-            key = _mean_keys(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
-                             candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=MEAN_OF).to(q.dtype)
-            s = tl.dot(q, tl.trans(key), input_precision="ieee") * softmax_scale
+            if FROM_BINS:
+                ptrs = k_ptr + ((b * (H // GROUP) + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
+                mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+                centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
+                radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
+            else:
+                centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
+                                           candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=BIN)
+                centre, radius = centre.to(q.dtype), radius.to(q.dtype)
+            s = tl.dot(q, tl.trans(centre), input_precision="ieee")
+            s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
             tl.store(ranked_ptr + offs_m[:, None] * BLOCK_C + offs_slot[None, :], s,
                      mask=mask_m[:, None] & mask_n[None, :])
         tl.debug_barrier()
@@ -475,18 +488,18 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     bins = torch.empty(B, C, R, n_listed, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         if R > 1:
-            means = torch.empty(B, Hkv, n_bin, D, dtype=k.dtype, device=k.device)
-            _mean_keys_kernel[(_cdiv(n_bin, MEAN_KEYS["BLOCK_N"]) * B * Hkv,)](
-                k, order, means, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
-                BLOCK_D=tiles["BLOCK_D"], **MEAN_KEYS)
-            k, order = means, None
+            of_bins = torch.empty(B, Hkv, n_bin, 2 * D, dtype=k.dtype, device=k.device)
+            _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
+                k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
+                BLOCK_D=tiles["BLOCK_D"], **BOXES)
+            k, order = of_bins, None
         _choose_bins_kernel[(n_program,)](
             scores, q, k, order, row_seen.contiguous(), candidates, ranked, bins, x_strides=scores.stride(),
             q_strides=q.stride(), k_strides=k.stride(), H=H, R=R, n_key=k.shape[2], n_row=B * C * R,
             local=config.local, n_first=config.n_first, stride=config.query_stride,
             budget=2 * n_wanted * width, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
             softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=heads, D=D, WIDTH=width, BIN=bin,
-            MEAN_OF=bin if R == 1 else 1, **tiles)
+            FROM_BINS=R > 1, **tiles)
     return bins
 
 

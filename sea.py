@@ -116,7 +116,7 @@ class SEAConfig:
     bin: int = 4  # keys of a bin, step 6b (causal); 0: all keys under the best cells, as in the paper
     local: int = 16  # last keys, attended to by every query, with bins
     first: int = 4  # the sequence's first keys, the same
-    candidates: int = 8  # bins that compete, as a multiple of those that are chosen
+    candidates: int = 16  # bins that compete, as a multiple of those that are chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -644,16 +644,25 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 # -- 6b. candidates and bins, ours: which keys of the best cells -------------------------------------
 #
 # The longer a text, the more keys are in a cell, of which few matter. So cells only choose candidates.
-# Their keys come in bins of a fixed number of keys, which are ranked by their mean keys, and attention
-# goes to the best of them, to the last keys and to the first. The last keys are in no cell.
+# Their keys come in bins of a fixed number of keys, which are ranked by products with what stands for
+# their keys, and attention goes to the best of them, to the last keys and to the first. The last keys
+# are in no cell.
 
 NONE = 2**31 - 1  # the number of no bin, behind all others
 
 
-def mean_keys(k: Tensor, bin: int) -> Tensor:
-    """Mean of every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), D), in the dtype of k."""
-    padded = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin))
-    return padded.unflatten(2, (-1, bin)).mean(3).to(k.dtype)
+def boxes(k: Tensor, bin: int) -> Tensor:
+    """What stands for every `bin` keys, (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), in the dtype of k.
+
+    Keys lie in a box around its middle. q . middle + |q| . radius is the largest product that one in it
+    may have (Quest; Tang et al., ICML 2024), q . mean the mean product: one key alone stands out in the
+    first and drowns in the second, many alike count more in the second. [(mean + middle) / 2 ; radius / 2]
+    times [q ; |q|] is half of each.
+    """
+    keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
+    highest, lowest = keys.amax(3), keys.amin(3)
+    centre = keys.mean(3) / 2 + (highest + lowest) / 4
+    return torch.cat([centre, (highest - lowest) / 4], dim=-1).to(k.dtype)
 
 
 @torch.no_grad()
@@ -667,7 +676,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     heads of a key/value head share a choice, and the means of their probabilities are ranked.
 
         candidates   bins of the best cells, about config.candidates times as many as are chosen
-        chosen       config.n_chosen(topk) of them, by softmax_scale * q . (mean key of the bin)
+        chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes
         always       the first keys, and all keys from the end of the cells to the row's last query
     """
     (_, H, R, _), bin, C = scores.shape, config.bin, config.n_choosers
@@ -680,8 +689,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     best_cells = candidate_cells(scores, middle, config, n_chosen)
     is_candidate = spread_to_keys(best_cells, middle, len(number), False) & (number >= config.n_first)
     with no_autocast(q):
-        means = at_least_fp32(repeat_heads(mean_keys(k, bin), H))
-        products = (at_least_fp32(q) * softmax_scale) @ means.mT  # (B, H, R, bins)
+        q = at_least_fp32(q) * softmax_scale
+        keys = at_least_fp32(repeat_heads(boxes(k, bin), H))
+        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, R, bins)
         products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
         probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
         chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group)

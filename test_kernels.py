@@ -421,11 +421,11 @@ def test_chosen_bins_are_those_of_sea(case):
 @given(CHOICES.map(lambda case: replace(case, R=4)))
 @settings(max_examples=8)
 def test_a_step_chooses_the_bins_of_the_whole_call(case):
-    """Row by row: from keys, in whatever order, not from all mean keys."""
+    """Row by row: from keys, in whatever order, not from all boxes."""
     config, (scores, q, k, seen, order) = case.config(), case.tensors()
     whole = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5, order=order)
     sure = case.exact | ~unsure_rows(case, scores, q, k, seen, config.topk, config, 0.5, order=order)
-    with mock.patch.object(kernels, "_mean_keys_kernel", None):
+    with mock.patch.object(kernels, "_boxes_kernel", None):
         rows = [kernels.choose_bins(scores[:, :, i : i + 1], q[:, :, i : i + 1], k, seen[:, i : i + 1], config.topk, config, 0.5,
                                     order=order) for i in range(case.R)]
     assert ((torch.cat(rows, 2) == whole).all(-1) | ~sure).all(), case
