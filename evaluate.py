@@ -54,6 +54,7 @@ import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
 METHODS = (*convert.METHODS, "dense", "oracle")
+WITH_TOPK = ("sea", "window", "oracle")  # those that attend to as many keys as they are told to
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -929,10 +930,9 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
         row |= measure_use(student, setting)
     if method in ("sea", "oracle"):
         row |= dict(layers=layer_report(student, teacher, setting.valid[:n_reported(args)], args))
-    if method != "sea":
-        return {name: row}
-    draw(student, teacher, setting.valid[0], picture(name, args), args)
-    return {name: row} | at_each_topk(name, student, setting)
+    if method == "sea":
+        draw(student, teacher, setting.valid[0], picture(name, args), args)
+    return {name: row} | (at_each_topk(name, method, student, setting) if method in WITH_TOPK else {})
 
 
 def open_student(folder: str, original, teacher, args) -> tuple[str, nn.Module]:
@@ -942,11 +942,11 @@ def open_student(folder: str, original, teacher, args) -> tuple[str, nn.Module]:
     return method, to_device(student, args)
 
 
-def at_each_topk(name: str, student, setting: Setting) -> dict[str, dict]:
+def at_each_topk(name: str, method: str, student, setting: Setting) -> dict[str, dict]:
     rows = {}
     for k in setting.args.topk:
         convert.set_option(student, topk=k)
-        found = measure(student, setting) | times(student, setting)
+        found = measure(student, setting) | ({} if method == "oracle" else times(student, setting))
         rows[f"{name}, topk {k}"] = dict(student=name, topk=k) | found
     return rows
 
@@ -1025,7 +1025,7 @@ def retrieval_of_student(name: str, folder: str, original, teacher, examples: li
     """Rows of the table: the student's, and one for each of --topk."""
     method, student = open_student(folder, original, teacher, args)
     rows = {name: dict(retrieval=shares_found(name, student, examples, args))}
-    for k in args.topk if method == "sea" else []:
+    for k in args.topk if method in WITH_TOPK else []:
         convert.set_option(student, topk=k)
         found = shares_found(f"{name}, topk {k}", student, examples, args)
         rows[f"{name}, topk {k}"] = dict(student=name, topk=k, retrieval=found)
@@ -1184,7 +1184,7 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str,
     plt.close(figure)
 
     def keep(row: dict) -> dict:
-        return {field: row[field] for field in ("ppl", "attention_ms", "clock")}
+        return {field: row[field] for field in ("ppl", "attention_ms", "clock") if field in row}
 
     path.with_suffix(".json").write_text(as_json(dict(
         points={name: {k: keep(row) for k, row in line.items()} for name, line in points.items()},
@@ -1194,7 +1194,8 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str,
 
 def draw_curve(axis, points: dict, lines: dict, field: str, label: str) -> None:
     for name, line in points.items():
-        axis.plot(list(line), [row[field] for row in line.values()], marker="o", label=name)
+        found = {k: row[field] for k, row in line.items() if field in row}  # an oracle has no time
+        axis.plot(list(found), list(found.values()), marker="o", label=name)
     for style, (name, row) in zip(("--", ":", "-.") * len(lines), lines.items()):
         axis.axhline(row[field], linestyle=style, color="gray", label=name)
     ticks = sorted({k for line in points.values() for k in line})

@@ -2,8 +2,8 @@
 
 Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained
 transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
-keeps the best cells by a grouped top-k, attends only to the keys under them, and learns all this by
-distilling the teacher's attention. One layer, SEAttention.forward, computes:
+keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all this
+by distilling the teacher's attention. One layer, SEAttention.forward, computes:
 
     tokens  valid tokens of q, k, v at the front, padding behind them                    border
     rows    the queries whose attention is estimated: all, or every stride-th            border
@@ -11,9 +11,11 @@ distilling the teacher's attention. One layer, SEAttention.forward, computes:
     z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates        step 3  | estimate_
     scores  CNN(image)                                                             step 4  | attention
             + gain * q . (cell key), ours, causal only                             step 5  |
-    cells   the best of softmax(scores), `topk` keys a query and head on average         step 6
-    sparse  softmax(q k^T * softmax_scale) v over the keys under those cells             steps 7, 8
-    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v, gates after a sigmoid  step 9
+    cells   the best of softmax(scores)                                            step 6
+    bins    the best of all bins of keys in those cells, the first and the last,
+            ours, causal only; bin=0: all keys in the cells, as in the paper       step 7
+    sparse  softmax(q k^T * softmax_scale) v over these keys                       steps 8, 9
+    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v                   step 10
     back    each query to where it came from, and the state that the next call needs     border
 
 This file is the readable reference: a function for each step, in that order, then state, border and
@@ -28,9 +30,14 @@ same operations in Triton and takes over on a GPU.
     S, D       T, d    keys (past and new tokens), head size
     width      K       cells of an estimated attention row
     topk       k       budget: keys per query and head, on average
-    cell       pixel   one of `width` equal slices of the keys that a query sees
+    cell       pixel   one of `width` equal slices of the keys that a query sees; with bins, of those
+                       before the last `local`
+    in_cells   -       number of these keys
     seen       t       number of keys that a query sees; 0 marks padding
-    cell key   -       mean of the keys around the middle of a cell, from bins of keys; ours
+    cell key   -       mean of the keys around the middle of a cell; ours
+    bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a row attends to
+    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or the query heads
+                       of a key/value head together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
                        R rows for T queries, or R + 1 with the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
@@ -113,10 +120,10 @@ class SEAConfig:
     topk: int = 64
     causal: bool = True
     group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
-    bin: int = 4  # keys of a bin, step 6b (causal); 0: all keys under the best cells, as in the paper
-    local: int = 16  # last keys, attended to by every query, with bins
-    first: int = 4  # the sequence's first keys, the same
-    candidates: int = 16  # bins that compete, as a multiple of those that are chosen
+    bin: int = 4  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
+    local: int = 16  # with bins: last keys, which each query attends to, as to the first
+    first: int = 4
+    candidates: int = 16  # bins that compete, as a multiple of those chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -641,14 +648,14 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
     return rearrange(keep, f"{layout} -> b h t p", h=H, t=T, p=P)
 
 
-# -- 6b. candidates and bins, ours: which keys of the best cells -------------------------------------
+# -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
 # The longer a text, the more keys are in a cell, of which few matter. So cells only choose candidates.
 # Their keys come in bins of a fixed number of keys, which are ranked by products with what stands for
 # their keys, and attention goes to the best of them, to the last keys and to the first. The last keys
 # are in no cell.
 
-NONE = 2**31 - 1  # the number of no bin, behind all others
+NONE = 2**31 - 1  # stands for no bin, behind the numbers of all others
 
 
 def boxes(k: Tensor, bin: int) -> Tensor:
@@ -676,8 +683,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     heads of a key/value head share a choice, and the means of their probabilities are ranked.
 
         candidates   bins of the best cells, about config.candidates times as many as are chosen
-        chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes
-        always       the first keys, and all keys from the end of the cells to the row's last query
+        chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
+        always       those of the first keys, and of all keys behind the cells
     """
     (_, H, R, _), bin, C = scores.shape, config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk)
@@ -724,7 +731,7 @@ def always_bins(row_seen: Tensor, config: SEAConfig) -> Tensor:
     return bins.masked_fill(bins * bin >= end[..., None], NONE)
 
 
-# -- 7. from cells to keys -------------------------------------------------------------------------
+# -- 8. from cells and bins to keys ----------------------------------------------------------------
 
 
 def cell_of_key(j, seen, width: int):
@@ -784,7 +791,7 @@ def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
     return keep.repeat_interleave(bin, -1)[..., :n_keys] & (j < seen[..., None])[:, None]
 
 
-# -- 8. sparse attention ---------------------------------------------------------------------------
+# -- 9. sparse attention ---------------------------------------------------------------------------
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
@@ -871,7 +878,7 @@ def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
         return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1) * keep
 
 
-# -- 9. averages and mix ---------------------------------------------------------------------------
+# -- 10. averages and mix --------------------------------------------------------------------------
 
 
 def running_mean(v: Tensor, seen: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -1370,7 +1377,7 @@ class SEAttention(nn.Module):
 
     def combine(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
                 past: SEAState) -> tuple[Tensor, Tensor]:
-        """Step 9, and the sum of v after the new tokens."""
+        """Step 10, and the sum of v after the new tokens."""
         if self.config.causal:
             return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
         average = estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen)
