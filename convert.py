@@ -541,8 +541,9 @@ def set_option(model: PreTrainedModel, **options: Any) -> None:
     if not hasattr(model.config, "sea"):
         raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
     modules, layer = attention_modules(model), METHODS[model.config.sea["method"]]
+    changes = {"group": model.config.sea["group"], **options}  # None: that of a layer with bins, or without
     with torch.device("meta"):  # a layer that can be built can have them
-        configs = [layer(dataclasses.replace(module.sea.config, **options)).config for module in modules]
+        configs = [layer(dataclasses.replace(module.sea.config, **changes)).config for module in modules]
     for module, config in zip(modules, configs):
         module.sea.config = config
     model.config.sea = {**model.config.sea, **options}

@@ -134,7 +134,7 @@ def test_full_mask_and_open_gates_is_the_model_itself(kind):
     keep_every_key(model)
     for bin in (2, 0):  # some, and no bins
         if bin == 0:
-            convert.set_option(model, bin=0, group="causal_batch")
+            convert.set_option(model, bin=0)
         for name, case in cases.items():
             valid = case["attention_mask"].bool()
             torch.testing.assert_close(model(x, **case)[0][valid], expected[name][valid], rtol=1e-4, atol=3e-4)
@@ -626,7 +626,7 @@ def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch
 
 @pytest.mark.parametrize("method, options", [
     *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, group="query", backend="torch").items()),
-    ("sea", dict(bin=0, group="query")), ("sea", dict(bin=0, group="causal_batch")), ("window", dict(topk=20)), ("window", dict(first=4))])
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("window", dict(topk=20)), ("window", dict(first=4))])
 @torch.no_grad()
 def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
     """As if attached so; the estimate does not change."""
@@ -650,7 +650,7 @@ def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp
     ("sea", dict(local=9), "topk: expected at least 12, since 11 first and last keys are always attended to, got 9"),
     ("sea", dict(local=0), "local: expected an integer >= 1, with bins, got 0"),
     ("sea", dict(bin=-1), "bin: expected an integer >= 0, got -1"),
-    ("sea", dict(bin=0), "bin: expected bins for group kv, got 0"),
+    ("sea", dict(bin=0, group="kv"), "bin: expected bins for group kv, got 0"),
     ("sea", dict(first=True), "first: expected an integer >= 0, got True"),
     ("sea", dict(candidates=0), "candidates: expected an integer >= 1, got 0"),
     ("sea", dict(group="head"), "group: expected one of .* when causal, .* got 'head'"),
