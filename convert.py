@@ -439,8 +439,8 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
         raise ValueError("model: expected one without PEFT's adapters, which come after attach, got one that has them")
     modules = attention_modules(model)
     if any(hasattr(module, "sea") for module in modules):
-        raise ValueError("model: expected one without SEA, whose weights would be lost, got a student; set_option changes topk, "
-                         "group and backend")
+        raise ValueError("model: expected one without SEA, whose weights would be lost, got a student; set_option changes "
+                         f"{', '.join(OF_NO_WEIGHT)}")
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
     seed = options.get("seed", 0)  # each layer draws features of its own
@@ -514,7 +514,8 @@ def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: d
             raise ValueError("max_positions: expected the number of tokens of the longest sequence, since "
                              f"{type(config).__name__} does not tell it")
     weight = next(x for x in module.parameters() if x.is_floating_point())
-    return METHODS[method](SEAConfig(**{**shape, **options})).to(weight.device, weight.dtype)
+    config = SEAConfig(**{**shape, **options, **getattr(METHODS[method], "of_config", {})})
+    return METHODS[method](config).to(weight.device, weight.dtype)
 
 
 def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
@@ -541,7 +542,8 @@ def set_option(model: PreTrainedModel, **options: Any) -> None:
     if not hasattr(model.config, "sea"):
         raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
     modules, layer = attention_modules(model), METHODS[model.config.sea["method"]]
-    changes = {"group": model.config.sea["group"], **options}  # None: that of a layer with bins, or without
+    # A group of None is that of a layer with bins, or without.
+    changes = {"group": model.config.sea["group"], **options, **getattr(layer, "of_config", {})}
     with torch.device("meta"):  # a layer that can be built can have them
         configs = [layer(dataclasses.replace(module.sea.config, **changes)).config for module in modules]
     for module, config in zip(modules, configs):
