@@ -556,12 +556,27 @@ def test_a_long_prefill_in_chunks_is_the_same(kind, bin, padding, monkeypatch):
     assert all(r.sea.scores is not None for r in records)
 
 
+@torch.no_grad()
+def test_a_window_is_the_first_and_the_last_keys_alone(monkeypatch):
+    """Of 11, 4 are the first 2 bins; the last are 6 or, to the end of a bin, 7. Dense attention under that mask is the same model; and
+    so it is in chunks."""
+    model, dense, x = convert.attach(tiny("llama"), "window", topk=11, bin=2, first=3), tiny("llama"), tokens()
+    i, j = torch.arange(SEQ)[:, None], torch.arange(SEQ)
+    n_last = 11 - 4 - 1  # on average half a bin more
+    window = (j <= i) & ((j < 4) | (j >= (i + 1 - n_last) // 2 * 2))
+    expected = dense(x, attention_mask=window.expand(2, 1, -1, -1)).logits
+    for rows in (convert.ROWS_AT_ONCE, 5):
+        monkeypatch.setattr(convert, "ROWS_AT_ONCE", rows)
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("student", [dict(query_stride=2), dict(query_stride=2, bin=0), dict(method="window")])
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, top_k=5),
                                      dict(do_sample=True, num_return_sequences=3)])
 @torch.no_grad()
-def test_beams_and_samples_are_the_same_with_and_without_a_cache(options):
+def test_beams_and_samples_are_the_same_with_and_without_a_cache(options, student):
     """The state follows reordering and expansion of the batch."""
-    model, x = convert.attach(tiny("opt"), **SEA, query_stride=2), tokens(n=6)
+    model, x = convert.attach(tiny("opt"), **{**SEA, **student}), tokens(n=6)
     results = []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -626,7 +641,7 @@ def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch
 
 @pytest.mark.parametrize("method, options", [
     *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, group="query", backend="torch").items()),
-    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("window", dict(topk=20)), ("window", dict(first=4))])
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4))])
 @torch.no_grad()
 def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
     """As if attached so; the estimate does not change."""
@@ -642,6 +657,16 @@ def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp
         assert torch.equal(other(x).logits, model(x).logits)
         assert [m.sea.config for m in convert.attention_modules(other)] == [m.sea.config for m in convert.attention_modules(model)]
     assert again.config.sea == attached.config.sea == model.config.sea
+
+
+def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
+    """The last keys of a window are what is left of topk, and a Performer has none to choose."""
+    for method, topk in ("window", 7), ("performer", 1):
+        model = moved(convert.attach(tiny("llama"), method, topk=topk))
+        convert.save(model, tmp_path / method)
+        assert_same(convert.load(tmp_path / method), model)
+    with refused("topk: expected at least 7, since 5 first and last keys are always attended to, got 6"):
+        convert.attach(tiny("llama"), "window", topk=6)
 
 
 @pytest.mark.parametrize("method, options, message", [
