@@ -21,6 +21,7 @@ import torch
 
 import distill
 import evaluate
+import sea
 
 HERE = Path(__file__).parent
 BASE = ("--method sea --batch 4 --micro-batch 4 --eval-windows 48 "
@@ -28,6 +29,19 @@ BASE = ("--method sea --batch 4 --micro-batch 4 --eval-windows 48 "
 VARIANTS = {  # name -> options of distill.py
     "base": "",
     "without cell keys": "--sea cell_keys=false",
+    "local 1": "--sea local=1",
+    "local 8": "--sea local=8",
+    "local 32": "--sea local=32",
+    "local 48": "--sea local=48",
+    "first 0": "--sea first=0",
+    "bin 2": "--sea bin=2",
+    "bin 8": "--sea bin=8",
+    "bin 16": "--sea bin=16",
+    "candidates 2": "--sea candidates=2",
+    "candidates 32": "--sea candidates=32",
+    "cells alone (bin 0)": "--sea bin=0",
+    "a choice per head": "--sea group=query",
+    "ranked over all heads": "--sea group=causal_batch",
     "width 128": "--sea width=128",
     "width 512": "--sea width=512",
     "stride 2": "--sea query_stride=2",
@@ -65,8 +79,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         p.error("--model: expected the teacher of all variants, a folder or hub id, got none")
     for name in (*args.only, *args.variant):  # a mistake in one ends all of them before they begin
         options = options_of(name, rest)
-        distill.parse([*options, "--steps", args.steps])
-        evaluate.parse([*options_of_both(options), *at_topk(args)])
+        fields = distill.parse([*options, "--steps", args.steps]).sea
+        for k in evaluate.parse([*options_of_both(options), *at_topk(args)]).topk:
+            try:
+                sea.SEAConfig(n_head=1, d_head=2, **{**fields, "topk": k})
+            except ValueError as error:
+                p.error(f"--topk: expected numbers of keys for every variant, got {k} for {name} "
+                        f"({error})")
     return args, rest
 
 

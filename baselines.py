@@ -27,10 +27,12 @@ class PerformerAttention(nn.Module):
     Of the config it uses n_head, n_kv_head, d_head, causal, nbf and seed.
     """
 
+    of_config = dict(cell_keys=False, bin=0, group=None)  # what it has no use for, with any topk
+
     def __init__(self, config: SEAConfig):
         super().__init__()
         _expect(config.query_stride == 1, "query_stride", "1 for a Performer", config.query_stride)
-        self.config = replace(config, cell_keys=False)
+        self.config = replace(config, **self.of_config)
         self.register_buffer("projection", torch.empty(config.d_head, config.n_features))
         self.redraw_features(torch.Generator().manual_seed(config.seed))
 
@@ -89,10 +91,12 @@ class WindowAttention(nn.Module):
     that is not causal or has no bins.
     """
 
+    of_config = dict(local=1, query_stride=1)  # what it has no use for, with room for any topk
+
     def __init__(self, config: SEAConfig):
         super().__init__()
         _expect(config.has_bins, "bin", ">= 1, and a causal layer, for a window", config.bin)
-        self.config = replace(config, local=1, query_stride=1)
+        self.config = replace(config, **self.of_config)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
                 softmax_scale: float | None = None, state: SEAState | None = None,

@@ -120,6 +120,8 @@ def fixed_options(args) -> dict:
 
 def check_options(before: dict, args, path: Path) -> None:
     """`before`, which `path` holds, has to agree in all that changes what is learned."""
+    if not args.load:  # there were no bins before that was an option
+        before = {"bin": 0, **before}
     for name, value in fixed_options(args).items():
         # None: left to its default, or not yet an option
         if before.get(name) is not None and evaluate.as_json(before[name]) != evaluate.as_json(value):

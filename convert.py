@@ -247,8 +247,8 @@ MOST_WEIGHTS = 2**28  # numbers in a layer's attention matrix, 1 GiB
 @torch.no_grad()
 def _weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float | None, result: SEAOutput) -> Tensor:
     """For output_attentions=True: the sparse attention, before the gates, (B, H, T, S)."""
-    if result.scores is None:
-        raise ValueError("output_attentions: expected a SEA student, got a Performer, which has no attention matrix")
+    if result.row is None:
+        raise ValueError("output_attentions: expected a student that chooses keys, got a Performer, which has no attention matrix")
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if size > MOST_WEIGHTS:
         raise ValueError(f"output_attentions: expected at most {MOST_WEIGHTS:,} numbers a layer, got {size:,}; attention_csr "
@@ -412,7 +412,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
-OF_NO_WEIGHT = ("topk", "group", "bin", "local", "first", "candidates", "backend")
+OF_BINS = ("bin", "local", "first", "candidates")  # which students from before there were bins do not have
+OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "backend")
 # The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
 # warning and run dense attention; so they refuse an attention of this name, and repeat it.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
@@ -438,8 +439,8 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
         raise ValueError("model: expected one without PEFT's adapters, which come after attach, got one that has them")
     modules = attention_modules(model)
     if any(hasattr(module, "sea") for module in modules):
-        raise ValueError("model: expected one without SEA, whose weights would be lost, got a student; set_option changes topk, "
-                         "group and backend")
+        raise ValueError("model: expected one without SEA, whose weights would be lost, got a student; set_option changes "
+                         f"{', '.join(OF_NO_WEIGHT)}")
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
     seed = options.get("seed", 0)  # each layer draws features of its own
@@ -460,6 +461,7 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
             part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
     fields = {k: v for k, v in dataclasses.asdict(layers[-1].config).items()
               if k not in (*FROM_MODEL, "max_positions", "causal", "seed")}
+    fields["group"] = None  # unless given: that of a layer with bins is not that of one without
     model.config.sea = {"method": method, **fields, **options}
     model.config.attn_implementation = ONLY_LOAD  # whoever saves the model, its config says so
     return model
@@ -512,7 +514,8 @@ def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: d
             raise ValueError("max_positions: expected the number of tokens of the longest sequence, since "
                              f"{type(config).__name__} does not tell it")
     weight = next(x for x in module.parameters() if x.is_floating_point())
-    return METHODS[method](SEAConfig(**{**shape, **options})).to(weight.device, weight.dtype)
+    config = SEAConfig(**{**shape, **options, **getattr(METHODS[method], "of_config", {})})
+    return METHODS[method](config).to(weight.device, weight.dtype)
 
 
 def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
@@ -529,14 +532,22 @@ def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
 
 
 def set_option(model: PreTrainedModel, **options: Any) -> None:
-    """Change fields of SEAConfig that no weight depends on (OF_NO_WEIGHT) of any trained student: topk is the paper's dynamic k."""
+    """Change fields of SEAConfig that no weight depends on (OF_NO_WEIGHT) of any trained student: topk is the paper's dynamic k.
+
+    Raises ValueError, with the model as it was, if a layer cannot have them.
+    """
     for name in options:
         if name not in OF_NO_WEIGHT:
             raise ValueError(f"options: expected some of {', '.join(OF_NO_WEIGHT)}, got {name}, which the weights depend on")
     if not hasattr(model.config, "sea"):
         raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
-    for module in attention_modules(model):
-        module.sea.config = dataclasses.replace(module.sea.config, **options)
+    modules, layer = attention_modules(model), METHODS[model.config.sea["method"]]
+    # A group of None is that of a layer with bins, or without.
+    changes = {"group": model.config.sea["group"], **options, **getattr(layer, "of_config", {})}
+    with torch.device("meta"):  # a layer that can be built can have them
+        configs = [layer(dataclasses.replace(module.sea.config, **changes)).config for module in modules]
+    for module, config in zip(modules, configs):
+        module.sea.config = config
     model.config.sea = {**model.config.sea, **options}
 
 
@@ -687,7 +698,8 @@ def _read_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | No
     with _in_a_sentence(f"the config.json of a student in {folder}"):
         if config.dtype is not None and not config.dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating-point one, got {config.dtype}")
-        for name in ("topk", "group", "query_stride"):  # no weight's shape would tell
+        of_bins = OF_BINS if config.sea.keys() & set(OF_BINS) else ()
+        for name in ("topk", "group", "query_stride", *of_bins):  # no weight's shape would tell
             if name not in config.sea:
                 raise ValueError(f"sea: expected {name} in it, got {sorted(config.sea)}")
     config._attn_implementation = None  # it is ONLY_LOAD
@@ -750,7 +762,7 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _student(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    options = {"bin": 0, **config.sea}  # students from before there were bins do not say that they have none
+    options = {"bin": 0, **config.sea}  # of OF_BINS it has all or none
     return attach(model_class(copy.deepcopy(config)), **options)
 
 

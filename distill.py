@@ -202,13 +202,16 @@ def new_student(name: str, original, teacher, args):
     torch.manual_seed(args.seed)
     student = copy.deepcopy(original).requires_grad_(True)
     if name != "dense":
-        fields = args.sea
-        if name in convert.BASELINES:  # they estimate no rows
-            fields = {key: x for key, x in args.sea.items() if key not in ("query_stride", "cell_keys")}
-        convert.attach(student, method="sea" if name == "oracle" else name, **fields)
+        convert.attach(student, method="sea" if name == "oracle" else name, **fields_of(name, args))
     if name == "oracle":
         evaluate.follow_teacher(student, teacher)
     return student
+
+
+def fields_of(name: str, args) -> dict:
+    """Those of --sea that a student has."""
+    not_its = ("query_stride", "cell_keys") if name in convert.BASELINES else ()  # they estimate no rows
+    return {key: x for key, x in args.sea.items() if key not in not_its}
 
 
 # -- losses, section 6 of the method ---------------------------------------------------------------
@@ -632,14 +635,14 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     job, given = PAPER if args.model else TINY, dict(args.sea)
     fixed = [name for name in given if name not in convert.OF_NO_WEIGHT]
     if args.load and fixed:
-        p.error(f"--sea: expected {', '.join(convert.OF_NO_WEIGHT)} only with --load, since the saved student has "
-                f"its own of the others, got {', '.join(fixed)}")
+        p.error(f"--sea: expected {', '.join(convert.OF_NO_WEIGHT)} only with --load, since the saved "
+                f"student has its own of the others, got {', '.join(fixed)}")
     args.sea = given if args.load else job["sea"] | given
     option = "--loss"
     try:
         args.loss = LossWeights(**dict(args.loss))
         option = "--sea"
-        sea.SEAConfig(n_head=1, d_head=2, **args.sea)
+        check_layers(args)
         option = "--optimizer"
         args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
     except ValueError as error:
@@ -648,6 +651,18 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     longest = args.sea.get("max_positions", args.seq_len)
     if longest < args.seq_len:
         p.error(f"--sea max_positions: expected at least --seq-len, {args.seq_len}, got {longest}")
+
+
+def check_layers(args: argparse.Namespace) -> None:
+    """Raises ValueError if the students' layers cannot have the options of --sea."""
+    if args.load:
+        saved = evaluate.saved_config(args.load)
+        if "sea" in saved:
+            evaluate.with_options(saved, **args.sea)
+        return
+    sea.SEAConfig(n_head=1, d_head=2, **args.sea)
+    for name in set(args.method) & convert.BASELINES.keys():
+        convert.BASELINES[name](sea.SEAConfig(n_head=1, d_head=2, **fields_of(name, args)))
 
 
 # -- the job ---------------------------------------------------------------------------------------

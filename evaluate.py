@@ -48,6 +48,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import baselines
 import convert
 import retrieval
 import sea
@@ -281,6 +282,23 @@ def run_of(folder: Path) -> int | None:
         return json.loads(config.read_text(encoding="utf-8")).get("sea_run", 0)
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def saved_config(folder: str) -> dict:
+    """What config.json in `folder` says, {} if there is none that can be read."""
+    try:
+        config = json.loads((convert.whole(Path(folder)) / "config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config.get("sea", {}), dict) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def with_options(saved: dict, **options) -> sea.SEAConfig:
+    """Of the layers of a student of this saved_config with other options, but for what comes from the
+    model. Raises ValueError if no layer can have them."""
+    fields = {"bin": 0, **saved["sea"], **options}  # as convert.load has it
+    known = {field.name for field in dataclasses.fields(sea.SEAConfig)}
+    return sea.SEAConfig(n_head=1, d_head=2, **{name: x for name, x in fields.items() if name in known})
 
 
 def load_student(option: str, folder: str, original, teacher, **changes):
@@ -790,6 +808,20 @@ class Setting:
     valid: Tensor  # (n, T) windows
 
 
+def check_topk(args) -> None:
+    """Each of --topk has to be one that the SEA students can have."""
+    for folder in args.students:
+        saved = saved_config(folder)
+        if saved.get("sea_oracle") or saved.get("sea", {}).get("method") != "sea":
+            continue
+        for k in args.topk:
+            try:
+                with_options(saved, topk=k)
+            except ValueError as error:
+                sys.exit(f"--topk: expected numbers of keys for the student in {folder}, got {k} "
+                         f"({error})")
+
+
 def load_documents(args) -> list[str]:
     """Those to measure on."""
     if args.valid_data:
@@ -890,7 +922,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
             runs.append(functools.partial(layer, q, k, v, softmax_scale=scale))
             # plain PyTorch's sparse attention checkpoints, which no graph can hold
             on_kernels = sea.operations(layer.config, q) is not sea.torch_operations
-            graph = graph and (on_kernels or not isinstance(layer, sea.SEAttention))
+            graph = graph and (on_kernels or isinstance(layer, baselines.PerformerAttention))
         else:
             grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
             runs.append(functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True,
@@ -1009,7 +1041,7 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
         a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
         bins = sea.take(result.bins, result.row[:, rows]).long()
         a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)
-        n = (bins < sea.NONE).sum(-1, keepdim=True)
+        n = (bins * bin < result.seen[:, None, rows, None]).sum(-1, keepdim=True)
         best = a.topk(min(bins.shape[-1], a.shape[-1]), -1).values
         best = best * (torch.arange(best.shape[-1], device=a.device) < n)
         kept = F.pad(a, (0, 1)).gather(-1, bins.clamp(max=a.shape[-1]))
@@ -1115,7 +1147,8 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
     result, config, T = student.sea, student.config, student.q.shape[2]
     kept = kept_keys(student)[head]
     scores = result.scores[:1, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
-    estimate = sea.spread_to_keys(scores, result.in_cells[:1], T, -torch.inf, config.unit).softmax(-1)[0, 0]
+    estimate = sea.spread_to_keys(scores, result.in_cells[:1], T, -torch.inf, config.unit)[0, 0]
+    estimate[:, : config.n_first * config.bin] = -torch.inf  # these, as the last keys, are in no cell
     sparse = sea.attention_weights(student.q[:1], student.k[:1], result.attended(T)[:1],
                                    student.scale)[0, head]
     unseen = torch.ones_like(kept).triu(1)
@@ -1125,7 +1158,8 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
 
     images = {
         f"the model's attention\n(layer {layer}, head {head})": log10(attention_of(teacher)[head], unseen),
-        f"SEA's estimate of it,\n{scores.shape[3]} cells a row": log10(estimate, unseen),
+        f"SEA's estimate of it,\n{scores.shape[3]} cells a row":
+            log10(estimate.softmax(-1), estimate == -torch.inf),
     }
     if config.has_bins:
         images["the keys under the best cells:\ncandidates"] = candidates(student, head).cpu()
@@ -1137,12 +1171,14 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
 
 
 def candidates(student: convert.Record, head: int) -> Tensor:
-    """Which keys of the first sequence compete to be chosen, with bins: bool (T, T)."""
+    """Which keys of the first sequence compete to be chosen, with bins: bool (T, T). The first keys do
+    not, which all queries attend to."""
     result, config, (_, H, T, _) = student.sea, student.config, student.q.shape
     in_cells, scores = result.in_cells[:1], result.scores[:1, :, result.row[0]]
     cells = sea.candidate_cells(scores, in_cells // config.bin, config, config.n_chosen(config.topk))
     chooser = head * cells.shape[1] // H
-    return sea.spread_to_keys(cells, in_cells, T, False, config.bin)[0, chooser]
+    keys = sea.spread_to_keys(cells, in_cells, T, False, config.bin)[0, chooser]
+    return keys & (torch.arange(T, device=keys.device) >= config.n_first * config.bin)
 
 
 def draw_head(figure, axes, images: dict[str, Tensor]) -> None:
@@ -1268,6 +1304,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 def measure_all(args, header: dict[str, str]) -> dict[str, dict]:
+    check_topk(args)
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
     check_against_model(args, original, tokenizer)
     valid = validation_windows(original, tokenizer, args)
@@ -1308,6 +1345,7 @@ def validation_windows(teacher, tokenizer, args) -> Tensor:
 
 
 def measure_retrieval(args, header: dict[str, str]) -> dict[str, dict]:
+    check_topk(args)
     longest = max(args.retrieval)
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", longest, "--retrieval")
     (text,) = token_streams(lambda: [["\n\n\n".join(load_documents(args))]], tokenizer, original, args)

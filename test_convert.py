@@ -25,6 +25,8 @@ SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_
              head_dim=4, max_position_embeddings=SEQ, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=1,
              num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
              hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+# SEA small enough for so few tokens that each of its choices is one: 2 of 11 bins at most, out of 4, beside the last and first keys.
+SEA = dict(width=8, topk=9, bin=2, local=2, first=1, candidates=2)
 OPT = dict(word_embed_proj_dim=16, ffn_dim=32, num_attention_heads=2, dropout=0.0, init_std=0.3)
 IMAGE = dict(image_size=16, patch_size=8)
 
@@ -104,9 +106,9 @@ def tokens(batch: int = 2, n: int = SEQ) -> torch.Tensor:
     return torch.randint(2, VOCAB, (batch, n), generator=torch.Generator().manual_seed(1))
 
 
-def keep_every_key(model: torch.nn.Module) -> torch.nn.Module:
+def keep_every_key(model: torch.nn.Module, **options) -> torch.nn.Module:
     """Attach SEA that is the model's own attention: all keys kept, and gates open."""
-    convert.attach(model, width=8, topk=SEQ)
+    convert.attach(model, **{**SEA, "topk": 2 * SEQ, **options})
     with torch.no_grad():
         for module in convert.attention_modules(model):
             module.sea.gate.bias.fill_(60.0)
@@ -130,9 +132,12 @@ def test_full_mask_and_open_gates_is_the_model_itself(kind):
         del cases["left"]  # these see padding
     expected = {name: model(x, **case)[0] for name, case in cases.items()}
     keep_every_key(model)
-    for name, case in cases.items():
-        valid = case["attention_mask"].bool()
-        torch.testing.assert_close(model(x, **case)[0][valid], expected[name][valid], rtol=1e-4, atol=3e-4)
+    for bin in (2, 0):  # some, and no bins
+        if bin == 0:
+            convert.set_option(model, bin=0)
+        for name, case in cases.items():
+            valid = case["attention_mask"].bool()
+            torch.testing.assert_close(model(x, **case)[0][valid], expected[name][valid], rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -233,7 +238,7 @@ def test_only_causal_layers_need_to_know_the_longest_sequence(monkeypatch):
 
 
 def test_a_student_has_shapes_without_memory():
-    model = convert.attach(tiny("llama").to("meta"), width=8, topk=3)
+    model = convert.attach(tiny("llama").to("meta"), **SEA)
     assert model(tokens().to("meta")).logits.shape == (2, SEQ, VOCAB)
 
 
@@ -301,10 +306,7 @@ def test_causality_is_the_configs_and_the_calls():
         expected = model(x)[0]
         with refused("is_causal: expected False, .* got True; attach.model, causal=.... decides"):
             keep_every_key(build(name, {}))(x)
-        convert.attach(model, width=8, topk=SEQ, causal=True)
-        for module in convert.attention_modules(model):
-            module.sea.gate.bias.fill_(60.0)
-        torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=3e-4)
+        torch.testing.assert_close(keep_every_key(model, causal=True)(x)[0], expected, rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -324,7 +326,7 @@ def test_a_mask_of_any_numbers_and_with_holes_is_the_models_own(kind):
 
 @torch.no_grad()
 def test_padding_of_the_past_stays_what_it_was():
-    model, x = convert.attach(tiny("llama"), width=8, topk=3), tokens()
+    model, x = convert.attach(tiny("llama"), **SEA), tokens()
     mask = torch.ones_like(x)
     mask[0, :4] = 0
     other = mask.flip(0)
@@ -357,10 +359,12 @@ DOCUMENTS = (3, 1, 12, 8)  # tokens
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "qwen2", "bert"])
-@pytest.mark.parametrize("method", ["sea", "performer"])
+@pytest.mark.parametrize("method", ["sea", "performer", "window"])
 def test_packed_documents_are_each_alone(kind, method):
     """Positions that begin again are documents, which see nothing of each other, forward and backward."""
-    model = convert.attach(tiny(kind).double(), method, width=8, topk=3)
+    if method == "window" and kind == "bert":
+        pytest.skip("a window is causal")
+    model = convert.attach(tiny(kind).double(), method, **SEA)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     x = tokens()
@@ -410,7 +414,7 @@ def test_packed_documents_have_no_cache_weights_or_records():
 def test_left_padding_changes_nothing(kind):
     """Dense rotary attention sees differences of positions only, SEA's features where a token stands: positions are counted from
     the first token, also where the caller gives none, with a cache too."""
-    model = convert.attach(tiny(kind), width=8, topk=3, query_stride=2)
+    model = convert.attach(tiny(kind), **SEA, query_stride=2)
     x, n = tokens(), 7
     mask = torch.ones_like(x)
     mask[:, :n] = 0
@@ -451,7 +455,7 @@ def test_load_refuses_what_is_not_a_whole_student(tmp_path):
     with refused(f"folder: expected all weights, got none for .*{lost}"):
         convert.load(tmp_path / "student")
     save_file(weights, tmp_path / "student/model.safetensors", dict(format="pt"))
-    for name in ("topk", "group", "query_stride"):
+    for name in ("topk", "group", "query_stride", "bin", "local", "first", "candidates"):
         less = {**config, "sea": {key: x for key, x in config["sea"].items() if key != name}}
         (tmp_path / "student/config.json").write_text(json.dumps(less))
         with refused(f"folder: expected the config.json of a student .*sea: expected {name} in it"):
@@ -493,8 +497,9 @@ def test_what_sea_cannot_serve_is_refused():
         convert.attach(tiny("opt"), method="performer", query_stride=3)
     with refused("model: expected a student, got a plain OPTForCausalLM"):
         convert.set_option(tiny("opt"), topk=3)
-    with pytest.raises(ValueError, match="^options: expected topk, group or backend, got width"):
-        convert.set_option(convert.attach(tiny("opt"), width=8), width=9)
+    for kind, bin in ("bert", 4), ("opt", 0):
+        with refused(f"bin: expected >= 1, and a causal layer, for a window, got {bin}$"):
+            convert.attach(tiny(kind), "window", bin=bin)
 
 
 def recomputed(model, x, mask, steps: int) -> torch.Tensor:
@@ -507,12 +512,12 @@ def recomputed(model, x, mask, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("stride, cell_keys", [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize("options", [dict(), dict(query_stride=3, cell_keys=False), dict(query_stride=3, bin=0), dict(method="window")])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, cell_keys, padded, tmp_path):
+def test_generate_gives_the_tokens_of_full_recomputation(kind, options, padded, tmp_path):
     """Greedy, with transformers' cache, left-padded too, for a student saved and loaded; grouped-query and rotary included."""
-    model = convert.attach(tiny(kind), width=5, topk=3, query_stride=stride, cell_keys=cell_keys)
+    model = convert.attach(tiny(kind), **{**SEA, "width": 5, **options})
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     model.tie_weights()
@@ -527,11 +532,11 @@ def test_generate_gives_the_tokens_of_full_recomputation(kind, stride, cell_keys
         assert torch.equal(out, recomputed(model, x, mask.bool(), 9)), options
 
 
-@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("kind, bin", [("opt", 2), ("llama", 2), ("llama", 0)])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @torch.no_grad()
-def test_a_long_prefill_in_chunks_is_the_same(kind, padding, monkeypatch):
-    model, x = convert.attach(tiny(kind), width=8, topk=3, query_stride=2), tokens(n=16)
+def test_a_long_prefill_in_chunks_is_the_same(kind, bin, padding, monkeypatch):
+    model, x = convert.attach(tiny(kind), **{**SEA, "bin": bin}, query_stride=2), tokens(n=16)
     mask = torch.ones_like(x)
     mask[0, {"none": slice(0), "left": slice(5), "right": slice(-5, None)}[padding]] = 0
     calls, results, estimate = [], [], sea.SEAttention.estimate_attention
@@ -551,12 +556,27 @@ def test_a_long_prefill_in_chunks_is_the_same(kind, padding, monkeypatch):
     assert all(r.sea.scores is not None for r in records)
 
 
+@torch.no_grad()
+def test_a_window_is_the_first_and_the_last_keys_alone(monkeypatch):
+    """Of 11, 4 are the first 2 bins; the last are 6 or, to the end of a bin, 7. Dense attention under that mask is the same model; and
+    so it is in chunks."""
+    model, dense, x = convert.attach(tiny("llama"), "window", topk=11, bin=2, first=3), tiny("llama"), tokens()
+    i, j = torch.arange(SEQ)[:, None], torch.arange(SEQ)
+    n_last = 11 - 4 - 1  # on average half a bin more
+    window = (j <= i) & ((j < 4) | (j >= (i + 1 - n_last) // 2 * 2))
+    expected = dense(x, attention_mask=window.expand(2, 1, -1, -1)).logits
+    for rows in (convert.ROWS_AT_ONCE, 5):
+        monkeypatch.setattr(convert, "ROWS_AT_ONCE", rows)
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("student", [dict(query_stride=2), dict(query_stride=2, bin=0), dict(method="window")])
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, top_k=5),
                                      dict(do_sample=True, num_return_sequences=3)])
 @torch.no_grad()
-def test_beams_and_samples_are_the_same_with_and_without_a_cache(options):
+def test_beams_and_samples_are_the_same_with_and_without_a_cache(options, student):
     """The state follows reordering and expansion of the batch."""
-    model, x = convert.attach(tiny("opt"), width=8, topk=3, query_stride=2), tokens(n=6)
+    model, x = convert.attach(tiny("opt"), **{**SEA, **student}), tokens(n=6)
     results = []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -566,7 +586,7 @@ def test_beams_and_samples_are_the_same_with_and_without_a_cache(options):
 
 @torch.no_grad()
 def test_the_state_in_the_cache_is_constant_in_size():
-    model = convert.attach(tiny("llama"), width=8, topk=3)
+    model = convert.attach(tiny("llama"), **SEA)
     sizes = []
     for n in (5, SEQ):
         cache = model(tokens(n=n), use_cache=True).past_key_values
@@ -580,11 +600,12 @@ def test_the_state_in_the_cache_is_constant_in_size():
         cache.crop(-2)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind, options", [
+    *((kind, {}) for kind in MODELS), ("opt", dict(bin=0)), ("llama", dict(query_stride=3)), ("llama", dict(method="window"))])
 @torch.no_grad()
-def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
+def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch):
     """As users of transformers expect it: a (B, H, T, T) tensor a layer, over the positions of a padded batch."""
-    model, x = convert.attach(tiny(kind), width=8, topk=3), tokens()
+    model, x = convert.attach(tiny(kind), **{**SEA, **options}), tokens()
     mask = torch.ones_like(x)
     mask[0, :7] = 0
     with convert.record(model) as records:
@@ -596,8 +617,21 @@ def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
         total = weights.sum(-1)
         torch.testing.assert_close(total, (total > 0.5).float())  # a head may keep no cell of a query
         assert total.any() and not total[0, :, :7].any() and not weights[0, :, :, :7].any()
-        sparse = sea.torch_operations.sparse_attention(r.q[1:], r.k[1:], r.v[1:], r.sea.mask[1:], r.sea.seen[1:], r.scale)
+        result = [r.sea.row[1:], r.sea.seen[1:], r.q[1:], r.k[1:], r.v[1:]]
+        row, seen, *qkv = result
+        if r.sea.bins is None:
+            sparse = sea.sparse_attention(*qkv, r.sea.cells[1:], seen, r.scale, row=row)
+        else:
+            sparse = sea.bin_attention(*qkv, r.sea.bins[1:], seen, r.scale, row=row, bin=r.sea.bin)
         torch.testing.assert_close(weights[1:] @ v[1:], sparse, rtol=1e-4, atol=1e-5)
+        if kind != "bert":
+            n_attended = r.sea.n_attended()[1:]
+            assert torch.equal((weights[1:] > 0).sum(-1), n_attended.repeat_interleave(r.q.shape[1] // n_attended.shape[1], 1))
+        order = (mask == 0).int().argsort(dim=1, stable=True)  # tokens of a sequence by rank
+        ranked = weights.gather(-1, order[:, None, None].expand_as(weights))
+        csr = convert.attention_csr(r.q, sea.take(r.k, order), r.sea, r.scale)
+        torch.testing.assert_close(torch.stack([torch.stack([m.to_dense() for m in heads]) for heads in csr]), ranked,
+                                   rtol=1e-4, atol=1e-6)
     assert not model(x).attentions  # nobody asked
     monkeypatch.setattr(convert, "MOST_WEIGHTS", 100)
     with pytest.raises(ValueError, match="^output_attentions: expected at most 100 numbers a layer, got .*attention_csr"):
@@ -605,13 +639,69 @@ def test_output_attentions_gives_the_sparse_attention(kind, monkeypatch):
     assert not any(m.sea_weights for m in convert.attention_modules(model)), "kept asking after a run that failed"
 
 
-def test_set_option_reaches_every_layer_and_survives_saving(tmp_path):
-    model, x = convert.attach(tiny("opt"), width=8, topk=2), tokens()
-    few = model(x).logits
-    convert.set_option(model, topk=9)
-    assert not torch.equal(model(x).logits, few)
+@pytest.mark.parametrize("method, options", [
+    *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, group="query", backend="torch").items()),
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4))])
+@torch.no_grad()
+def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
+    """As if attached so; the estimate does not change."""
+    model, x = convert.attach(tiny("llama"), method, **SEA), tokens()
+    before = model(x).logits
+    convert.set_option(model, **options)
+    assert torch.equal(model(x).logits, before) == ("backend" in options)
     convert.save(model, tmp_path / "student")
-    assert {m.sea.config.topk for m in convert.attention_modules(convert.load(tmp_path / "student"))} == {9}
+    torch.manual_seed(0)
+    again, attached = convert.load(tmp_path / "student"), convert.attach(tiny("llama"), method, **{**SEA, **options})
+    attached.load_state_dict(model.state_dict())
+    for other in (again, attached):
+        assert torch.equal(other(x).logits, model(x).logits)
+        assert [m.sea.config for m in convert.attention_modules(other)] == [m.sea.config for m in convert.attention_modules(model)]
+    assert again.config.sea == attached.config.sea == model.config.sea
+
+
+def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
+    """The last keys of a window are what is left of topk, and a Performer has none to choose."""
+    for method, topk in ("window", 7), ("performer", 1):
+        model = moved(convert.attach(tiny("llama"), method, topk=topk))
+        convert.save(model, tmp_path / method)
+        assert_same(convert.load(tmp_path / method), model)
+    with refused("topk: expected at least 7, since 5 first and last keys are always attended to, got 6"):
+        convert.attach(tiny("llama"), "window", topk=6)
+
+
+@pytest.mark.parametrize("method, options, message", [
+    ("sea", dict(width=9), "options: expected some of topk, group, bin, local, first, candidates, backend, got width, which the weights depend on"),
+    ("sea", dict(topk=4), "topk: expected at least 5, since 4 first and last keys are always attended to, got 4"),
+    ("sea", dict(local=9), "topk: expected at least 12, since 11 first and last keys are always attended to, got 9"),
+    ("sea", dict(local=0), "local: expected an integer >= 1, with bins, got 0"),
+    ("sea", dict(bin=-1), "bin: expected an integer >= 0, got -1"),
+    ("sea", dict(bin=0, group="kv"), "bin: expected bins for group kv, got 0"),
+    ("sea", dict(first=True), "first: expected an integer >= 0, got True"),
+    ("sea", dict(candidates=0), "candidates: expected an integer >= 1, got 0"),
+    ("sea", dict(group="head"), "group: expected one of .* when causal, .* got 'head'"),
+    ("window", dict(bin=0, group="query"), "bin: expected >= 1, and a causal layer, for a window, got 0"),
+    ("window", dict(topk=3), "topk: expected at least 4, since 3 first and last keys are always attended to, got 3")])
+@torch.no_grad()
+def test_options_that_no_layer_can_have_are_refused_and_the_model_stays_as_it_was(method, options, message):
+    """Also where only a later layer refuses: an image's layers are not causal, those of its text are."""
+    model, x = convert.attach(tiny("llama"), method, **SEA), tokens()
+    before, config = model(x).logits, model.config.sea
+    with refused(message + "$"):
+        convert.set_option(model, **options)
+    assert model.config.sea == config and torch.equal(model(x).logits, before)
+
+
+@torch.no_grad()
+def test_layers_of_two_kinds_have_options_of_their_own(tmp_path):
+    """A causal text's have bins, an image's cells, also after saving; a choice for one that the other cannot make leaves both."""
+    model, inputs = image_and_text("LlavaForConditionalGeneration", "llama")
+    model, (image, *_, text) = moved(convert.attach(model, **SEA)), convert.attention_modules(model)
+    assert (image.sea.config.group, text.sea.config.group) == ("causal_batch", "kv")
+    convert.save(model, tmp_path / "student")
+    assert torch.equal(convert.load(tmp_path / "student")(**inputs).logits, model(**inputs).logits)
+    with refused("topk: expected at least 5"):
+        convert.set_option(model, topk=2)
+    assert image.sea.config.topk == text.sea.config.topk == 9
 
 
 # What a student of tiny("opt") held before the controls left sea.py: its "sea" in config.json, and the weights of a layer's attention.
@@ -643,30 +733,23 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     assert all(type(m.sea) is convert.METHODS[method] for m in convert.attention_modules(model))
     torch.testing.assert_close(model(tokens()).logits[:, -1, :3], torch.tensor(logits), rtol=1e-4, atol=1e-4)
     convert.save(model, tmp_path / "again")
-    assert AutoConfig.from_pretrained(tmp_path / "again").sea == config.sea  # nor do its files change
+    again = AutoConfig.from_pretrained(tmp_path / "again").sea
+    assert {**again, **config.sea} == again and again["bin"] == 0  # its files tell no more than that
 
 
 # -- what reaches the layers, and what is left afterwards
 
 
 def test_new_weights_have_the_dtype_of_the_model():
-    model = convert.attach(tiny("llama").bfloat16(), width=8, topk=3)
+    model = convert.attach(tiny("llama").bfloat16(), **SEA)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(tokens()).logits.isfinite().all()
-
-
-def test_every_option_that_can_be_set_survives_saving(tmp_path):
-    model = convert.attach(tiny("opt"), width=8, topk=2)
-    convert.set_option(model, group="query", backend="torch")
-    convert.save(model, tmp_path / "student")
-    for m in convert.attention_modules(convert.load(tmp_path / "student")):
-        assert (m.sea.config.group, m.sea.config.backend, m.sea.config.topk) == ("query", "torch", 2)
 
 
 @torch.no_grad()
 def test_sequences_picked_from_a_cache_go_on_as_they_were():
     """With the estimator's state. What the cache of a student cannot do is refused."""
-    model, x = convert.attach(tiny("llama"), width=8, topk=3, query_stride=2), tokens(batch=3, n=12)
+    model, x = convert.attach(tiny("llama"), **SEA, query_stride=2), tokens(batch=3, n=12)
     cache = model(x[:, :-1], use_cache=True).past_key_values
     for layer in cache.layers:
         layer.batch_select_indices(torch.tensor([2, 0]))
@@ -678,7 +761,7 @@ def test_sequences_picked_from_a_cache_go_on_as_they_were():
 
 @torch.no_grad()
 def test_recording_ends_with_an_error():
-    model, x = convert.attach(tiny("opt"), width=8, topk=3), tokens()
+    model, x = convert.attach(tiny("opt"), **SEA), tokens()
     with pytest.raises(KeyError), convert.record(model) as records:
         raise KeyError
     model(x)
@@ -806,7 +889,7 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def student(kind: str = "opt", **options) -> torch.nn.Module:
-    return moved(convert.attach(tiny(kind), **{"width": 8, "topk": 3, **options}))
+    return moved(convert.attach(tiny(kind), **{**SEA, **options}))
 
 
 def assert_same(loaded: torch.nn.Module, model: torch.nn.Module) -> None:
@@ -836,7 +919,7 @@ def test_resized_and_untied_embeddings_are_kept(kind, tied, tmp_path):
     model.resize_token_embeddings(VOCAB + 6)
     if not tied:  # by hand, so that the config does not know
         model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn(VOCAB + 6, 16))
-    model = moved(convert.attach(model, width=8, topk=3))
+    model = moved(convert.attach(model, **SEA))
     convert.save(model, tmp_path / "student")
     assert_same(convert.load(tmp_path / "student"), model)
 
@@ -1033,11 +1116,11 @@ def test_a_config_that_was_tampered_with_is_refused_in_a_sentence(kind, tmp_path
     convert.save(model, folder)
     expected, config = model(x).logits, json.loads((folder / "config.json").read_text())
     fields = [(config, name) for name in list(config)] + [(config["sea"], name) for name in list(config["sea"])]
-    must_fail = {"width", "topk", "nbf", "cell_keys", "group", "backend", "method", "query_stride"}
+    must_fail = {"width", "topk", "nbf", "cell_keys", "group", "backend", "method", "query_stride", "bin", "local", "first", "candidates"}
     for where, name in fields:
         right = where.pop(name)
         for wrong in ("missing", None, True, -1, 10**9, "x", [], {"a": 1}):
-            if wrong == 10**9 and name in ("topk", "query_stride", "nbf") or wrong is True and name == "cell_keys":
+            if wrong == 10**9 and name in ("topk", "query_stride", "nbf", "candidates") or wrong is True and name == "cell_keys" or wrong is None and name == "group":
                 continue  # a right value too
             if wrong != "missing":
                 where[name] = wrong

@@ -30,7 +30,7 @@ import convert
 import distill
 import evaluate
 import sea
-from test_convert import SEQ, VOCAB, tiny, tokens
+from test_convert import SEA, SEQ, VOCAB, tiny, tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = ["--seq-len", "16", "--batch", "2", "--sea", "width=8", "topk=4", "--device", "cpu"]
+AS_OPTIONS = ["--sea", *(f"{name}={x}" for name, x in SEA.items())]
+SMALL = ["--seq-len", "16", "--batch", "2", *AS_OPTIONS, "--device", "cpu"]
 
 
 def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
@@ -55,7 +56,7 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt")]
     out = tmp_path / "out"
     results = distill.main([*own, *SMALL, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--optimizer", "lr=1e-3",
-                            "lr_new=1e-2", "--loss", "score=1", "--method", "sea", "performer", "dense"])
+                            "lr_new=1e-2", "--loss", "score=1", "--method", "sea", "performer", "window", "dense"])
     printed = capsys.readouterr().out
     assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
     for line in ("sea step 00004/00004 (100%) | loss ", "keys/query", *(f"\n{name} " for name in results)):
@@ -68,10 +69,14 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     steps = [r for r in losses if r.get("name") == "dense" and "lr" in r]
     assert [r["lr"] for r in steps] == [1e-3] * 4  # the paper's schedule is constant
 
-    students = [str(out / name) for name in ("sea", "performer", "dense")]
+    assert results["window"] != results["window before"] != results["sea before"]
+
+    students = [str(out / name) for name in ("sea", "performer", "window", "dense")]
     again = evaluate.main([*own, "--seq-len", "16", "--device", "cpu", "--students", *students, "--topk", "16", "--out", str(tmp_path / "eval")])
-    for name in ("teacher", "sea", "performer", "dense"):
+    for name in ("teacher", "sea", "performer", "window", "dense"):
         assert math.isclose(again[name]["ppl"], results[name], rel_tol=1e-5)
+    for name in ("sea", "window"):  # at most topk, fewer where a query has fewer before it
+        assert 5 < again[name]["keys"] < SEA["topk"]
     assert again["sea, topk 16"]["ppl"] != again["sea"]["ppl"]
 
 
@@ -97,10 +102,33 @@ def test_a_saved_student_trains_further(home, tmp_path):
         distill.main([*arguments(home, tmp_path / "a", "--seq-len", "16", "--batch", "2", "--device", "cpu"), "--load", str(tmp_path / "a/sea")])
 
 
+@pytest.mark.parametrize("saved, given, refused", [
+    ({}, ["topk=20", "bin=4", "local=3"], None),
+    ({}, ["topk=4"], "--sea topk: expected at least 5, since 4 first and last keys are always attended to, got 4"),
+    ({}, ["bin=0"], None),
+    (dict(group="kv"), ["bin=0"], "--sea bin: expected bins for group kv, got 0"),
+    (dict(bin=0), ["topk=2"], None),
+    (None, ["topk=2"], None),  # from before there were bins
+    (None, ["group=kv"], "--sea bin: expected bins for group kv, got 0")])
+def test_options_of_a_saved_student_have_to_go_with_its_own(saved, given, refused, tmp_path, capsys):
+    student = convert.attach(tiny("opt"), **{**SEA, **(dict(bin=0, group="causal_batch") if saved is None else saved)})
+    if saved is None:
+        student.config.sea = {name: x for name, x in student.config.sea.items() if name not in convert.OF_BINS}
+    convert.save(student, tmp_path / "student")
+    argv = ["--load", str(tmp_path / "student"), "--sea", *given]
+    if refused is None:
+        args = distill.parse(argv)
+        convert.set_option(convert.load(tmp_path / "student"), **args.sea)
+        return
+    with pytest.raises(SystemExit):
+        distill.parse(argv)
+    assert refused in capsys.readouterr().err
+
+
 def student_and_teacher(kind="opt", **options):
     teacher = tiny(kind).requires_grad_(False)
     teacher.set_attn_implementation("sea_teacher")
-    return convert.attach(tiny(kind), width=8, topk=4, **options), teacher
+    return convert.attach(tiny(kind), **{**SEA, **options}), teacher
 
 
 def test_distillation_lowers_every_term():
@@ -129,7 +157,7 @@ def test_every_new_weight_learns(cell_keys):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_autocast_reaches_queries_keys_and_values_alike(kind):
     """fp32 weights in half precision, as on a GPU, where a rotary embedding leaves queries and keys in fp32."""
-    teacher, student = tiny(kind).requires_grad_(False), convert.attach(tiny(kind), width=8, topk=4)
+    teacher, student = tiny(kind).requires_grad_(False), convert.attach(tiny(kind), **SEA)
     teacher.set_attn_implementation("sea_teacher")
     with torch.autocast("cpu", torch.bfloat16):
         with convert.record(teacher) as a, convert.record(student) as b:
@@ -143,23 +171,25 @@ def test_autocast_reaches_queries_keys_and_values_alike(kind):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters()) and out.shape == (2, 9)
 
 
+@pytest.mark.parametrize("bin", [2, 0])
 @torch.no_grad()
-def test_losses_are_those_of_the_method():
-    """Section 6, by hand, from a model's own outputs."""
-    student, teacher = student_and_teacher()
+def test_losses_are_those_of_the_method(bin):
+    """Section 6, by hand, from a model's own outputs. With bins the last keys are in no cell, and cells are of whole bins."""
+    student, teacher = student_and_teacher(bin=bin)
     x, kl = tokens(), lambda p, q: (p * (p.log() - q.log())).sum(-1).mean()
     terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(score=1.0))
     with convert.record(student) as s, convert.record(teacher) as t:
         a, b = (model(x, output_hidden_states=True) for model in (student, teacher))
     mean = lambda values: torch.stack(list(values)).mean()
     seen = torch.arange(1, SEQ + 1).expand(2, SEQ)
+    cells = dict(in_cells=(seen - 2).clamp(min=0) // 2 * 2, unit=2, first=2) if bin else dict(in_cells=seen)
     expected = {
         "ce": 0.1 * torch.nn.functional.cross_entropy(a.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()),
         "hidden": 5 * mean((u - v).square().mean() for u, v in zip(a.hidden_states, b.hidden_states)),
         "kd": 0.2 * kl(b.logits.softmax(-1), a.logits.softmax(-1)),
         "context": mean((u.out - v.out).square().mean() for u, v in zip(s, t)),
         "score": mean(sea.score_loss(u.q, u.k, v.q, v.k, seen, 1.0) for u, v in zip(s, t)),
-        "estimate": mean(sea.estimate_loss(u.sea.scores, sea.pool_attention(v.q, v.k, seen, 8, 1.0), seen) for u, v in zip(s, t)),
+        "estimate": mean(sea.estimate_loss(u.sea.scores, sea.pool_attention(v.q, v.k, seen, 8, 1.0, **cells), **cells) for u, v in zip(s, t)),
     }
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
@@ -347,7 +377,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(home, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     with pytest.raises(SystemExit, match="--resume: expected lr 0.001 as in .*run.json, got 0.002"):
         run_steps(home, tmp_path / "parts", *options, "--resume", "--optimizer", "lr=2e-3")
-    with pytest.raises(SystemExit, match="--resume: expected group causal_batch as in .*run.json, got query"):  # a default then
+    with pytest.raises(SystemExit, match="--resume: expected group kv as in .*run.json, got query"):  # a default then
         run_steps(home, tmp_path / "parts", *options, "--resume", "--sea", "group=query")
     with monkeypatch.context() as changed, pytest.raises(SystemExit, match="--resume: expected the text and the teacher as in .*run.json"):
         changed.setattr(evaluate, "tokenize", lambda *x, tokenize=evaluate.tokenize: tokenize(*x)[:-1])  # the same file, edited
@@ -621,9 +651,10 @@ def test_a_truncated_checkpoint_is_refused_by_name(home, tmp_path):
 
 
 def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
-    """Their options were flat, and None where a default was meant."""
-    whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2")
-    run_steps(home, tmp_path, "--steps", "1")  # of a constant schedule
+    """Their options were flat, None where a default was meant, and there were no bins."""
+    cells = ["--sea", "bin=0"]
+    whole, _ = run_steps(home, tmp_path / "whole", "--steps", "2", *cells)
+    run_steps(home, tmp_path, "--steps", "1", *cells)  # of a constant schedule
     saved = torch.load(tmp_path / "sea.ckpt")
     names = ("model", "data", "load", "steps", "batch", "seq_len", "width", "topk", "lr", "lr_new", "schedule", "warmup",
              "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
@@ -631,7 +662,10 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
     saved["args"] = {name: saved["args"][name] for name in names} | dict(valid_data=None, query_stride=None, nbf=None, cell_keys=True, steps=2)
     torch.save({part: saved[part] for part in ("step", "model", "optimizer", "args")}, tmp_path / "sea.ckpt")
     (tmp_path / "run.json").unlink()
-    resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume")
+    with pytest.raises(SystemExit, match="^--resume: expected bin 0 as in .*sea.ckpt, got 2$"):
+        run_steps(home, tmp_path, "--steps", "2", "--resume")
+    (tmp_path / "run.json").unlink()
+    resumed, _ = run_steps(home, tmp_path, "--steps", "2", "--resume", *cells)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
@@ -704,7 +738,7 @@ except SystemExit as ended:
 
 
 def test_bench_measures_steps_of_several_processes(tmp_path):
-    printed = torchrun("bench.py", "--distill", "--lengths", "32", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "4", "--layers",
+    printed = torchrun("bench.py", "--distill", "--lengths", "32", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "24", "--layers",
                        "2", "--batch", "2", "--shard", "--gradient-checkpointing", "--out", str(tmp_path))
     assert printed.count("T 32 linear: ") == 1 and "T x T" not in printed
     r = json.loads((tmp_path / "bench_distill.json").read_text())["results"]["32"]["linear"]
@@ -730,7 +764,7 @@ def test_train_sea_leaves_pretrained_weights_alone(home, tmp_path):
     after, _ = run_steps(home, tmp_path, "--train", "sea")
     before = AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32).state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    fresh = convert.attach(AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32), width=8, topk=4).state_dict()
+    fresh = convert.attach(AutoModelForCausalLM.from_pretrained(home / "teacher", dtype=torch.float32), **SEA).state_dict()
     assert not torch.equal(fresh["model.decoder.layers.0.self_attn.sea.decoder.weight"], after["model.decoder.layers.0.self_attn.sea.decoder.weight"])
 
 
@@ -816,12 +850,13 @@ def test_schedule_clip_and_redraw(home, tmp_path):
 
 
 @torch.no_grad()
-def test_keys_per_query_counts_keys():
-    student, _ = student_and_teacher()
+@pytest.mark.parametrize("options", [{}, dict(bin=0), dict(query_stride=3, bin=3), dict(group="causal_batch"), dict(method="window")])
+def test_keys_per_query_counts_keys(options):
+    """Those that have a weight."""
+    student, _ = student_and_teacher("llama", **options)
     args, x = distill.parse(SMALL), tokens()
-    with convert.record(student) as records:
-        student(x[:1])
-    keys = [sea.expand_mask(r.sea.mask, r.sea.seen, SEQ).sum(-1).float().mean() for r in records]
+    weights = student(x[:1], output_attentions=True).attentions
+    keys = [(w > 0).sum(-1).float().mean() for w in weights]
     assert math.isclose(evaluate.keys_per_query(student, x, args), torch.stack(keys).mean(), rel_tol=1e-6)
 
 
@@ -893,20 +928,25 @@ def test_the_papers_defaults():
 
 def test_grouped_options_add_up_and_the_last_one_counts():
     args = distill.parse(["--sea", "width=8", "cell_keys=false", "--sea", "width=16", "nbf=0.5", "--optimizer", "warmup=3", "--loss", "score=1"])
-    assert args.sea == dict(width=16, topk=16, cell_keys=False, nbf=0.5)  # the tiny job's topk
+    assert args.sea == distill.TINY["sea"] | dict(width=16, cell_keys=False, nbf=0.5)
     assert args.optimizer == distill.OptimizerConfig(lr=5e-4, lr_new=1e-2, schedule="linear", warmup=3)
     assert args.loss == distill.LossWeights(score=1.0)
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
-    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, query_stride, nbf, max_positions, cell_keys, backend, got 'widht=8'"),
+    (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, nbf, max_positions, "
+                            "cell_keys, backend, got 'widht=8'"),
+    (["--sea", "topk=6"], "--sea topk: expected at least 7, since 6 first and last keys are always attended to, got 6"),
+    (["--sea", "bin=0", "group=kv"], "--sea bin: expected bins for group kv, got 0"),
+    (["--method", "sea", "window", "--sea", "bin=0"], "--sea bin: expected >= 1, and a causal layer, for a window, got 0"),
     (["--sea", "cell_keys=no"], "--sea: expected cell_keys of type bool, got 'no'"),
     (["--sea", "width=8.5"], "--sea: expected width of type int, got '8.5'"),
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
     (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
-    (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, backend only with --load, since the saved student has its own"),
+    (["--load", "x", "--sea", "width=8"], "--sea: expected topk, group, bin, local, first, candidates, backend only with --load, since the "
+                                         "saved student has its own of the others, got width"),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--sea", "max_positions=100"], "--sea max_positions: expected at least --seq-len, 256, got 100"),
     (["--device", "gpu"], "--device: expected a torch device such as cpu or cuda, got gpu"),
