@@ -29,6 +29,7 @@ BASE = ("--method sea --batch 4 --micro-batch 4 --eval-windows 48 "
 VARIANTS = {  # name -> options of distill.py
     "base": "",
     "without cell keys": "--sea cell_keys=false",
+    "cell keys alone": "--sea cnn=false",
     "local 1": "--sea local=1",
     "local 8": "--sea local=8",
     "local 32": "--sea local=32",

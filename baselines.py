@@ -27,7 +27,7 @@ class PerformerAttention(nn.Module):
     Of the config it uses n_head, n_kv_head, d_head, causal, nbf and seed.
     """
 
-    of_config = dict(cell_keys=False, bin=0, group=None)  # what it has no use for, with any topk
+    of_config = dict(cell_keys=False, cnn=True, bin=0, group=None)  # what it has no use for, with any topk
 
     def __init__(self, config: SEAConfig):
         super().__init__()

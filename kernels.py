@@ -1481,7 +1481,7 @@ def supports(config, dtype: torch.dtype) -> str | None:
         n_wanted = min(config.candidates * config.n_chosen(config.topk), n_bin)
         n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
         limits += [("candidates of topk", n_candidate, MAX_CANDIDATES, "one program ranks all candidates")]
-    if config.causal:  # the bidirectional estimator has no kernels
+    if config.causal and config.cnn:  # the bidirectional estimator has no kernels
         quarter = _cdiv(width, 4)
         n_sums = max(64, _next_power_of_2(m)) * max(64, _next_power_of_2(D))
         n_weights = _next_power_of_2(2 * D) * max(64, _next_power_of_2(quarter))
@@ -1492,9 +1492,10 @@ def supports(config, dtype: torch.dtype) -> str | None:
              f"in {dtype} the sums of linear attention must fit into shared memory"),
             (f"2 d_head x width / 4 = {2 * D} x {quarter}, padded to powers of two,", n_weights, MAX_DECODER,
              "the decoder's weights must fit into shared memory"),
-            ("width with cell_keys", width * config.cell_keys, MAX_WIDTH_CELL_KEYS,
-             "the cells of a row must fit into registers"),
         ]
+    if config.causal:
+        limits.append(("width with cell_keys", width * config.cell_keys, MAX_WIDTH_CELL_KEYS,
+                       "the cells of a row must fit into registers"))
     for name, value, most, reason in limits:
         if value > most:
             return f"{name} {value}: at most {most}, since {reason}"

@@ -128,6 +128,7 @@ class SEAConfig:
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
+    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, gates a constant a head (causal)
     seed: int = 0  # of the random features
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
@@ -135,7 +136,7 @@ class SEAConfig:
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions", "candidates"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 1, name, "an integer >= 1", repr(value))
-        for name in ("causal", "cell_keys"):
+        for name in ("causal", "cell_keys", "cnn"):
             value = getattr(self, name)
             _expect(isinstance(value, bool), name, "True or False", repr(value))
         _expect(is_integer(self.seed) and abs(self.seed) < 2**63, "seed", "an integer of 64 bits",
@@ -162,6 +163,8 @@ class SEAConfig:
                 "later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
+        _expect(self.cnn or self.causal and self.cell_keys, "cnn", "True unless causal, with cell_keys",
+                self.cnn)
         if self.has_bins:
             self.n_chosen(self.topk)
 
@@ -171,7 +174,7 @@ class SEAConfig:
 
     @property
     def n_features(self) -> int:
-        return max(1, int(self.d_head * math.log(self.d_head) / self.nbf))
+        return max(1, int(self.d_head * math.log(self.d_head) / self.nbf)) if self.cnn else 0
 
     @property
     def has_bins(self) -> bool:
@@ -1240,6 +1243,9 @@ def operations_reading(ops, q: Tensor, *modules: nn.Module):
     return ops if ops is torch_operations or all(is_plain(m, q) for m in modules) else torch_operations
 
 
+OPEN = 4.0  # gates before their sigmoid: a student that begins as half an average needs hundreds of steps
+
+
 class SEAttention(nn.Module):
     """One SEA attention layer: everything between the q, k, v projections and the output projection.
 
@@ -1251,6 +1257,11 @@ class SEAttention(nn.Module):
         super().__init__()
         self.config = config
         H, D = config.n_head, config.d_head
+        if config.causal and config.cell_keys:
+            self.key_gain = nn.Parameter(torch.ones(H))
+        if not config.cnn:
+            self.gates = nn.Parameter(torch.full((H, 2), OPEN))
+            return
         self.register_buffer("projection", torch.empty(D, config.n_features))
         self.redraw_features(torch.Generator().manual_seed(config.seed))
         if config.causal:
@@ -1260,15 +1271,13 @@ class SEAttention(nn.Module):
         self.decoder = nn.Linear(2 * D, cnn.channels * cnn.image_width(config.width))
         self.cnn = cnn(H, config.width)
         self.gate = nn.Linear(2 * D, 2)
-        nn.init.zeros_(self.gate.weight)  # gates start open: a student that begins as half an average
-        nn.init.constant_(self.gate.bias, 4.0)  # needs hundreds of steps to recover
-        if config.causal and config.cell_keys:
-            self.key_gain = nn.Parameter(torch.ones(H))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, OPEN)
 
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features, in place. The authors do so every 1000 training steps."""
-        if not self.projection.is_meta:
+        if self.config.cnn and not self.projection.is_meta:
             self.projection.copy_(orthogonal_features(*self.projection.shape, generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
@@ -1349,31 +1358,44 @@ class SEAttention(nn.Module):
         (B, H, R, 2) before their sigmoid, and the state after the new tokens but for v_sum, k and v.
         With query_stride > 1 the gates come per row as well, since they need its linear attention.
         """
-        config, cnn, n_new = self.config, self.cnn, rows.n_new
-        layers = self.encoder, self.decoder, cnn, self.gate
+        config, n_new = self.config, rows.n_new
         if not config.causal:
             context = bidirectional_context(q, k, v, self.projection, softmax_scale, n_new)
-            image, gates = encode_rows(context, v, *layers)
-            return cnn(image, rows.n_rows), gates, past
+            image, gates = encode_rows(context, v, self.encoder, self.decoder, self.cnn, self.gate)
+            return self.cnn(image, rows.n_rows), gates, past
 
-        q_row, v_row = rows.of(q), rows.of(v)
-        context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
-                                           config.query_stride, past.count, n_new, past.sums)
-        cnn_ops = operations_reading(ops, q, cnn)
-        row_ops = operations_reading(cnn_ops, q, self.encoder, self.decoder, self.gate)
-        image, gates = row_ops.encode_rows(context, v_row, *layers)
-        scores, conv_rows = cnn_ops.causal_cnn(image, cnn, past.conv_rows, rows.n_rows)
+        q_row = rows.of(q)
+        if config.cnn:
+            scores, gates, state = self.run_cnn(ops, q_row, k, v, rows, softmax_scale, past)
+        else:
+            B, _, R, _ = q_row.shape
+            scores, state = q.new_zeros(B, config.n_head, R, config.width), past
+            gates = self.gates[None, :, None].repeat(B, 1, R, 1)
         key_sums = past.key_sums
         if config.cell_keys:
             row_seen = rows.row_seen[:, -q_row.shape[2] :]
-            scores, key_sums = cnn_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
+            key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
+            scores, key_sums = key_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
                                                      softmax_scale, past.count, n_new, key_sums,
                                                      config.in_cells(row_seen))
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
-        state = replace(past, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2], sums=sums,
-                        conv_rows=conv_rows, key_sums=key_sums, last_scores=take(scores, rows.last),
+        state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
+                        key_sums=key_sums, last_scores=take(scores, rows.last),
                         last_gates=take(gates, rows.last))
         return scores, gates, state
+
+    def run_cnn(self, ops, q_row: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,
+                past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
+        """Steps 1 to 4 of a causal layer: scores, gates, and the state with its sums and rows."""
+        stride = self.config.query_stride
+        context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
+                                           stride, past.count, rows.n_new, past.sums)
+        cnn_ops = operations_reading(ops, q_row, self.cnn)
+        row_ops = operations_reading(cnn_ops, q_row, self.encoder, self.decoder, self.gate)
+        image, gates = row_ops.encode_rows(context, rows.of(v), self.encoder, self.decoder, self.cnn,
+                                           self.gate)
+        scores, conv_rows = cnn_ops.causal_cnn(image, self.cnn, past.conv_rows, rows.n_rows)
+        return scores, gates, replace(past, sums=sums, conv_rows=conv_rows)
 
     def combine(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
                 past: SEAState) -> tuple[Tensor, Tensor]:
@@ -1390,7 +1412,8 @@ class SEAttention(nn.Module):
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
-        _expect(not self.config.causal or total <= longest, "k",
+        has_table = self.config.causal and self.config.cnn
+        _expect(not has_table or total <= longest, "k",
                 f"at most max_positions = {longest} tokens, padding included", total)
 
 

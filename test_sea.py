@@ -39,6 +39,7 @@ class Case:
     local: int = 0
     first: int = 0
     candidates: int = 1
+    cnn: bool = True
 
     @property
     def least(self) -> int:
@@ -52,7 +53,8 @@ class Case:
     def config(self, **changes) -> SEAConfig:
         fields = dict(n_head=self.n_kv_head * self.heads_per_kv, n_kv_head=self.n_kv_head, d_head=self.d_head, width=self.width,
                       topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99,
-                      cell_keys=self.cell_keys, bin=self.bin, local=self.local, first=self.first, candidates=self.candidates)
+                      cell_keys=self.cell_keys, bin=self.bin, local=self.local, first=self.first, candidates=self.candidates,
+                      cnn=self.cnn)
         return SEAConfig(**{**fields, **changes})
 
     def layer(self, kind=SEAttention, **changes) -> torch.nn.Module:
@@ -91,7 +93,8 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2, bins=True):
         first=draw(st.integers(0, 4)) if bin else 0,
         candidates=draw(st.integers(1, 3)) if bin else 1,
     )
-    return replace(case, topk=case.least + case.topk) if bin else case
+    case = replace(case, topk=case.least + case.topk) if bin else case
+    return replace(case, cnn=draw(st.sampled_from([True, True, False]))) if case.cell_keys else case
 
 
 causal_cases = cases(causal=st.just(True))
@@ -103,7 +106,7 @@ def of_kind(case: Case, kind) -> Case:
     if kind is WindowAttention:
         case = replace(case, causal=True, bin=max(1, case.bin), local=1)
         case = replace(case, group="query" if case.group not in ("kv", "causal_batch") else case.group, topk=case.topk + case.least)
-    return case if kind is SEAttention else replace(case, stride=1, cell_keys=False)
+    return case if kind is SEAttention else replace(case, stride=1, cell_keys=False, cnn=True)
 
 
 KINDS = st.sampled_from([SEAttention, PerformerAttention, WindowAttention])
@@ -111,6 +114,9 @@ KINDS = st.sampled_from([SEAttention, PerformerAttention, WindowAttention])
 
 def open_gates(layer: SEAttention, bias: float = 60.0) -> SEAttention:
     """sigmoid(60) is 1 in float64."""
+    if not layer.config.cnn:
+        layer.gates.data.fill_(bias)
+        return layer
     layer.gate.weight.data.zero_()
     layer.gate.bias.data.fill_(bias)
     return layer
@@ -388,7 +394,7 @@ def test_every_dtype_runs_and_keeps_its_dtype(case, dtype):
 @given(cases(), st.sampled_from("qkv"), st.booleans())
 def test_one_token_of_6e4_is_no_nan_in_fp16(case, name, autocast):
     """The largest number of fp16 is 65504, and the encoder's first layer adds up a row before its norm."""
-    case = replace(case, tokens=[8], width=4)
+    case = replace(case, tokens=[8], width=4, cnn=True)
     layer = open_gates(case.layer())
     for parameter in layer.encoder[0].parameters():
         parameter.data += 1
@@ -511,14 +517,10 @@ def key_products(q, k, t: int, width: int, in_cells: int):
     return (products - products.amax(-1, keepdim=True)).clamp(min=-32)
 
 
-def naive_layer(layer: SEAttention, q, k, v):
-    """Sections 1 to 4 of the method for one sequence q (H, T, D), k, v (Hkv, T, D), a number at a time where it helps.
-
-    Returns out (H, T, D) and, for each query, its row's scores (H, T, width).
-    """
+def naive_cnn(layer: SEAttention, q, k, v):
+    """Steps 1 to 4 for one sequence q, k, v (H, T, D): scores (H, R, width) and, at the rows, gates (H, T, 2)."""
     c, w = layer.config, layer.state_dict()
     (H, T, D), r, width, P = q.shape, c.query_stride, c.width, layer.decoder.out_features // layer.cnn.channels
-    k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
     linear = lambda name, x: F.linear(x, w[name + ".weight"], w[name + ".bias"])
     norm = lambda name, x: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
     channels = torch.zeros(H * layer.cnn.channels, T, P, dtype=q.dtype)
@@ -567,7 +569,22 @@ def naive_layer(layer: SEAttention, q, k, v):
         x = conv("cnn.conv2", x, (R + 1) // 2, (-1, 0, 1)).clamp(min=0)
         x, parts = conv("cnn.up", x.repeat_interleave(2, 1)[:, :R], R, (-1, 0, 1)), 2
     scores = torch.stack([x[h * parts + p % parts, :, p // parts] for h in range(H) for p in range(width)]).view(H, width, R).mT
-    scores = norm("cnn.norm_out", scores) if c.causal else scores
+    return (norm("cnn.norm_out", scores) if c.causal else scores), gates
+
+
+def naive_layer(layer: SEAttention, q, k, v):
+    """Sections 1 to 4 of the method for one sequence q (H, T, D), k, v (Hkv, T, D), a number at a time where it helps.
+
+    Returns out (H, T, D) and, for each query, its row's scores (H, T, width).
+    """
+    c, w = layer.config, layer.state_dict()
+    (H, T, D), r, width = q.shape, c.query_stride, c.width
+    k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
+    rows = list(range(0, T, r))
+    if c.cnn:
+        scores, gates = naive_cnn(layer, q, k, v)
+    else:
+        scores, gates = torch.zeros(H, len(rows), width, dtype=q.dtype), w["gates"].sigmoid()[:, None].expand(H, T, 2)
     if c.cell_keys:
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
             in_cells = max(0, i + 1 - c.local) // c.bin * c.bin if c.bin else i + 1
@@ -709,7 +726,7 @@ def test_chunked_linear_attention_is_quadratic(case, chunk):
 
 @given(cases())
 def test_all_keys_linear_attention_is_the_last_causal_row(case):
-    layer, (q, k, v) = case.layer(), case.qkv()
+    layer, (q, k, v) = replace(case, cnn=True).layer(), case.qkv()
     q_feat, k_feat = (sea.relu_features(x, layer.projection) for x in (q, k))
     place = torch.arange(q.shape[2]).expand(len(q), -1)
     causal, _ = sea.causal_linear_attention(q_feat, k_feat, v, v.new_zeros(*v.shape[:2], k_feat.shape[3], v.shape[3] + 1), place)
@@ -1092,6 +1109,8 @@ BINS = dict(bin=4, local=3, first=5, topk=13)
     (dict(n_kv_head=True), "n_kv_head", "divisor", "True"),
     (dict(causal=1), "causal", "True or False", "1"),
     (dict(cell_keys=None), "cell_keys", "True or False", "None"),
+    (dict(cnn=False, cell_keys=False), "cnn", "with cell_keys", "False"),
+    (dict(cnn=False, causal=False), "cnn", "unless causal", "False"),
     (dict(seed="0"), "seed", "integer", "'0'"),
     (dict(seed=2**64), "seed", "64 bits", str(2**64)),
     (dict(bin=-1), "bin", ">= 0", "-1"),
@@ -1182,7 +1201,7 @@ def test_defaults_are_those_that_are_documented():
     """The README's numbers were measured with them, and students hold no others."""
     assert vars(SEAConfig(n_head=3, d_head=64)) == dict(
         n_head=3, d_head=64, n_kv_head=None, width=256, topk=64, causal=True, group="kv", bin=4, local=16, first=4, candidates=16,
-        query_stride=1, nbf=8, max_positions=2048, cell_keys=True, seed=0, backend="auto")
+        query_stride=1, nbf=8, max_positions=2048, cell_keys=True, cnn=True, seed=0, backend="auto")
     assert SEAConfig(n_head=3, d_head=64, bin=0).group == SEAConfig(n_head=3, d_head=64, causal=False).group == "causal_batch"
 
 
