@@ -33,7 +33,7 @@ class PerformerAttention(nn.Module):
         super().__init__()
         _expect(config.query_stride == 1, "query_stride", "1 for a Performer", config.query_stride)
         self.config = replace(config, **self.of_config)
-        self.register_buffer("projection", torch.empty(config.d_head, config.n_features))
+        self.register_buffer("projection", torch.empty(config.d_head, self.config.n_features))
         self.redraw_features(torch.Generator().manual_seed(config.seed))
 
     @torch.no_grad()
