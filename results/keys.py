@@ -1,0 +1,51 @@
+"""Draw perplexity against the number of keys, a panel a length, from what evaluate.py wrote.
+
+    python results/keys.py FIGURE.png LENGTH=OUT/evaluate.json [LENGTH=OUT/evaluate.json ...]
+
+Perplexity over that of the model named dense, or else of the teacher, of each student at its own number of
+keys and at each of --topk; models without such a number are horizontal lines.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate  # noqa: E402
+
+
+def lines(models: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (keys a query, perplexity over dense), by keys; one point for models without a choice."""
+    base = models.get("dense", models["teacher"])["ppl"]
+    found = {}
+    for name, row in models.items():
+        found.setdefault(row.get("student", name), []).append((row["keys"], row["ppl"] / base))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def draw(path: str, files: dict[str, str]) -> None:
+    plt = evaluate.pyplot()
+    figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 4), layout="constrained", squeeze=False)
+    for axis, (title, file) in zip(axes[0], files.items()):
+        found = lines(json.loads(Path(file).read_text())["models"])
+        flat = {name: points[0][1] for name, points in found.items() if len(points) == 1}
+        curves = {name: points for name, points in found.items() if len(points) > 1}
+        for name, points in curves.items():
+            axis.plot(*zip(*points), marker="o", label=name)
+        highest = max(y for points in curves.values() for _, y in points)
+        for style, (name, y) in zip(("--", ":", "-.") * len(flat), flat.items()):
+            if y <= 1.1 * highest:
+                axis.axhline(y, linestyle=style, color="gray", label=name)
+            else:  # far above all others: a number says more than a line
+                axis.plot([], [], " ", label=f"{name}: {y:.2f}")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(title=title, xlabel="keys per query and head", ylabel="perplexity over dense")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(sys.argv[1], dict(x.split("=", 1) for x in sys.argv[2:]))
