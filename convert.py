@@ -277,7 +277,7 @@ def attention_csr(q: Tensor, k: Tensor, result: SEAOutput, softmax_scale: float 
     def matrix(b: int, h: int) -> Tensor:
         seen, row = result.seen[b], result.row[b]
         if result.bins is not None:
-            query, key = _keys_in_bins(result.bins[b, h * result.bins.shape[1] // H][row], seen, result.bin)
+            query, key = _keys_in_bins(result.bins[b, h * result.bins.shape[1] // H], seen, result.bin)
         else:
             cells = result.cells
             if isinstance(cells, Tensor):

@@ -272,9 +272,11 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
             student.q * student.scale, student.k, teacher.q * teacher.scale, teacher.k, seen, 1.0)
     if student.sea is not None and student.sea.scores is not None:
         config, result = student.config, student.sea
-        ops, cells = sea.operations(config, teacher.q), config.cell_layout(result.in_cells)
-        pooled = ops.pool_attention(teacher.q, teacher.k, seen, config.width, teacher.scale, **cells)
-        terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row, **cells)
+        ops, every = sea.operations(config, teacher.q), config.query_stride if config.has_bins else 1
+        cells = config.cell_layout(result.in_cells[:, ::every])  # with bins a row's queries have its cells
+        pooled = ops.pool_attention(teacher.q[:, :, ::every], teacher.k, seen[:, ::every], config.width,
+                                    teacher.scale, **cells)
+        terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row[:, ::every], **cells)
     return terms
 
 

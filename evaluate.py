@@ -1039,7 +1039,7 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
         rows = slice(i, i + block)
         log_a, seen = sea.dense_scores(teacher.q[:, :, rows], teacher.k, result.seen[:, rows], teacher.scale)
         a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
-        bins = sea.take(result.bins, result.row[:, rows]).long()
+        bins = result.bins[:, :, rows].long()
         a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)
         n = (bins * bin < result.seen[:, None, rows, None]).sum(-1, keepdim=True)
         best = a.topk(min(bins.shape[-1], a.shape[-1]), -1).values

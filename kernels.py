@@ -273,14 +273,15 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 # -- candidates and bins -----------------------------------------------------------------------------
 #
-# A row's program works in three steps, between which numbers change threads through scratch memory: it finds
-# the best cells and lists their bins, the candidates; ranks these by what stands for their keys, a block at a
-# time; and lists those that are chosen behind the first bins and before the last.
+# A row's program finds the row's best cells and lists their bins, the candidates. Then it goes through the
+# queries that use the row, as many at a time as fill a dot with their heads: it ranks the candidates by what
+# stands for their keys, a block at a time, and lists for each query those that are chosen behind the first
+# bins and before the last. Between these steps numbers change threads through scratch memory.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
-CHOOSE = dict(programs=2112)  # 16 on each of an H100's multiprocessors
+CHOOSE = dict(programs=2112, scratch=2**23)  # 16 on each of an H100's multiprocessors, numbers in its L2 cache
 
 
 def _choose_tiles(dtype: torch.dtype, d_head: int, heads: int, width: int, n_candidate: int,
@@ -361,38 +362,43 @@ def _softmax(x, axis: tl.constexpr):
     return x / tl.expand_dims(tl.maximum(tl.sum(x, axis=axis), 1.0), axis)
 
 
-# The bins that each row attends to: those of the first keys, n_chosen of the candidates, and those from the
-# end of the cells to the row's last query.
-# One program: every n-th row of one chooser and its HEADS query heads; grid (n,).
-#   x (B, H, R, WIDTH), q (B, H, R, D), any strides; seen (B, R) int
+# The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
+# behind the row's cells.
+# One program: every n-th row of one chooser and its HEADS query heads, and the queries begins[r] ...
+# begins[r + 1] - 1 that use it; grid (n,).
+#   x (B, H, R, WIDTH), q (B, H, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
-#   candidates (n, BLOCK_C) int32, ranked (n, HEADS, BLOCK_C) fp32: scratch, which stays in the L2 cache
-#   bins (B, C, R, n_listed) int32. budget = 2 * WIDTH * candidates wanted.
+#   candidates (n, BLOCK_C) int32, ranked (n, BLOCK_M, BLOCK_C) fp32: scratch, which stays in the L2 cache
+#   bins (B, C, T, n_listed) int32. budget = 2 * WIDTH * candidates wanted.
 # fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
 # dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
-# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities
-# round differently.
+# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities round
+# differently.
 @triton.jit
-def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, seen_ptr, candidates_ptr, ranked_ptr, bins_ptr,
-                        x_strides, q_strides, k_strides, H, R, n_key, n_row, local, n_first, stride, budget,
-                        n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr, HEADS: tl.constexpr,
-                        D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
-                        BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
+                        ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, H, T, R, n_key, n_row, local,
+                        n_first, budget, n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr,
+                        HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr,
+                        FROM_BINS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+                        BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_D: tl.constexpr):
+    QUERIES: tl.constexpr = BLOCK_M // BLOCK_H
     offs_h, offs_p, offs_c = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
-    ranked_ptr += tl.program_id(0).to(tl.int64) * HEADS * BLOCK_C
+    ranked_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_C
     for pid_row in range(tl.program_id(0), n_row, tl.num_programs(0)):
         r, pid_bc = (pid_row % R).to(tl.int64), (pid_row // R).to(tl.int64)
         b, h = pid_bc * HEADS // H, pid_bc * HEADS % H
-        seen = tl.load(seen_ptr + b * R + r).to(tl.int32)
-        middle = tl.maximum(seen - local, 0) // BIN  # bins in cells
+        begin_q = tl.load(begins_ptr + b * (R + 1) + r).to(tl.int32)
+        end_q = tl.load(begins_ptr + b * (R + 1) + r + 1).to(tl.int32)
+        row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
+        middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
 
         # -- the best cells, (BLOCK_H, BLOCK_P)
         begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
-        mask_p = (begin < end) & (offs_p < WIDTH)  # cells without bins do not compete
+        mask_p = (begin < end) & (offs_p < WIDTH) & (begin_q < end_q)  # cells without bins do not compete
         x_ptrs = x_ptr + b * x_strides[0] + r * x_strides[2]
         x = tl.load(x_ptrs + (h + offs_h)[:, None] * x_strides[1] + offs_p[None, :] * x_strides[3],
                     mask=(offs_h < HEADS)[:, None] & mask_p[None, :], other=-float("inf")).to(tl.float32)
@@ -409,71 +415,81 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, seen_ptr, candidates_ptr
         for i in range(0, tl.cdiv(middle, WIDTH)):
             tl.store(candidates_ptr + slot + i, begin + i, mask=i < n_of_cell)
         tl.debug_barrier()
-
-        # -- scores of candidates, (BLOCK_M, BLOCK_N)
-        mask_m, kv = offs_m < HEADS, h // GROUP
-        # (BLOCK_M, BLOCK_D)
-        q = _load_tile(q_ptr + b * q_strides[0] + r * q_strides[2], h + offs_m, offs_d, q_strides[1],
-                       q_strides[3], mask_m[:, None] & (offs_d < D)[None, :])
-        order_ptrs = None if order_ptr is None else order_ptr + b * n_key
-        for start in range(0, n_candidate, BLOCK_N):
-            offs_slot = start + offs_n
-            mask_n = offs_slot < n_candidate
-            candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
-            # (BLOCK_N, BLOCK_D)
-            if FROM_BINS:
-                ptrs = k_ptr + ((b * (H // GROUP) + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
-                mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
-                centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
-                radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
-            else:
-                centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
-                                           candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=BIN)
-                centre, radius = centre.to(q.dtype), radius.to(q.dtype)
-            s = tl.dot(q, tl.trans(centre), input_precision="ieee")
-            s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
-            tl.store(ranked_ptr + offs_m[:, None] * BLOCK_C + offs_slot[None, :], s,
-                     mask=mask_m[:, None] & mask_n[None, :])
-        tl.debug_barrier()
-
-        # -- the best candidates, (BLOCK_C,)
         mask_c = offs_c < n_candidate
-        probs = tl.zeros((BLOCK_C,), tl.float32)
-        for i in range(0, HEADS):
-            s = tl.load(ranked_ptr + i * BLOCK_C + offs_c, mask=mask_c, other=-float("inf"))
-            probs += _softmax(s, axis=0)
-        mask_kept = _keep_best_probs(probs / HEADS, mask_c, n_chosen) & (n_chosen > 0)
+        candidate_c = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
+        first_end, last_begin = n_first, tl.maximum(middle, n_first)
 
-        # -- write back
-        n_seen = tl.where(seen > 0, tl.cdiv(seen + stride - 1, BIN), 0)  # by the row's last query
-        first_end, last_begin = tl.minimum(n_seen, n_first), tl.maximum(middle, n_first)
-        chosen_end = first_end + tl.sum(mask_kept.to(tl.int32), axis=0)
-        last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
-        out_ptr = bins_ptr + (pid_bc * R + r) * n_listed
-        candidate = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
-        slot = first_end + tl.cumsum(mask_kept.to(tl.int32), axis=0) - 1
-        tl.store(out_ptr + slot, candidate, mask=mask_kept)
-        for start in range(0, n_listed, BLOCK_C):
-            slot = start + offs_c
-            number = tl.where(slot < last_end, last_begin + slot - chosen_end, NONE)
-            tl.store(out_ptr + slot, tl.where(slot < first_end, slot, number),
-                     mask=(slot < n_listed) & ((slot < first_end) | (slot >= chosen_end)))
+        kv = h // GROUP
+        order_ptrs = None if order_ptr is None else order_ptr + b * n_key
+        for start_q in range(begin_q, end_q, QUERIES):
+            # -- scores of candidates for a few queries and their heads, (BLOCK_M, BLOCK_N)
+            i_head, query = offs_m % BLOCK_H, (start_q + offs_m // BLOCK_H).to(tl.int64)
+            mask_m = (i_head < HEADS) & (query < end_q)
+            # (BLOCK_M, BLOCK_D)
+            q_ptrs = q_ptr + b * q_strides[0] + (h + i_head)[:, None] * q_strides[1] + query[:, None] * q_strides[2]
+            q = tl.load(q_ptrs + offs_d[None, :] * q_strides[3], mask=mask_m[:, None] & (offs_d < D)[None, :],
+                        other=0.0)
+            for start in range(0, n_candidate, BLOCK_N):
+                offs_slot = start + offs_n
+                mask_n = offs_slot < n_candidate
+                candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
+                # (BLOCK_N, BLOCK_D)
+                if FROM_BINS:
+                    ptrs = k_ptr + ((b * (H // GROUP) + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
+                    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+                    centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
+                    radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
+                else:
+                    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
+                                            candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=BIN)
+                    centre, radius = centre.to(q.dtype), radius.to(q.dtype)
+                s = tl.dot(q, tl.trans(centre), input_precision="ieee")
+                s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
+                tl.store(ranked_ptr + offs_m[:, None] * BLOCK_C + offs_slot[None, :], s,
+                         mask=mask_m[:, None] & mask_n[None, :])
+            tl.debug_barrier()
+
+            for i in range(0, tl.minimum(QUERIES, end_q - start_q)):
+                # -- the best candidates, (BLOCK_C,)
+                probs = tl.zeros((BLOCK_C,), tl.float32)
+                for g in range(0, HEADS):
+                    s = tl.load(ranked_ptr + (i * BLOCK_H + g) * BLOCK_C + offs_c, mask=mask_c,
+                                other=-float("inf"))
+                    probs += _softmax(s, axis=0)
+                seen = tl.load(seen_ptr + b * T + start_q + i).to(tl.int32)
+                mask_kept = _keep_best_probs(probs / HEADS, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
+
+                # -- write back
+                n_seen = tl.cdiv(seen, BIN)
+                first_end = tl.minimum(n_seen, n_first)
+                chosen_end = first_end + tl.sum(mask_kept.to(tl.int32), axis=0)
+                last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
+                out_ptr = bins_ptr + (pid_bc * T + start_q + i) * n_listed
+                slot = first_end + tl.cumsum(mask_kept.to(tl.int32), axis=0) - 1
+                tl.store(out_ptr + slot, candidate_c, mask=mask_kept)
+                for start in range(0, n_listed, BLOCK_C):
+                    slot = start + offs_c
+                    number = tl.where(slot < last_end, last_begin + slot - chosen_end, NONE)
+                    tl.store(out_ptr + slot, tl.where(slot < first_end, slot, number),
+                             mask=(slot < n_listed) & ((slot < first_end) | (slot >= chosen_end)))
+            tl.debug_barrier()  # before other scores come
 
 
 @torch.no_grad()
-def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: int, config,
-                softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """sea.choose_bins."""
+def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
+                config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+    """sea.choose_bins; row ascending."""
     _check_tensor("scores", scores, 4, "(B, H, R, width)")
-    _check_tensor("q", q, 4, "(B, H, R, D)")
+    _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
-    (B, H, R, D), (Hkv, S), width, bin = q.shape, k.shape[1:3], scores.shape[-1], config.bin
-    _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
+    (B, H, T, D), (Hkv, S), (R, width), bin = q.shape, k.shape[1:3], scores.shape[2:], config.bin
+    _expect(scores.shape[:2] == (B, H), "scores", f"shape (B, H, R, width) with B, H = {(B, H)}",
             tuple(scores.shape))
     _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
     _expect(k.shape[0] == B and k.shape[3] == D and H % Hkv == 0, "k",
             f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
-    _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
+    for name, x, n in (("seen", seen, T), ("row", row, T), ("row_seen", row_seen, R)):
+        _expect(x.shape == (B, n), name, f"shape {(B, n)}", tuple(x.shape))
     _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
     n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk), _cdiv(S, bin)
     C, n_wanted = config.n_choosers, min(config.candidates * n_chosen, n_bin)
@@ -481,25 +497,29 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates",
             n_candidate)
     order, heads = None if order is None else order.contiguous(), H // C
-    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, is_step=R == 1)
-    n_program = min(B * C * R, CHOOSE["programs"])
+    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, is_step=T == 1)
+    n_scratch = tiles["BLOCK_M"] * tiles["BLOCK_C"]
+    n_program = min(B * C * R, CHOOSE["programs"], max(264, CHOOSE["scratch"] // n_scratch))
     candidates = torch.empty(n_program, tiles["BLOCK_C"], dtype=torch.int32, device=q.device)
-    ranked = torch.empty(n_program, heads, tiles["BLOCK_C"], dtype=torch.float32, device=q.device)
-    bins = torch.empty(B, C, R, n_listed, dtype=torch.int32, device=q.device)
+    ranked = torch.empty(n_program, n_scratch, dtype=torch.float32, device=q.device)
+    bins = torch.empty(B, C, T, n_listed, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        if R > 1:
+        numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
+        begins = torch.searchsorted(row.contiguous(), numbers, out_int32=True)
+        from_bins = T > 1
+        if from_bins:
             of_bins = torch.empty(B, Hkv, n_bin, 2 * D, dtype=k.dtype, device=k.device)
             _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
                 BLOCK_D=tiles["BLOCK_D"], **BOXES)
             k, order = of_bins, None
         _choose_bins_kernel[(n_program,)](
-            scores, q, k, order, row_seen.contiguous(), candidates, ranked, bins, x_strides=scores.stride(),
-            q_strides=q.stride(), k_strides=k.stride(), H=H, R=R, n_key=k.shape[2], n_row=B * C * R,
-            local=config.local, n_first=config.n_first, stride=config.query_stride,
+            scores, q, k, order, row_seen.contiguous(), seen.contiguous(), begins, candidates, ranked, bins,
+            x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), H=H, T=T, R=R,
+            n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
             budget=2 * n_wanted * width, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
             softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=heads, D=D, WIDTH=width, BIN=bin,
-            FROM_BINS=R > 1, **tiles)
+            FROM_BINS=from_bins, **tiles)
     return bins
 
 

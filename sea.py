@@ -197,15 +197,15 @@ class SEAConfig:
 
     def n_chosen(self, topk: int) -> int:
         """Bins to choose for a query and head, maybe 0, so that with its first and last keys, on average
-        local + (bin - 1) / 2 of them, it has at most topk keys."""
-        always = self.n_first * self.bin + self.local
-        least = always + self.bin // 2
-        _expect(topk >= least, "topk", f"at least {least}, since {always} first and last keys are always "
-                "attended to", topk)
-        return (2 * (topk - always) - self.bin + 1) // (2 * self.bin)
+        local + (bin - 1) / 2 + (query_stride - 1) / 2 of them, it has at most topk keys."""
+        always, rounded = self.n_first * self.bin + self.local, self.bin + self.query_stride - 2
+        least = always + -(-rounded // 2)
+        _expect(topk >= least, "topk", f"at least {least}, since on average as many first and last keys "
+                "are always attended to", topk)
+        return (2 * (topk - always) - rounded) // (2 * self.bin)
 
     def n_listed(self, topk: int) -> int:
-        """The most bins that a row may have: first, chosen, and those of the last keys."""
+        """The most bins that a query may have: first, chosen, and those of the last keys."""
         return self.n_always + self.n_chosen(topk) * self.n_ranked_together
 
     @property
@@ -676,37 +676,39 @@ def boxes(k: Tensor, bin: int) -> Tensor:
 
 
 @torch.no_grad()
-def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: int, config: SEAConfig,
-                softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """The bins that each row attends to: (B, C, R, n) int32, ascending, NONE behind the last. Differs:
+def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
+                config: SEAConfig, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+    """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last. Differs:
     the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, H, R, width); q (B, H, R, D) of the rows, which see row_seen (B, R) keys; k (B, Hkv, S, D)
-    and order (B, S) as in sparse_attention. C = config.n_choosers: H or, in group "kv", Hkv, where the
-    heads of a key/value head share a choice, and the means of their probabilities are ranked.
+    scores (B, H, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T), seen
+    (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers:
+    H or, in group "kv", Hkv, where the heads of a key/value head share a choice, and the means of their
+    probabilities are ranked. With a stride a query has the candidates of its row, and chooses by itself.
 
-        candidates   bins of the best cells, about config.candidates times as many as are chosen
+        candidates   bins of the row's best cells, about config.candidates times as many as are chosen
         chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
-        always       those of the first keys, and of all keys behind the cells
+        always       those of the first keys, and of all keys behind the row's cells
     """
-    (_, H, R, _), bin, C = scores.shape, config.bin, config.n_choosers
+    H, bin, C = q.shape[1], config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk)
     if order is not None:
-        k = take(k, order).masked_fill(~is_token(k, row_seen.amax(1)), 0)
+        k = take(k, order).masked_fill(~is_token(k, seen.amax(1)), 0)
     middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
-    k = F.pad(k, (0, 0, 0, config.query_stride - 1))  # of later queries that use the last row
     number = torch.arange(-(-k.shape[2] // bin), device=k.device)  # of each bin
     best_cells = candidate_cells(scores, middle, config, n_chosen)
-    is_candidate = spread_to_keys(best_cells, middle, len(number), False) & (number >= config.n_first)
+    of_rows = spread_to_keys(best_cells, middle, len(number), False) & (number >= config.n_first)
+    is_candidate = take(of_rows, row)  # (B, C, T, bins)
     with no_autocast(q):
         q = at_least_fp32(q) * softmax_scale
         keys = at_least_fp32(repeat_heads(boxes(k, bin), H))
-        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, R, bins)
+        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, T, bins)
         products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
         probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
         chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group)
         chosen &= is_candidate & (n_chosen > 0)
-    always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
+    always = always_bins(seen, middle.gather(1, row), config)[:, None].expand(-1, C, -1, -1)
+    chosen &= (seen > 0)[:, None, :, None]
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()
 
@@ -723,15 +725,14 @@ def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen:
     return keep_best(probs, n_cells, "query") & holds
 
 
-def always_bins(row_seen: Tensor, config: SEAConfig) -> Tensor:
-    """The bins of a row's first keys and of those from the end of its cells to its last query, NONE where
-    there is none: (B, R) -> (B, R, n)."""
+def always_bins(seen: Tensor, middle: Tensor, config: SEAConfig) -> Tensor:
+    """The bins of the first keys that a query sees, and from number `middle` on, NONE where there is none:
+    (B, T) -> (B, T, n)."""
     n_first, bin = config.n_first, config.bin
-    first, last = (torch.arange(n, device=row_seen.device) for n in (n_first, config.n_always - n_first))
-    last = (config.in_cells(row_seen) // bin).clamp(min=n_first)[..., None] + last
+    first, last = (torch.arange(n, device=seen.device) for n in (n_first, config.n_always - n_first))
+    last = middle.clamp(min=n_first)[..., None] + last
     bins = torch.cat([first.expand(*last.shape[:2], -1), last], dim=-1)
-    end = (row_seen + config.query_stride - 1) * (row_seen > 0)
-    return bins.masked_fill(bins * bin >= end[..., None], NONE)
+    return bins.masked_fill(bins * bin >= seen[..., None], NONE)
 
 
 # -- 8. from cells and bins to keys ----------------------------------------------------------------
@@ -946,7 +947,6 @@ class SEAState:
     conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
     last_scores: Tensor  # (B, H, 0 or 1, width), the last row, if the stride lets a query reuse it
     last_gates: Tensor  # (B, H, 0 or 1, 2)
-    last_bins: Tensor  # (B, C, 0 or 1, n), of choose_bins
     key_sums: Tensor  # (B, Hkv, 2*width or 0, D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
@@ -967,7 +967,6 @@ class SEAState:
             conv_rows=(rows, rows),
             last_scores=q.new_empty(B, H, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
-            last_bins=q.new_empty(B, config.n_choosers, 0, 0, dtype=torch.int32),
             key_sums=torch.zeros(B, Hkv, n_bins, D, **fp32),
             k=none,
             v=none,
@@ -1016,9 +1015,9 @@ class SEAOutput:
     # R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
-    row: Tensor | None = None  # (B, T), the row of `scores` and `cells` or `bins` that each query uses
+    row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     in_cells: Tensor | None = None  # (B, T), how many of a query's keys its cells share out, see SEAConfig
-    bins: Tensor | None = None  # (B, C, R, n), of choose_bins; then `cells` is None
+    bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
 
     @property
@@ -1040,14 +1039,14 @@ class SEAOutput:
         """Which keys each query attends to, bool (B, H, T, n_keys)."""
         if self.bins is None:
             return expand_mask(self.mask, self.seen, n_keys)
-        keep = expand_bins(take(self.bins, self.row), self.seen, n_keys, self.bin)
+        keep = expand_bins(self.bins, self.seen, n_keys, self.bin)
         return repeat_heads(keep, self.out.shape[1])
 
     def n_attended(self) -> Tensor:
         """How many keys each query attends to: (B, H, T), or (B, C, T) with bins."""
         if self.bins is None:
             return (self.mask * keys_per_cell(self.seen, self.mask.shape[-1])[:, None]).sum(-1)
-        begin = take(self.bins, self.row).long() * self.bin
+        begin = self.bins.long() * self.bin
         return (self.seen[:, None, :, None] - begin).clamp(0, self.bin).sum(-1)
 
 
@@ -1077,6 +1076,7 @@ class Tokens:
         if self.came_from is not None:
             back = self.came_from.argsort(dim=1)
             result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
+            result.bins = None if result.bins is None else take(result.bins, back)
             for name in ("row", "in_cells"):
                 x = getattr(result, name)
                 setattr(result, name, None if x is None else x.gather(1, back))
@@ -1310,31 +1310,20 @@ class SEAttention(nn.Module):
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows, scale,
                                                        past)
         result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells)
-        attend = dict(softmax_scale=scale, row=rows.row, order=tokens.key_order)
         if config.has_bins:
-            result.bins, result.bin = self.choose_bins(ops, tokens, scores, rows, topk, scale, past), config.bin
-            state.last_bins = take(result.bins, rows.last)
-            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
-                                       bin=config.bin, **attend)
+            result.bin = config.bin
+            result.bins = ops.choose_bins(scores, tokens.q, tokens.keys, rows.seen, rows.row, rows.row_seen,
+                                          topk, config, scale, order=tokens.key_order)
+            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen, scale,
+                                       bin=config.bin, order=tokens.key_order)
         else:
             result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
             sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, rows.seen,
-                                          **attend)
+                                          scale, row=rows.row, order=tokens.key_order)
         result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         result.state = state if config.causal else None
         return tokens.back(result)
-
-    def choose_bins(self, ops, tokens: Tokens, scores: Tensor, rows: Rows, topk: int,
-                    softmax_scale: float, past: SEAState) -> Tensor:
-        """Of the rows, and before them of that of the past, whose choice stays."""
-        q, n_before = rows.of(tokens.q), past.last_scores.shape[2]
-        bins = ops.choose_bins(scores[:, :, n_before:], q, tokens.keys, rows.row_seen[:, n_before:], topk,
-                               self.config, softmax_scale, order=tokens.key_order)
-        if n_before == 0:
-            return bins
-        n = max(bins.shape[-1], past.last_bins.shape[-1])
-        return torch.cat([F.pad(x, (0, n - x.shape[-1]), value=NONE) for x in (past.last_bins, bins)], 2)
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""

@@ -346,7 +346,7 @@ class Choice:
     def config(self):
         _, Hkv, group = self.heads
         n_first = -(-self.first // self.bin)
-        topk = (n_first + self.n_chosen) * self.bin + self.local + self.bin // 2
+        topk = (n_first + self.n_chosen) * self.bin + self.local + -(-(self.bin + self.stride - 2) // 2)
         config = sea.SEAConfig(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=topk, group=self.group,
                                bin=self.bin, local=self.local, first=self.first, candidates=self.candidates,
                                query_stride=self.stride, max_positions=2**15)
@@ -354,7 +354,8 @@ class Choice:
         return config
 
     def tensors(self):
-        """scores, q, k, row_seen, order; keys that no row sees are NaN, and some rows see nothing."""
+        """scores, q, k, seen, row, row_seen, order; keys that no query sees are NaN, some see nothing, and rows have up to
+        `stride` queries, or none."""
         (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
 
         def make(heads, *size):
@@ -364,16 +365,24 @@ class Choice:
             return x.repeat_interleave(heads // x.shape[1], 1).to(self.dtype)
 
         H = Hkv * group
-        scores, q, k = make(H, self.R, self.width), make(H, self.R, self.D), make(Hkv, self.S, self.D)
-        seen = torch.randint(self.S + 1, (B, self.R), generator=generator)
-        seen[torch.rand(B, self.R, generator=generator) < 0.1] = 0
+        T = max(1, self.R * self.stride - self.seed % self.stride)
+        row = torch.arange(T).expand(B, T) // self.stride
+        if self.seed % 3 == 1:  # any number of queries a row
+            row = torch.randint(self.R, (B, T), generator=generator).sort(dim=1).values
+        scores, q, k = make(H, self.R, self.width), make(H, T, self.D), make(Hkv, self.S, self.D)
+        row_seen = torch.randint(self.S + 1, (B, self.R), generator=generator)
+        row_seen[torch.rand(B, self.R, generator=generator) < 0.1] = 0
+        later = torch.arange(T) - torch.searchsorted(row, row)  # number of a query in its row
+        seen = (row_seen.gather(1, row) + later.clamp(max=self.stride - 1)).clamp(max=self.S)
+        seen[torch.rand(B, T, generator=generator) < 0.1] = 0
         order = torch.stack([torch.randperm(self.S, generator=generator) for _ in range(B)]) if self.ordered else None
         for b in range(B):
             unseen = torch.arange(self.S)[seen[b].max() :]
             k[b, :, unseen if order is None else order[b, unseen]] = torch.nan
         order = None if order is None else by_column(order)
         wide = torch.cat([scores[:, :, :1], scores], 2)  # a row of the past before them, as a layer has it
-        return lay_out(wide, self.layout)[:, :, 1:], lay_out(q, self.layout), lay_out(k, self.layout), by_column(seen), order
+        return (lay_out(wide, self.layout)[:, :, 1:], lay_out(q, self.layout), lay_out(k, self.layout), by_column(seen),
+                by_column(row), by_column(row_seen), order)
 
 
 CHOICES = st.builds(
@@ -386,7 +395,7 @@ CHOICES = st.builds(
 
 
 def unsure_rows(case, scores, q, *args, **kwargs):
-    """Rows whose bins change if what they are chosen by changes by as little as rounding does."""
+    """Queries whose bins change if what they are chosen by changes by as little as rounding does."""
     eps, generator = torch.finfo(case.dtype).eps + 4 * torch.finfo(torch.float32).eps, torch.Generator().manual_seed(1)
     noisy = lambda x: x.float() + eps * (1 + x.float().abs()) * torch.randn(x.shape, generator=generator).to(DEVICE)
     runs = [sea.choose_bins(noisy(scores), noisy(q), *args, **kwargs) for _ in range(4)]
@@ -394,8 +403,8 @@ def unsure_rows(case, scores, q, *args, **kwargs):
 
 
 def check_choose_bins(case):
-    config, (scores, q, k, seen, order) = case.config(), case.tensors()
-    args = scores, q, k, seen, config.topk, config, 0.5
+    config, (*tensors, order) = case.config(), case.tensors()
+    args = *tensors, config.topk, config, 0.5
     expected = sea.choose_bins(*args, order=order)
     with guarded():
         bins = kernels.choose_bins(*args, order=order)
@@ -421,28 +430,30 @@ def test_chosen_bins_are_those_of_sea(case):
 @given(CHOICES.map(lambda case: replace(case, R=4)))
 @settings(max_examples=8)
 def test_a_step_chooses_the_bins_of_the_whole_call(case):
-    """Row by row: from keys, in whatever order, not from all boxes."""
-    config, (scores, q, k, seen, order) = case.config(), case.tensors()
-    whole = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5, order=order)
-    sure = case.exact | ~unsure_rows(case, scores, q, k, seen, config.topk, config, 0.5, order=order)
+    """Query by query: from keys, in whatever order, not from all boxes; other rows are there that it does not use."""
+    config, (scores, q, k, seen, row, row_seen, order) = case.config(), case.tensors()
+    args = config.topk, config, 0.5
+    whole = kernels.choose_bins(scores, q, k, seen, row, row_seen, *args, order=order)
+    sure = case.exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
     with mock.patch.object(kernels, "_boxes_kernel", None):
-        rows = [kernels.choose_bins(scores[:, :, i : i + 1], q[:, :, i : i + 1], k, seen[:, i : i + 1], config.topk, config, 0.5,
-                                    order=order) for i in range(case.R)]
-    assert ((torch.cat(rows, 2) == whole).all(-1) | ~sure).all(), case
+        steps = [kernels.choose_bins(scores, q[:, :, i : i + 1], k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, *args,
+                                     order=order) for i in range(q.shape[2])]
+    assert ((torch.cat(steps, 2) == whole).all(-1) | ~sure).all(), case
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of inf - inf, in the interpreter
 def test_bins_are_chosen_whatever_the_scores():
     """Rows of NaN and inf end, within their bounds, and cost no other row anything."""
     case = Choice(torch.float32, "kv", (1, 1, 2), 4, 400, 8, 16, 8, 28, 8, 8, 2, 1, False, False, "contiguous", 0)
-    config, (scores, q, k, _, _) = case.config(), case.tensors()
-    seen = torch.full((1, 4), 400, device=DEVICE)
+    config, (scores, q, k, *_) = case.config(), case.tensors()
+    seen, row = torch.full((1, 4), 400, device=DEVICE), torch.arange(4, device=DEVICE)[None]
     k = k.nan_to_num(1.0)
-    expected = sea.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
+    args = seen, row, seen, config.topk, config, 0.5
+    expected = sea.choose_bins(scores, q, k, *args)
     scores, q = scores.clone(), q.clone()
     scores[:, :, 1], scores[:, :, 2, 3:], q[:, :, 3] = torch.nan, torch.inf, torch.nan
     with guarded():
-        bins = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
+        bins = kernels.choose_bins(scores, q, k, *args)
     assert torch.equal(bins[:, :, 0], expected[:, :, 0])
     assert (((bins >= 0) & (bins < 50)) | (bins == sea.NONE)).all()
 
@@ -460,13 +471,14 @@ def test_no_row_has_more_candidates_than_its_program_has_slots(n_wanted, width, 
 
 
 @pytest.mark.parametrize("argument, change", [
-    ("scores", dict(scores=torch.zeros(1, 2, 7, 4))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
+    ("scores", dict(scores=torch.zeros(1, 3, 3, 4))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
+    ("row", dict(row=torch.zeros(1, 7).long())), ("seen", dict(seen=torch.ones(2, 3).long())),
     ("k", dict(k=torch.zeros(1, 2, 9, 3))), ("k", dict(k=torch.zeros(1, 2, 9, 8).half())), ("topk", dict(topk=3)),
     ("group", dict(config=sea.SEAConfig(n_head=2, d_head=8, group="causal_batch"))),
 ])
 def test_a_choice_that_cannot_be_made_is_named(argument, change):
     fits = dict(scores=torch.zeros(1, 2, 3, 4), q=torch.zeros(1, 2, 3, 8), k=torch.zeros(1, 2, 9, 8),
-                row_seen=torch.ones(1, 3).long(), topk=64, config=sea.SEAConfig(n_head=2, d_head=8), softmax_scale=1.0)
+                seen=torch.ones(1, 3).long(), row=torch.zeros(1, 3).long(), row_seen=torch.ones(1, 3).long(), topk=64, config=sea.SEAConfig(n_head=2, d_head=8), softmax_scale=1.0)
     args = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in {**fits, **change}.items()}
     with pytest.raises(ValueError, match=f"^{argument}: expected .*, got "):
         kernels.choose_bins(**args)
@@ -1189,7 +1201,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             kernels.select_cells(result.scores, result.seen[:, :1], 1, "query")
             kernels.pool_attention(qkv[0], qkv[1], result.seen, 4)
             bins = sea.SEAConfig(n_head=2, d_head=2, width=4)
-            kernels.choose_bins(qkv[0].repeat(1, 1, 1, 2), *qkv[:2], result.seen, 64, bins, 1.0)
+            kernels.choose_bins(qkv[0].repeat(1, 1, 1, 2), *qkv[:2], result.seen, result.row, result.seen, 64, bins, 1.0)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
         bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
         kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
@@ -1989,8 +2001,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     kernels.pool_attention(q, k, seen, width, in_cells=seen, unit=8, first=8)
     config = sea.SEAConfig(n_head=H, n_kv_head=Hkv, d_head=D, width=width, query_stride=stride, backend="triton")
     for bins in (config, replace(config, group="query", topk=512, bin=4)):
-        for n_row, order in itertools.product((R, 1), (None, torch.zeros(B, S, dtype=torch.long))):
-            kernels.choose_bins(scores[:, :, :n_row], q[:, :, :n_row], k, seen[:, :n_row], bins.topk, bins, 0.1, order=order)
+        for n, order in itertools.product((T, 1), (None, torch.zeros(B, S, dtype=torch.long))):
+            of_query = torch.arange(n)[None] // stride
+            kernels.choose_bins(scores, q[:, :, :n], k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order)
     config = replace(config, bin=0, group="causal_batch")
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
     for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
