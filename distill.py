@@ -590,7 +590,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
-        "bin, local, first, candidates, query_stride, nbf, cell_keys (true or false), group, backend, "
+        "bin, local, first, candidates, query_stride, nbf, cell_keys and cnn (true or false), group, backend, "
         "max_positions (rows of the "
         "position table of each layer: unless given the model's positions, which may be far more than "
         "--seq-len trains); without --model, width=64 topk=16 bin=2 local=4 first=2 unless given; with "

@@ -417,9 +417,7 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         tl.debug_barrier()
         mask_c = offs_c < n_candidate
         candidate_c = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
-        first_end, last_begin = n_first, tl.maximum(middle, n_first)
-
-        kv = h // GROUP
+        last_begin, kv = tl.maximum(middle, n_first), h // GROUP
         order_ptrs = None if order_ptr is None else order_ptr + b * n_key
         for start_q in range(begin_q, end_q, QUERIES):
             # -- scores of candidates for a few queries and their heads, (BLOCK_M, BLOCK_N)
@@ -451,27 +449,26 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
 
             for i in range(0, tl.minimum(QUERIES, end_q - start_q)):
                 # -- the best candidates, (BLOCK_C,)
-                probs = tl.zeros((BLOCK_C,), tl.float32)
+                share = tl.zeros((BLOCK_C,), tl.float32)
                 for g in range(0, HEADS):
-                    s = tl.load(ranked_ptr + (i * BLOCK_H + g) * BLOCK_C + offs_c, mask=mask_c,
-                                other=-float("inf"))
-                    probs += _softmax(s, axis=0)
+                    share += _softmax(tl.load(ranked_ptr + (i * BLOCK_H + g) * BLOCK_C + offs_c, mask=mask_c,
+                                              other=-float("inf")), axis=0)
                 seen = tl.load(seen_ptr + b * T + start_q + i).to(tl.int32)
-                mask_kept = _keep_best_probs(probs / HEADS, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
+                mask_chosen = _keep_best_probs(share / HEADS, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
 
                 # -- write back
                 n_seen = tl.cdiv(seen, BIN)
                 first_end = tl.minimum(n_seen, n_first)
-                chosen_end = first_end + tl.sum(mask_kept.to(tl.int32), axis=0)
+                chosen_end = first_end + tl.sum(mask_chosen.to(tl.int32), axis=0)
                 last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
                 out_ptr = bins_ptr + (pid_bc * T + start_q + i) * n_listed
-                slot = first_end + tl.cumsum(mask_kept.to(tl.int32), axis=0) - 1
-                tl.store(out_ptr + slot, candidate_c, mask=mask_kept)
+                place = first_end + tl.cumsum(mask_chosen.to(tl.int32), axis=0) - 1
+                tl.store(out_ptr + place, candidate_c, mask=mask_chosen)
                 for start in range(0, n_listed, BLOCK_C):
-                    slot = start + offs_c
-                    number = tl.where(slot < last_end, last_begin + slot - chosen_end, NONE)
-                    tl.store(out_ptr + slot, tl.where(slot < first_end, slot, number),
-                             mask=(slot < n_listed) & ((slot < first_end) | (slot >= chosen_end)))
+                    place = start + offs_c
+                    number = tl.where(place < last_end, last_begin + place - chosen_end, NONE)
+                    tl.store(out_ptr + place, tl.where(place < first_end, place, number),
+                             mask=(place < n_listed) & ((place < first_end) | (place >= chosen_end)))
             tl.debug_barrier()  # before other scores come
 
 

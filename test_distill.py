@@ -104,7 +104,7 @@ def test_a_saved_student_trains_further(home, tmp_path):
 
 @pytest.mark.parametrize("saved, given, refused", [
     ({}, ["topk=20", "bin=4", "local=3"], None),
-    ({}, ["topk=4"], "--sea topk: expected at least 5, since 4 first and last keys are always attended to, got 4"),
+    ({}, ["topk=4"], "--sea topk: expected at least 5, since on average as many first and last keys are always attended to, got 4"),
     ({}, ["bin=0"], None),
     (dict(group="kv"), ["bin=0"], "--sea bin: expected bins for group kv, got 0"),
     (dict(bin=0), ["topk=2"], None),
@@ -937,7 +937,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
     (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, nbf, max_positions, "
                             "cell_keys, backend, got 'widht=8'"),
-    (["--sea", "topk=6"], "--sea topk: expected at least 7, since 6 first and last keys are always attended to, got 6"),
+    (["--sea", "topk=6"], "--sea topk: expected at least 7, since on average as many first and last keys are always attended to, got 6"),
     (["--sea", "bin=0", "group=kv"], "--sea bin: expected bins for group kv, got 0"),
     (["--method", "sea", "window", "--sea", "bin=0"], "--sea bin: expected >= 1, and a causal layer, for a window, got 0"),
     (["--sea", "cell_keys=no"], "--sea: expected cell_keys of type bool, got 'no'"),
