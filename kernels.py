@@ -488,7 +488,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     for name, x, n in (("seen", seen, T), ("row", row, T), ("row_seen", row_seen, R)):
         _expect(x.shape == (B, n), name, f"shape {(B, n)}", tuple(x.shape))
     _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
-    n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk), _cdiv(S, bin)
+    n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk, S), _cdiv(S, bin)
     C, n_wanted = config.n_choosers, min(config.candidates * n_chosen, n_bin)
     n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates",
