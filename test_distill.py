@@ -936,7 +936,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
     (["--sea", "widht=8"], "--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, nbf, max_positions, "
-                            "cell_keys, backend, got 'widht=8'"),
+                            "cell_keys, cnn, backend, got 'widht=8'"),
     (["--sea", "topk=6"], "--sea topk: expected at least 7, since on average as many first and last keys are always attended to, got 6"),
     (["--sea", "bin=0", "group=kv"], "--sea bin: expected bins for group kv, got 0"),
     (["--method", "sea", "window", "--sea", "bin=0"], "--sea bin: expected >= 1, and a causal layer, for a window, got 0"),
