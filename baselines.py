@@ -111,7 +111,8 @@ class WindowAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached)
         seen, row, _, _, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
-        bins = always_bins(seen, config)[:, None].expand(-1, config.kv_heads, -1, -1).int()
+        bins = always_bins(seen, config, tokens.keys.shape[2])[:, None].int()
+        bins = bins.expand(-1, config.kv_heads, -1, -1)
         out = operations(config, q).bin_attention(tokens.q, tokens.keys, tokens.values, bins, seen, scale,
                                                   bin=config.bin, order=tokens.key_order)
         state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2])

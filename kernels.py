@@ -475,7 +475,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
             f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
     _expect(row_seen.shape == (B, R), "row_seen", f"shape (B, R) = {(B, R)}", tuple(row_seen.shape))
     _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
-    n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk), _cdiv(S, bin)
+    n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk, S), _cdiv(S, bin)
     C, n_wanted = config.n_choosers, min(config.candidates * n_chosen, n_bin)
     n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates",

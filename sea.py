@@ -195,18 +195,32 @@ class SEAConfig:
         """Bins of the first keys."""
         return -(-self.first // self.bin) if self.has_bins else 0
 
-    def n_chosen(self, topk: int) -> int:
-        """Bins to choose for a query and head, maybe 0, so that with its first and last keys, on average
-        local + (bin - 1) / 2 of them, it has at most topk keys."""
-        always = self.n_first * self.bin + self.local
-        least = always + self.bin // 2
-        _expect(topk >= least, "topk", f"at least {least}, since {always} first and last keys are always "
-                "attended to", topk)
-        return (2 * (topk - always) - self.bin + 1) // (2 * self.bin)
+    @property
+    def n_last(self) -> float:
+        """Last keys of a query on average: local, those whose bin is not in cells yet, and those since
+        its row, which sees a multiple of the stride and one more."""
+        step = math.gcd(self.bin, self.query_stride)
+        return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
-    def n_listed(self, topk: int) -> int:
-        """The most bins that a row may have: first, chosen, and those of the last keys."""
-        return self.n_always + self.n_chosen(topk) * self.n_ranked_together
+    def n_chosen(self, topk: int) -> int:
+        """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has on
+        average at most topk keys."""
+        first = self.n_first * self.bin
+        least = first + self.n_last
+        _expect(topk >= least, "topk", f"at least {math.ceil(least)}, since {first + self.local} first and "
+                "last keys are always attended to", topk)
+        return int((topk - least) // self.bin)
+
+    def n_listed(self, topk: int, n_keys: int) -> int:
+        """The most bins that a row of n_keys keys may have: first, chosen, and those of the last keys."""
+        n_listed = self.n_always + self.n_chosen(topk) * self.n_ranked_together
+        return min(n_listed, self.most_bins(n_keys))
+
+    def most_bins(self, n_keys: int) -> int:
+        """All bins up to the last query of a row: of max_positions, so that lists keep their length while
+        a sequence grows, or of n_keys keys, if they are more."""
+        n_keys = max(n_keys, self.max_positions) + self.query_stride - 1
+        return -(-n_keys // self.bin)
 
     @property
     def n_ranked_together(self) -> int:
@@ -689,26 +703,30 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
         chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
         always       those of the first keys, and of all keys behind the cells
     """
-    (_, H, R, _), bin, C = scores.shape, config.bin, config.n_choosers
-    n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk)
+    (_, H, R, _), S, bin, C = scores.shape, k.shape[2], config.bin, config.n_choosers
+    n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk, S)
     if order is not None:
         k = take(k, order).masked_fill(~is_token(k, row_seen.amax(1)), 0)
     middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
-    k = F.pad(k, (0, 0, 0, config.query_stride - 1))  # of later queries that use the last row
-    number = torch.arange(-(-k.shape[2] // bin), device=k.device)  # of each bin
+    room = config.query_stride - 1  # of later queries that use the last row
+    if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
+        room = config.most_bins(S) * bin - S
+    k = F.pad(k, (0, 0, 0, room))
+    keys = at_least_fp32(repeat_heads(boxes(k, bin), H))  # (B, H, bins, 2D)
+    number = torch.arange(keys.shape[2], device=k.device)  # of each bin
     best_cells = candidate_cells(scores, middle, config, n_chosen)
-    is_candidate = spread_to_keys(best_cells, middle, len(number), False) & (number >= config.n_first)
+    is_candidate = spread_to_keys(best_cells, middle, keys.shape[2], False) & (number >= config.n_first)
     with no_autocast(q):
         q = at_least_fp32(q) * softmax_scale
-        keys = at_least_fp32(repeat_heads(boxes(k, bin), H))
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, R, bins)
         products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
         probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
-        chosen = keep_best(probs, config.n_ranked_together * n_chosen, config.group)
+        n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
+        chosen = keep_best(probs, n, config.group)
         chosen &= is_candidate & (n_chosen > 0)
-    always = always_bins(row_seen, config)[:, None].expand(-1, C, -1, -1)
+    always = always_bins(row_seen, config, S)[:, None].expand(-1, C, -1, -1)
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
-    return F.pad(bins, (0, max(0, n_listed - bins.shape[-1])), value=NONE)[..., :n_listed].int()
+    return F.pad(bins, (0, n_listed), value=NONE)[..., :n_listed].int()
 
 
 def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen: int) -> Tensor:
@@ -719,15 +737,17 @@ def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen:
     scores = at_least_fp32(scores)
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
-    n_cells = _rounded(config.candidates * n_chosen * width, middle.clamp(min=1))
+    n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
+    n_cells = _rounded(n_wanted * width, middle.clamp(min=1))
     return keep_best(probs, n_cells, "query") & holds
 
 
-def always_bins(row_seen: Tensor, config: SEAConfig) -> Tensor:
+def always_bins(row_seen: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
     """The bins of a row's first keys and of those from the end of its cells to its last query, NONE where
-    there is none: (B, R) -> (B, R, n)."""
-    n_first, bin = config.n_first, config.bin
-    first, last = (torch.arange(n, device=row_seen.device) for n in (n_first, config.n_always - n_first))
+    there is none, of rows that see up to n_keys keys: (B, R) -> (B, R, n)."""
+    bin, most = config.bin, config.most_bins(n_keys)
+    n_first, n = min(config.n_first, most), min(config.n_always, most)
+    first, last = (torch.arange(i, device=row_seen.device) for i in (n_first, n - n_first))
     last = (config.in_cells(row_seen) // bin).clamp(min=n_first)[..., None] + last
     bins = torch.cat([first.expand(*last.shape[:2], -1), last], dim=-1)
     end = (row_seen + config.query_stride - 1) * (row_seen > 0)
@@ -789,9 +809,9 @@ def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
     """Which keys the chosen bins stand for: (B, C, T, n) -> bool (B, C, T, n_keys). As expand_mask."""
     n_bin = -(-n_keys // bin)
     keep = torch.zeros(*bins.shape[:3], n_bin + 1, dtype=torch.bool, device=bins.device)
-    keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)[..., :n_bin]
+    keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)
     j = torch.arange(n_keys, device=bins.device)
-    return keep.repeat_interleave(bin, -1)[..., :n_keys] & (j < seen[..., None])[:, None]
+    return keep[..., j // bin] & (j < seen[..., None])[:, None]
 
 
 # -- 9. sparse attention ---------------------------------------------------------------------------
@@ -994,6 +1014,8 @@ class SEAState:
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         by_dtype = {}
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+            if name == "last_bins" and mine.shape[2] == theirs.shape[2] == 0:
+                continue  # no rows, of whatever number of bins
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
             mines, others = by_dtype.setdefault(mine.dtype, ([], []))

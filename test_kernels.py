@@ -346,7 +346,9 @@ class Choice:
     def config(self):
         _, Hkv, group = self.heads
         n_first = -(-self.first // self.bin)
-        topk = (n_first + self.n_chosen) * self.bin + self.local + self.bin // 2
+        step = math.gcd(self.bin, self.stride)
+        last = self.local + (1 - self.local) % step + (self.bin - step + self.stride - 1) / 2
+        topk = math.ceil((n_first + self.n_chosen) * self.bin + last)
         config = sea.SEAConfig(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=topk, group=self.group,
                                bin=self.bin, local=self.local, first=self.first, candidates=self.candidates,
                                query_stride=self.stride, max_positions=2**15)

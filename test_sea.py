@@ -44,7 +44,7 @@ class Case:
     @property
     def least(self) -> int:
         """The smallest topk."""
-        return max(1, -(-self.first // self.bin) * self.bin + self.local + self.bin // 2) if self.bin else 1
+        return max(1, -(-self.first // self.bin) * self.bin + self.local + self.bin + self.stride - 2) if self.bin else 1
 
     def all_keys(self, n: int) -> int:
         """A topk with which n keys are all attended to."""
@@ -410,10 +410,10 @@ def test_one_token_of_6e4_is_no_nan_in_fp16(case, name, autocast):
         assert (result.scores - expected.scores).square().mean().sqrt() < 0.1
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_layer_is_exported_for_any_length(causal):
+@pytest.mark.parametrize("causal, bin", [(True, 0), (True, 3), (False, 0)])
+def test_a_layer_is_exported_for_any_length(causal, bin):
     """With its example of one chunk and one level of cell keys, for lengths of several."""
-    case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 14, "query", 0, cell_keys=causal, bin=bin, local=2, first=1)
     layer = case.layer(max_positions=300)
 
     class Model(torch.nn.Module):
@@ -430,10 +430,10 @@ def test_a_layer_is_exported_for_any_length(causal):
         torch.testing.assert_close(exported(*case.qkv(n)), layer(*case.qkv(n)).out, **CLOSE)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_shapes_alone_go_through_a_layer(causal):
+@pytest.mark.parametrize("causal, bin", [(True, 0), (True, 3), (False, 0)])
+def test_shapes_alone_go_through_a_layer(causal, bin):
     """On the device "meta", for which there is no autocast."""
-    case = Case(causal, 1, [9, 7], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    case = Case(causal, 1, [9, 7], 1, 2, 4, 8, 14, "query", 0, cell_keys=causal, bin=bin, local=2, first=1)
     result = case.layer().to("meta")(*(x.to("meta") for x in case.qkv()))
     assert result.out.shape == (2, 2, 9, 4) and result.out.is_meta
 
@@ -622,7 +622,9 @@ def brute_force_bins(probs, q, k, row_seen: list[int], c: SEAConfig) -> dict[tup
     (H, R, width), bin, chosen = probs.shape, c.bin, {}
     sharing = H // c.n_kv_head if c.group == "kv" else 1
     first = -(-c.first // bin)
-    n_chosen = math.floor((c.topk - first * bin - c.local - (bin - 1) / 2) / bin)
+    # The last keys of a query that sees t keys, with its row's last bin in cells: the average of a period, of whole strides and bins.
+    last = [t - (t - (t - 1) % c.query_stride - c.local) // bin * bin for t in range(c.local + 99, c.local + 99 + bin * c.query_stride)]
+    n_chosen = math.floor((c.topk - first * bin - sum(last) / len(last)) / bin)
     mean_probs = lambda x: torch.stack(x).softmax(-1).mean(0)
     for r in range(R):
         t, ranked = row_seen[r], []
@@ -845,6 +847,37 @@ def test_budget_is_topk_keys_per_query_and_head(group):
         mask = sea.topk_mask(torch.randn(1, H, T, width).softmax(-1), seen, topk, group)
         keys = (mask * sea.keys_per_cell(seen, width)[:, None]).sum(-1).float().mean().item()
         assert abs(keys / topk - 1) <= 0.02
+
+
+@given(st.sampled_from(["kv", "query", "causal_batch"]), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20), st.integers(0, 9),
+       st.integers(0, 30))
+@example("kv", 1, 64, 16, 4, 0)  # a row's choice serves 64 queries, which add their own keys
+@example("query", 8, 8, 10, 0, 0)  # at a row's first query, bins are always as full
+def test_budget_with_bins_is_at_most_topk_keys(group, bin, stride, local, first, more):
+    """On average over many queries of a long text, and less than a bin below."""
+    config = dict(n_head=2, n_kv_head=1, d_head=2, width=8, group=group, bin=bin, query_stride=stride, local=local, first=first, cnn=False)
+    least = next(n for n in itertools.count(1) if is_config(topk=n, **config))
+    layer, T = SEAttention(SEAConfig(topk=least + more, **config)), 300 + 2 * bin * stride
+    qkv = (torch.randn(1, h, T, 2, generator=torch.Generator().manual_seed(0)) for h in (2, 1, 1))
+    keys = layer(*qkv).attended(T)[:, :, -bin * stride :].sum(-1).double().mean().item()
+    assert least + more - bin - 1 < keys <= least + more
+
+
+def is_config(**options) -> bool:
+    try:
+        return bool(SEAConfig(**options))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("kind", [SEAttention, WindowAttention])
+def test_a_huge_topk_with_bins_is_dense_and_lists_no_more_bins_than_there_are(kind):
+    case = Case(True, 1, [20], 1, 2, 4, 8, 99, "kv", 0, cell_keys=True, bin=3, local=4, first=2)
+    q, k, v = case.qkv()
+    for change in (dict(topk=10**12), dict(topk=10**15), dict(topk=10**12, local=10**9), dict(candidates=10**30)):
+        result = open_gates(case.layer(**change))(q, k, v) if kind is SEAttention else case.layer(kind, **change)(q, k, v)
+        assert result.bins.shape[-1] <= 99 // 3
+        torch.testing.assert_close(result.out, dense_attention(q, k, v, seen_by(case)), **CLOSE)
 
 
 @pytest.mark.parametrize("group", [name for name, group in sea.GROUPS.items() if not group.shared])
@@ -1259,6 +1292,15 @@ def test_a_state_copied_in_place_is_the_other_whole():
     first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True).state for n in (4, 8))
     first.copy_(second)
     assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+
+
+def test_a_state_without_rows_is_copied_from_calls_of_any_topk():
+    """At stride 1 nothing is left of a list of bins."""
+    case = Case(True, 1, [9], 1, 2, 4, 8, 20, "kv", 1, cell_keys=True, bin=2, local=2)
+    layer, qkv = case.layer(), case.qkv()
+    first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True, topk=topk).state for n, topk in ((4, 8), (8, 20)))
+    first.copy_(second)
+    assert first.n_tokens == 8 and torch.equal(first.sums, second.sums)
 
 
 def test_new_weights_start_where_students_learn_from():
