@@ -205,6 +205,7 @@ class SEAConfig:
     def n_chosen(self, topk: int) -> int:
         """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has on
         average at most topk keys."""
+        _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         first = self.n_first * self.bin
         least = first + self.n_last
         _expect(topk >= least, "topk", f"at least {math.ceil(least)}, since {first + self.local} first and "
@@ -855,9 +856,13 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
-    ok = bins.ndim == 4 and bins.shape[0] == B and H % bins.shape[1] == bins.shape[1] % k.shape[1] == 0
-    _expect(ok, "bins", f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple "
-            f"of the {k.shape[1]} key/value heads", tuple(bins.shape))
+    _expect(is_integer(bin) and bin >= 1, "bin", "an integer >= 1", repr(bin))
+    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
+            f"{bins.dtype} {tuple(bins.shape)}")
+    C, Hkv = bins.shape[1], k.shape[1]
+    _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
+            f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the "
+            f"{Hkv} key/value heads", tuple(bins.shape))
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or bins.shape[2] == T, "bins",
             f"{T} rows, or `row` to say which is whose", bins.shape[2])
@@ -1433,6 +1438,10 @@ class SEAttention(nn.Module):
         if state is not None:
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
+            rows, choosers = state.last_scores.shape[2], self.config.n_choosers
+            of_state = tuple(state.last_bins.shape[1:3])
+            _expect(of_state == (choosers, rows) or not (self.config.has_bins and rows), "state",
+                    f"one whose last row has the bins of {choosers} choosers", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
