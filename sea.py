@@ -121,19 +121,20 @@ class SEAConfig:
     causal: bool = True
     group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
     bin: int = 4  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
-    local: int = 16  # with bins: last keys, which each query attends to, as to the first
-    first: int = 4
+    local: int = 16  # last keys that a query always attends to, with bins
+    first: int = 4  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete, as a multiple of those chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
-    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, gates a constant a head (causal)
+    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, constant gates (causal)
     seed: int = 0  # of the random features
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
     def __post_init__(self):
-        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions", "candidates"):
+        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions",
+                     "candidates"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 1, name, "an integer >= 1", repr(value))
         for name in ("causal", "cell_keys", "cnn"):
@@ -236,7 +237,9 @@ class SEAConfig:
     def in_cells(self, seen: Tensor) -> Tensor:
         """How many keys the cells of a row that sees `seen` share out: all, or with bins those before
         the last `local`, rounded down to whole bins."""
-        return (seen - self.local).clamp(min=0) // self.bin * self.bin if self.has_bins else seen
+        if not self.has_bins:
+            return seen
+        return (seen - self.local).clamp(min=0) // self.bin * self.bin
 
     def cell_layout(self, in_cells: Tensor) -> dict:
         """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of queries
@@ -601,8 +604,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
     a cell wide, or one key. A cell key is the mean of a bin. scores (B, H, R, width), gain (H,);
     q (B, H, R, D) of the rows, which see row_seen (B, R) keys, in_cells (B, R) of them in cells (all by
-    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of
-    count, and after them.
+    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D):
+    bin_sums before the new keys, at the level of count, and after them. These bins grow with the
+    sequence, unlike those of step 7.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
     trained mainly through this term. The limit of -32 keeps layers whose products lie thousands apart
@@ -668,21 +672,22 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 
 # -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
-# The longer a text, the more keys are in a cell, of which few matter. So cells only choose candidates.
-# Their keys come in bins of a fixed number of keys, which are ranked by products with what stands for
-# their keys, and attention goes to the best of them, to the last keys and to the first. The last keys
-# are in no cell.
+# The longer a text, the more keys are in a cell, and few of them matter. So the best cells only name
+# candidates: bins of a fixed number of keys, which are ranked by the query's products with boxes
+# around their keys. A query attends to the best bins, and always to its last keys and to the first of
+# the sequence. The last keys are in no cell; the first are in cells, but are no candidates.
 
-NONE = 2**31 - 1  # stands for no bin, behind the numbers of all others
+NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
 
 def boxes(k: Tensor, bin: int) -> Tensor:
-    """What stands for every `bin` keys, (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), in the dtype of k.
+    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k.
 
-    Keys lie in a box around its middle. q . middle + |q| . radius is the largest product that one in it
-    may have (Quest; Tang et al., ICML 2024), q . mean the mean product: one key alone stands out in the
-    first and drowns in the second, many alike count more in the second. [(mean + middle) / 2 ; radius / 2]
-    times [q ; |q|] is half of each.
+    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A query's
+    product with one of them is at most q . middle + |q| . radius, an upper bound (Quest; Tang et al.,
+    ICML 2024), and on average q . mean. A single key stands out in the bound but is lost in the mean;
+    many similar keys count in the mean. Bins are ranked by half of each, which is the product of
+    [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
     """
     keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
     highest, lowest = keys.amax(3), keys.amin(3)
@@ -696,31 +701,34 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     """The bins that each row attends to: (B, C, R, n) int32, ascending, NONE behind the last. Differs:
     the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, H, R, width); q (B, H, R, D) of the rows, which see row_seen (B, R) keys; k (B, Hkv, S, D)
-    and order (B, S) as in sparse_attention. C = config.n_choosers: H or, in group "kv", Hkv, where the
-    heads of a key/value head share a choice, and the means of their probabilities are ranked.
+    scores (B, H, R, width); q (B, H, R, D) of the rows, which see row_seen (B, R) keys;
+    k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers: H or, in group
+    "kv", Hkv, where the heads of a key/value head share a choice, by the mean of their probabilities.
 
         candidates   bins of the best cells, about config.candidates times as many as are chosen
-        chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
-        always       those of the first keys, and of all keys behind the cells
+        chosen       the best config.n_chosen(topk) of them by softmax_scale * [q ; |q|] . boxes(k);
+                     of a query's heads together in group "causal_batch", on average as many each
+        always       bins of the first keys, and all from the end of the cells to the row's last query
     """
-    (_, H, R, _), S, bin, C = scores.shape, k.shape[2], config.bin, config.n_choosers
+    H, S, bin, C = q.shape[1], k.shape[2], config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk, S)
     if order is not None:
         k = take(k, order).masked_fill(~is_token(k, row_seen.amax(1)), 0)
-    middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
+    n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
     room = config.query_stride - 1  # of later queries that use the last row
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         room = config.most_bins(S) * bin - S
     k = F.pad(k, (0, 0, 0, room))
     keys = at_least_fp32(repeat_heads(boxes(k, bin), H))  # (B, H, bins, 2D)
     number = torch.arange(keys.shape[2], device=k.device)  # of each bin
-    best_cells = candidate_cells(scores, middle, config, n_chosen)
-    is_candidate = spread_to_keys(best_cells, middle, keys.shape[2], False) & (number >= config.n_first)
+    best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
+    is_candidate = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False)
+    is_candidate &= number >= config.n_first
     with no_autocast(q):
         q = at_least_fp32(q) * softmax_scale
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, R, bins)
-        products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
+        lowest = torch.finfo(products.dtype).min
+        products = products.masked_fill(~repeat_heads(is_candidate, H), lowest)
         probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(probs, n, config.group)
@@ -730,22 +738,23 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
     return F.pad(bins, (0, n_listed), value=NONE)[..., :n_listed].int()
 
 
-def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen: int) -> Tensor:
-    """The cells whose bins compete, of scores (B, H, R, width) and middle (B, R) bins in cells: bool
-    (B, C, R, width)."""
+def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
+                    n_chosen: int) -> Tensor:
+    """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells (B, R):
+    the bins that cells share out, so that a cell without a bin does not compete."""
     width, C = scores.shape[-1], config.n_choosers
-    holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
+    holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(scores)
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
     n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
-    n_cells = _rounded(n_wanted * width, middle.clamp(min=1))
+    n_cells = _rounded(n_wanted * width, n_in_cells.clamp(min=1))
     return keep_best(probs, n_cells, "query") & holds
 
 
 def always_bins(row_seen: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
-    """The bins of a row's first keys and of those from the end of its cells to its last query, NONE where
-    there is none, of rows that see up to n_keys keys: (B, R) -> (B, R, n)."""
+    """The bins of the first keys, and all from the end of a row's cells to its last query, NONE where
+    there is none: (B, R) -> (B, R, n). n_keys: the most keys that a row sees."""
     bin, most = config.bin, config.most_bins(n_keys)
     n_first, n = min(config.n_first, most), min(config.n_always, most)
     first, last = (torch.arange(i, device=row_seen.device) for i in (n_first, n - n_first))
@@ -849,10 +858,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
 def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
                   softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
                   order: Tensor | None = None, block: int = 1024) -> Tensor:
-    """The same over the keys in chosen bins, which are `bin` keys each: (B, H, T, D).
+    """sparse_attention over the keys in the chosen bins, of `bin` keys each: (B, H, T, D).
 
-    bins (B, C, R, n) int32, of choose_bins: adjacent query heads share those of a chooser. The other
-    arguments as in sparse_attention; row ascending.
+    bins (B, C, R, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser. The
+    other arguments as in sparse_attention; row ascending.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
@@ -875,7 +884,8 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
 
 
 def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
-    """Over the keys that `expand` says `kept` (B, C, T, n) stands for, `block` queries at a time."""
+    """Attention to the keys that expand(kept, seen, n_keys) gives, `block` queries at a time; kept
+    (B, C, T, n)."""
     H, T = q.shape[1:3]
     if order is not None:
         unseen = ~is_token(k, seen.amax(1))
@@ -957,8 +967,9 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows, H*(width+2) with a stride, and Hkv*2*width*D in fp32 with cell_keys. At 12 heads of 64
-    and width 256, in bf16, 0.23 MB, with cell_keys 1.8.
+    conv_rows, Hkv*2*width*D in fp32 with cell_keys and, with a stride, H*(width+2) and C*n of
+    last_bins. At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8. Of bins it holds
+    nothing: what stands for their keys is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1044,7 +1055,7 @@ class SEAOutput:
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` or `bins` that each query uses
-    in_cells: Tensor | None = None  # (B, T), how many of a query's keys its cells share out, see SEAConfig
+    in_cells: Tensor | None = None  # (B, T), how many keys a query's cells share out
     bins: Tensor | None = None  # (B, C, R, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
 
@@ -1339,7 +1350,8 @@ class SEAttention(nn.Module):
         result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells)
         attend = dict(softmax_scale=scale, row=rows.row, order=tokens.key_order)
         if config.has_bins:
-            result.bins, result.bin = self.choose_bins(ops, tokens, scores, rows, topk, scale, past), config.bin
+            result.bins = self.choose_bins(ops, tokens, scores, rows, topk, scale, past)
+            result.bin = config.bin
             state.last_bins = take(result.bins, rows.last)
             sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
                                        bin=config.bin, **attend)
@@ -1354,14 +1366,14 @@ class SEAttention(nn.Module):
 
     def choose_bins(self, ops, tokens: Tokens, scores: Tensor, rows: Rows, topk: int,
                     softmax_scale: float, past: SEAState) -> Tensor:
-        """Of the rows, and before them of that of the past, whose choice stays."""
+        """Step 7: the bins of the rows, after those of the past's row, which stay as they were."""
         q, n_before = rows.of(tokens.q), past.last_scores.shape[2]
         bins = ops.choose_bins(scores[:, :, n_before:], q, tokens.keys, rows.row_seen[:, n_before:], topk,
                                self.config, softmax_scale, order=tokens.key_order)
         if n_before == 0:
             return bins
-        n = max(bins.shape[-1], past.last_bins.shape[-1])
-        return torch.cat([F.pad(x, (0, n - x.shape[-1]), value=NONE) for x in (past.last_bins, bins)], 2)
+        n, both = max(bins.shape[-1], past.last_bins.shape[-1]), (past.last_bins, bins)  # topk may differ
+        return torch.cat([F.pad(x, (0, n - x.shape[-1]), value=NONE) for x in both], dim=2)
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""
