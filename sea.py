@@ -36,8 +36,8 @@ same operations in Triton and takes over on a GPU.
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       mean of the keys around the middle of a cell; ours
     bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a row attends to
-    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or the query heads
-                       of a key/value head together, C = Hkv
+    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or those of a
+                       key/value head together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
                        R rows for T queries, or R + 1 with the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
@@ -164,8 +164,8 @@ class SEAConfig:
                 "later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
-        _expect(self.cnn or self.causal and self.cell_keys, "cnn", "True unless causal, with cell_keys",
-                self.cnn)
+        _expect(self.cnn or self.causal and self.cell_keys, "cnn",
+                "True unless causal, with cell_keys", self.cnn)
         if self.has_bins:
             self.n_chosen(self.topk)
 
@@ -198,29 +198,29 @@ class SEAConfig:
 
     @property
     def n_last(self) -> float:
-        """Last keys of a query on average: local, those whose bin is not in cells yet, and those since
-        its row, which sees a multiple of the stride and one more."""
+        """Last keys of a query on average: local, those whose bin is not in cells yet, and those
+        since its row, which sees a multiple of the stride and one more."""
         step = math.gcd(self.bin, self.query_stride)
         return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
     def n_chosen(self, topk: int) -> int:
-        """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has on
-        average at most topk keys."""
+        """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has
+        on average at most topk keys."""
         _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         first = self.n_first * self.bin
         least = first + self.n_last
-        _expect(topk >= least, "topk", f"at least {math.ceil(least)}, since {first + self.local} first and "
-                "last keys are always attended to", topk)
+        _expect(topk >= least, "topk", f"at least {math.ceil(least)}, since {first + self.local} "
+                "first and last keys are always attended to", topk)
         return int((topk - least) // self.bin)
 
     def n_listed(self, topk: int, n_keys: int) -> int:
-        """The most bins that a row of n_keys keys may have: first, chosen, and those of the last keys."""
+        """The most bins that a row of n_keys keys may have: first, chosen, and of the last keys."""
         n_listed = self.n_always + self.n_chosen(topk) * self.n_ranked_together
         return min(n_listed, self.most_bins(n_keys))
 
     def most_bins(self, n_keys: int) -> int:
-        """All bins up to the last query of a row: of max_positions, so that lists keep their length while
-        a sequence grows, or of n_keys keys, if they are more."""
+        """All bins up to the last query of a row: of max_positions, so that lists keep their length
+        while a sequence grows, or of n_keys keys, if they are more."""
         n_keys = max(n_keys, self.max_positions) + self.query_stride - 1
         return -(-n_keys // self.bin)
 
@@ -242,8 +242,8 @@ class SEAConfig:
         return (seen - self.local).clamp(min=0) // self.bin * self.bin
 
     def cell_layout(self, in_cells: Tensor) -> dict:
-        """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of queries
-        with in_cells (B, T) keys in cells."""
+        """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of
+        queries with in_cells (B, T) keys in cells."""
         return dict(in_cells=in_cells, unit=self.unit, first=self.n_first * self.bin)
 
 
@@ -614,8 +614,8 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """
     with torch.no_grad(), no_autocast(q):
         in_cells = row_seen if in_cells is None else in_cells
-        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1], softmax_scale,
-                                             count, n_new, past)
+        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
+                                             softmax_scale, count, n_new, past)
     gain = gain[:, None, None].to(scores.dtype)
     return torch.addcmul(scores, gain, products).to(scores.dtype), key_sums
 
@@ -657,8 +657,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 
 def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
-    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties to
-    the lower: bool. n: a number, or (B, T)."""
+    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties
+    to the lower: bool. n: a number, or (B, T)."""
     (_, H, T, P), layout = x.shape, GROUPS[group].layout
     ranked = rearrange(x, f"b h t p -> {layout}")
     n = torch.as_tensor(n, device=x.device).clamp(min=1)
@@ -698,8 +698,8 @@ def boxes(k: Tensor, bin: int) -> Tensor:
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: int, config: SEAConfig,
                 softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """The bins that each row attends to: (B, C, R, n) int32, ascending, NONE behind the last. Differs:
-    the paper attends to all keys of the best cells. No gradient flows through the choice.
+    """The bins that each row attends to: (B, C, R, n) int32, ascending, NONE behind the last.
+    Differs: the paper attends to all keys of the best cells. No gradient flows through the choice.
 
     scores (B, H, R, width); q (B, H, R, D) of the rows, which see row_seen (B, R) keys;
     k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers: H or, in group
@@ -740,8 +740,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, topk: in
 
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
-    """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells (B, R):
-    the bins that cells share out, so that a cell without a bin does not compete."""
+    """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells
+    (B, R): the bins that cells share out. A cell without a bin does not compete."""
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(scores)
@@ -786,24 +786,24 @@ def first_key_of_cell(p, seen, width: int):
 
 
 def keys_per_cell(in_cells: Tensor, width: int, unit: int = 1, first: int = 0) -> Tensor:
-    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as in
-    cells_of_keys."""
+    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as
+    in cells_of_keys."""
     cells = torch.arange(width + 1, device=in_cells.device)
     edges = first_key_of_cell(cells, in_cells[..., None] // unit, width) * unit
     return edges.clamp(min=first).diff(dim=-1)
 
 
 def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> tuple[Tensor, Tensor]:
-    """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells (...)
-    keys are in cells, `unit` neighbours always in the same."""
+    """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells
+    (...) keys are in cells, `unit` neighbours always in the same."""
     j = torch.arange(n_keys, device=in_cells.device)
     n_units = (in_cells[..., None] // unit).clamp(min=1)
     return cell_of_key(j // unit, n_units, width).clamp(max=width - 1), j < in_cells[..., None]
 
 
 def spread_to_keys(cells: Tensor, in_cells: Tensor, n_keys: int, fill, unit: int = 1) -> Tensor:
-    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are in
-    none; arguments as in cells_of_keys."""
+    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are
+    in none; arguments as in cells_of_keys."""
     cell, is_in = cells_of_keys(in_cells, n_keys, cells.shape[-1], unit)  # (B, T, n_keys)
     values = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
     return values.masked_fill(~is_in[:, None], fill)
@@ -816,7 +816,7 @@ def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
 
 
 def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
-    """Which keys the chosen bins stand for: (B, C, T, n) -> bool (B, C, T, n_keys). As expand_mask."""
+    """Which keys the chosen bins stand for, as expand_mask: (B, C, T, n) -> bool (B, C, T, n_keys)."""
     n_bin = -(-n_keys // bin)
     keep = torch.zeros(*bins.shape[:3], n_bin + 1, dtype=torch.bool, device=bins.device)
     keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)
@@ -1050,11 +1050,11 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py).
-    # R: with a row of the past, if there is one.
+    # None, all of these, if computed in chunks (rows_at_once), or what a layer does not have: cells
+    # or bins, or what a control (baselines.py) lacks. R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
-    row: Tensor | None = None  # (B, T), the row of `scores` and `cells` or `bins` that each query uses
+    row: Tensor | None = None  # (B, T), the row of scores, cells and bins that each query uses
     in_cells: Tensor | None = None  # (B, T), how many keys a query's cells share out
     bins: Tensor | None = None  # (B, C, R, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
@@ -1357,8 +1357,8 @@ class SEAttention(nn.Module):
                                        bin=config.bin, **attend)
         else:
             result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, rows.seen,
-                                          **attend)
+            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells,
+                                          rows.seen, **attend)
         result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         result.state = state if config.causal else None
@@ -1368,11 +1368,12 @@ class SEAttention(nn.Module):
                     softmax_scale: float, past: SEAState) -> Tensor:
         """Step 7: the bins of the rows, after those of the past's row, which stay as they were."""
         q, n_before = rows.of(tokens.q), past.last_scores.shape[2]
-        bins = ops.choose_bins(scores[:, :, n_before:], q, tokens.keys, rows.row_seen[:, n_before:], topk,
-                               self.config, softmax_scale, order=tokens.key_order)
+        bins = ops.choose_bins(scores[:, :, n_before:], q, tokens.keys, rows.row_seen[:, n_before:],
+                               topk, self.config, softmax_scale, order=tokens.key_order)
         if n_before == 0:
             return bins
-        n, both = max(bins.shape[-1], past.last_bins.shape[-1]), (past.last_bins, bins)  # topk may differ
+        both = past.last_bins, bins  # of calls with another topk, maybe, and so of other lengths
+        n = max(x.shape[-1] for x in both)
         return torch.cat([F.pad(x, (0, n - x.shape[-1]), value=NONE) for x in both], dim=2)
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
@@ -1589,8 +1590,8 @@ def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tu
 
 @torch.no_grad()
 def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
-                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None, unit: int = 1,
-                   first: int = 0, block: int = 256) -> PooledAttention:
+                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None,
+                   unit: int = 1, first: int = 0, block: int = 256) -> PooledAttention:
     """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a
     time.
 
@@ -1600,7 +1601,8 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale, in_cells = scale_or_default(softmax_scale, q.shape[-1]), seen if in_cells is None else in_cells
+    scale = scale_or_default(softmax_scale, q.shape[-1])
+    in_cells = seen if in_cells is None else in_cells
     j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
         log_a, visible = dense_scores(q[:, :, i : i + block], k, seen[:, i : i + block], scale)
@@ -1625,8 +1627,8 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
         KL = sum A log A - sum_p A_p s_p + m log Z - m log m
         sum_j (m a_j - A_j)^2 = sum_p (n_p m^2 a_p^2 - 2 m a_p A_p) + sum A^2
 
-    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that have
-    keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
+    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that
+    have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
