@@ -122,8 +122,8 @@ class WindowAttention(nn.Module):
 
     def window(self, topk: int | None) -> SEAConfig:
         """The config whose last keys take what the first leave of the budget."""
-        config, topk = self.config, self.config.topk if topk is None else topk
-        return replace(config, topk=topk, local=topk - config.n_first * config.bin - config.bin // 2)
+        config = self.config if topk is None else replace(self.config, topk=topk)
+        return replace(config, local=config.topk - config.n_first * config.bin - config.bin // 2)
 
 
 BASELINES = {"performer": PerformerAttention, "window": WindowAttention}

@@ -36,8 +36,8 @@ same operations in Triton and takes over on a GPU.
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       mean of the keys around the middle of a cell; ours
     bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a row attends to
-    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or the query heads
-                       of a key/value head together, C = Hkv
+    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or those of a
+                       key/value head together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
                        R rows for T queries, or R + 1 with the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
@@ -121,19 +121,20 @@ class SEAConfig:
     causal: bool = True
     group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
     bin: int = 4  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
-    local: int = 16  # with bins: last keys, which each query attends to, as to the first
-    first: int = 4
+    local: int = 16  # last keys that a query always attends to, with bins
+    first: int = 4  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete, as a multiple of those chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
-    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, gates a constant a head (causal)
+    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, constant gates (causal)
     seed: int = 0  # of the random features
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
     def __post_init__(self):
-        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions", "candidates"):
+        for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions",
+                     "candidates"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 1, name, "an integer >= 1", repr(value))
         for name in ("causal", "cell_keys", "cnn"):
@@ -163,8 +164,8 @@ class SEAConfig:
                 "later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
-        _expect(self.cnn or self.causal and self.cell_keys, "cnn", "True unless causal, with cell_keys",
-                self.cnn)
+        _expect(self.cnn or self.causal and self.cell_keys, "cnn",
+                "True unless causal, with cell_keys", self.cnn)
         if self.has_bins:
             self.n_chosen(self.topk)
 
@@ -233,11 +234,13 @@ class SEAConfig:
     def in_cells(self, seen: Tensor) -> Tensor:
         """How many keys the cells of a row that sees `seen` share out: all, or with bins those before
         the last `local`, rounded down to whole bins."""
-        return (seen - self.local).clamp(min=0) // self.bin * self.bin if self.has_bins else seen
+        if not self.has_bins:
+            return seen
+        return (seen - self.local).clamp(min=0) // self.bin * self.bin
 
     def cell_layout(self, in_cells: Tensor) -> dict:
-        """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of queries
-        with in_cells (B, T) keys in cells."""
+        """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of
+        queries with in_cells (B, T) keys in cells."""
         return dict(in_cells=in_cells, unit=self.unit, first=self.n_first * self.bin)
 
 
@@ -598,8 +601,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
     a cell wide, or one key. A cell key is the mean of a bin. scores (B, H, R, width), gain (H,);
     q (B, H, R, D) of the rows, which see row_seen (B, R) keys, in_cells (B, R) of them in cells (all by
-    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of
-    count, and after them.
+    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D):
+    bin_sums before the new keys, at the level of count, and after them. These bins grow with the
+    sequence, unlike those of step 7.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
     trained mainly through this term. The limit of -32 keeps layers whose products lie thousands apart
@@ -607,8 +611,8 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """
     with torch.no_grad(), no_autocast(q):
         in_cells = row_seen if in_cells is None else in_cells
-        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1], softmax_scale,
-                                             count, n_new, past)
+        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
+                                             softmax_scale, count, n_new, past)
     gain = gain[:, None, None].to(scores.dtype)
     return torch.addcmul(scores, gain, products).to(scores.dtype), key_sums
 
@@ -650,8 +654,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 
 def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
-    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties to
-    the lower: bool. n: a number, or (B, T)."""
+    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties
+    to the lower: bool. n: a number, or (B, T)."""
     (_, H, T, P), layout = x.shape, GROUPS[group].layout
     ranked = rearrange(x, f"b h t p -> {layout}")
     n = torch.as_tensor(n, device=x.device).clamp(min=1)
@@ -665,21 +669,22 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 
 # -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
-# The longer a text, the more keys are in a cell, of which few matter. So cells only choose candidates.
-# Their keys come in bins of a fixed number of keys, which are ranked by products with what stands for
-# their keys, and attention goes to the best of them, to the last keys and to the first. The last keys
-# are in no cell.
+# The longer a text, the more keys are in a cell, and few of them matter. So the best cells only name
+# candidates: bins of a fixed number of keys, which are ranked by the query's products with boxes
+# around their keys. A query attends to the best bins, and always to its last keys and to the first of
+# the sequence. The last keys are in no cell; the first are in cells, but are no candidates.
 
-NONE = 2**31 - 1  # stands for no bin, behind the numbers of all others
+NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
 
 def boxes(k: Tensor, bin: int) -> Tensor:
-    """What stands for every `bin` keys, (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), in the dtype of k.
+    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k.
 
-    Keys lie in a box around its middle. q . middle + |q| . radius is the largest product that one in it
-    may have (Quest; Tang et al., ICML 2024), q . mean the mean product: one key alone stands out in the
-    first and drowns in the second, many alike count more in the second. [(mean + middle) / 2 ; radius / 2]
-    times [q ; |q|] is half of each.
+    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A query's
+    product with one of them is at most q . middle + |q| . radius, an upper bound (Quest; Tang et al.,
+    ICML 2024), and on average q . mean. A single key stands out in the bound but is lost in the mean;
+    many similar keys count in the mean. Bins are ranked by half of each, which is the product of
+    [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
     """
     keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
     highest, lowest = keys.amax(3), keys.amin(3)
@@ -728,11 +733,12 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     return F.pad(bins, (0, n_listed), value=NONE)[..., :n_listed].int()
 
 
-def candidate_cells(scores: Tensor, middle: Tensor, config: SEAConfig, n_chosen: int) -> Tensor:
-    """The cells whose bins compete, of scores (B, H, R, width) and middle (B, R) bins in cells: bool
-    (B, C, R, width)."""
+def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
+                    n_chosen: int) -> Tensor:
+    """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells
+    (B, R): the bins that cells share out. A cell without a bin does not compete."""
     width, C = scores.shape[-1], config.n_choosers
-    holds = (keys_per_cell(middle, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
+    holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(scores)
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
@@ -774,24 +780,24 @@ def first_key_of_cell(p, seen, width: int):
 
 
 def keys_per_cell(in_cells: Tensor, width: int, unit: int = 1, first: int = 0) -> Tensor:
-    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as in
-    cells_of_keys."""
+    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as
+    in cells_of_keys."""
     cells = torch.arange(width + 1, device=in_cells.device)
     edges = first_key_of_cell(cells, in_cells[..., None] // unit, width) * unit
     return edges.clamp(min=first).diff(dim=-1)
 
 
 def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> tuple[Tensor, Tensor]:
-    """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells (...)
-    keys are in cells, `unit` neighbours always in the same."""
+    """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells
+    (...) keys are in cells, `unit` neighbours always in the same."""
     j = torch.arange(n_keys, device=in_cells.device)
     n_units = (in_cells[..., None] // unit).clamp(min=1)
     return cell_of_key(j // unit, n_units, width).clamp(max=width - 1), j < in_cells[..., None]
 
 
 def spread_to_keys(cells: Tensor, in_cells: Tensor, n_keys: int, fill, unit: int = 1) -> Tensor:
-    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are in
-    none; arguments as in cells_of_keys."""
+    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are
+    in none; arguments as in cells_of_keys."""
     cell, is_in = cells_of_keys(in_cells, n_keys, cells.shape[-1], unit)  # (B, T, n_keys)
     values = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
     return values.masked_fill(~is_in[:, None], fill)
@@ -804,7 +810,7 @@ def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
 
 
 def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
-    """Which keys the chosen bins stand for: (B, C, T, n) -> bool (B, C, T, n_keys). As expand_mask."""
+    """Which keys the chosen bins stand for, as expand_mask: (B, C, T, n) -> bool (B, C, T, n_keys)."""
     n_bin = -(-n_keys // bin)
     keep = torch.zeros(*bins.shape[:3], n_bin + 1, dtype=torch.bool, device=bins.device)
     keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)
@@ -846,16 +852,20 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
 def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
                   softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
                   order: Tensor | None = None, block: int = 1024) -> Tensor:
-    """The same over the keys in chosen bins, which are `bin` keys each: (B, H, T, D).
+    """sparse_attention over the keys in the chosen bins, of `bin` keys each: (B, H, T, D).
 
-    bins (B, C, R, n) int32, of choose_bins: adjacent query heads share those of a chooser. The other
-    arguments as in sparse_attention; row ascending.
+    bins (B, C, R, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser. The
+    other arguments as in sparse_attention; row ascending.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
-    ok = bins.ndim == 4 and bins.shape[0] == B and H % bins.shape[1] == bins.shape[1] % k.shape[1] == 0
-    _expect(ok, "bins", f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple "
-            f"of the {k.shape[1]} key/value heads", tuple(bins.shape))
+    _expect(is_integer(bin) and bin >= 1, "bin", "an integer >= 1", repr(bin))
+    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
+            f"{bins.dtype} {tuple(bins.shape)}")
+    C, Hkv = bins.shape[1], k.shape[1]
+    _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
+            f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the "
+            f"{Hkv} key/value heads", tuple(bins.shape))
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
     _expect(row is not None or bins.shape[2] == T, "bins",
             f"{T} rows, or `row` to say which is whose", bins.shape[2])
@@ -868,7 +878,8 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
 
 
 def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
-    """Over the keys that `expand` says `kept` (B, C, T, n) stands for, `block` queries at a time."""
+    """Attention to the keys that expand(kept, seen, n_keys) gives, `block` queries at a time; kept
+    (B, C, T, n)."""
     H, T = q.shape[1:3]
     if order is not None:
         unseen = ~is_token(k, seen.amax(1))
@@ -950,8 +961,9 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows, H*(width+2) with a stride, and Hkv*2*width*D in fp32 with cell_keys. At 12 heads of 64
-    and width 256, in bf16, 0.23 MB, with cell_keys 1.8.
+    conv_rows, Hkv*2*width*D in fp32 with cell_keys and, with a stride, H*(width+2) and C*n of
+    last_bins. At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8. Of bins it holds
+    nothing: what stands for their keys is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1010,6 +1022,8 @@ class SEAState:
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         by_dtype = {}
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+            if name == "last_bins" and mine.shape[2] == theirs.shape[2] == 0:
+                continue  # no rows, of whatever number of bins
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
             mines, others = by_dtype.setdefault(mine.dtype, ([], []))
@@ -1028,8 +1042,8 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # None, all three, if computed in chunks (rows_at_once) or by a layer that has none (baselines.py).
-    # R: with a row of the past, if there is one.
+    # None, all of these, if computed in chunks (rows_at_once), or what a layer does not have: cells
+    # or bins, or what a control (baselines.py) lacks. R: with a row of the past, if there is one.
     scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
@@ -1417,6 +1431,10 @@ class SEAttention(nn.Module):
         if state is not None:
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
+            rows, choosers = state.last_scores.shape[2], self.config.n_choosers
+            of_state = tuple(state.last_bins.shape[1:3])
+            _expect(of_state == (choosers, rows) or not (self.config.has_bins and rows), "state",
+                    f"one whose last row has the bins of {choosers} choosers", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
@@ -1552,8 +1570,8 @@ def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tu
 
 @torch.no_grad()
 def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
-                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None, unit: int = 1,
-                   first: int = 0, block: int = 256) -> PooledAttention:
+                   softmax_scale: float | None = None, *, in_cells: Tensor | None = None,
+                   unit: int = 1, first: int = 0, block: int = 256) -> PooledAttention:
     """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a
     time.
 
@@ -1563,7 +1581,8 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
-    scale, in_cells = scale_or_default(softmax_scale, q.shape[-1]), seen if in_cells is None else in_cells
+    scale = scale_or_default(softmax_scale, q.shape[-1])
+    in_cells = seen if in_cells is None else in_cells
     j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
         log_a, visible = dense_scores(q[:, :, i : i + block], k, seen[:, i : i + block], scale)
@@ -1588,8 +1607,8 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
         KL = sum A log A - sum_p A_p s_p + m log Z - m log m
         sum_j (m a_j - A_j)^2 = sum_p (n_p m^2 a_p^2 - 2 m a_p A_p) + sum A^2
 
-    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that have
-    keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
+    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that
+    have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",

@@ -1215,6 +1215,35 @@ def test_bad_input_names_the_argument(argument, expected, got, call):
     assert expected in left and got in right
 
 
+@pytest.mark.parametrize("argument, expected, got, call", [
+    ("topk", "at least 13, since 11 first and last keys", "12", lambda a, *qkv: a(*qkv, topk=12)),
+    ("topk", "integer", "20.0", lambda a, *qkv: a(*qkv, topk=20.0)),
+    ("topk", "integer", "'20'", lambda a, *qkv: a(*qkv, topk="20")),
+    ("topk", "at least 11, since 9 first", "10", lambda a, *qkv: WindowAttention(a.config)(*qkv, topk=10)),
+    ("state", "2 choosers", "(4, 1)", lambda a, *qkv: a(*qkv, state=other(a, group="query")(*qkv).state)),
+    ("state", "2 choosers", "(4, 0)", lambda a, *qkv: a(*qkv, state=other(a, bin=0, group=None)(*qkv).state)),
+    ("bins", "int32", "float32", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, 3))),
+    ("bins", "(B, C, R, n)", "(2, 2, 5)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, dtype=torch.int32))),
+    ("bins", "a multiple of the 2", "(2, 0, 5, 3)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 0, 5, 3, dtype=torch.int32))),
+    ("bins", "a multiple of the 2", "(2, 1, 5, 3)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 1, 5, 3, dtype=torch.int32))),
+    ("bin", ">= 1", "0", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, 3, dtype=torch.int32), bin=0)),
+])
+def test_bad_input_with_bins_names_the_argument(argument, expected, got, call):
+    layer = SEAttention(SEAConfig(**GOOD | BINS, query_stride=2, group="kv"))
+    with pytest.raises(ValueError, match=f"^{argument}: expected .*") as error:
+        call(layer, torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8))
+    left, right = str(error.value).split(", got ")
+    assert expected in left and got in right
+
+
+def other(layer: SEAttention, **changes) -> SEAttention:
+    return SEAttention(replace(layer.config, **changes))
+
+
+def attend(q, k, v, bins, bin=4):
+    return sea.bin_attention(q, k, v, bins, torch.arange(1, 6).expand(2, -1), bin=bin)
+
+
 def test_bidirectional_refuses_a_state():
     layer = SEAttention(SEAConfig(**{**GOOD, "causal": False}))
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
@@ -1291,6 +1320,15 @@ def test_a_state_copied_in_place_is_the_other_whole():
     first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True).state for n in (4, 8))
     first.copy_(second)
     assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+
+
+def test_a_state_without_rows_is_copied_from_calls_of_any_topk():
+    """At stride 1 nothing is left of a list of bins."""
+    case = Case(True, 1, [9], 1, 2, 4, 8, 20, "kv", 1, cell_keys=True, bin=2, local=2)
+    layer, qkv = case.layer(), case.qkv()
+    first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True, topk=topk).state for n, topk in ((4, 8), (8, 20)))
+    first.copy_(second)
+    assert first.n_tokens == 8 and torch.equal(first.sums, second.sums)
 
 
 def test_new_weights_start_where_students_learn_from():
