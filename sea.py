@@ -207,6 +207,7 @@ class SEAConfig:
         """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has on
         average at most topk keys."""
         always = self.n_first * self.bin + self.n_last
+        _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many first and "
                 "last keys are always attended to", topk)
         return int((topk - always) // self.bin)
@@ -713,11 +714,11 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         k = take(k, order).masked_fill(~is_token(k, seen.amax(1)), 0)
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
-    middle = config.in_cells(row_seen) // bin  # (B, R) bins in cells
+    n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
     keys = at_least_fp32(repeat_heads(boxes(k, bin), H))  # (B, H, bins, 2D)
     number = torch.arange(keys.shape[2], device=k.device)  # of each bin
-    best_cells = candidate_cells(scores, middle, config, n_chosen)
-    of_rows = spread_to_keys(best_cells, middle, keys.shape[2], False) & (number >= config.n_first)
+    best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
+    of_rows = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False) & (number >= config.n_first)
     is_candidate = take(of_rows, row)  # (B, C, T, bins)
     with no_autocast(q):
         q = at_least_fp32(q) * softmax_scale
@@ -727,7 +728,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(probs, n, config.group)
         chosen &= is_candidate & (n_chosen > 0)
-    always = always_bins(seen, middle.gather(1, row), config, S)[:, None].expand(-1, C, -1, -1)
+    always = always_bins(seen, n_in_cells.gather(1, row), config, S)[:, None].expand(-1, C, -1, -1)
     chosen &= (seen > 0)[:, None, :, None]
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, n_listed), value=NONE)[..., :n_listed].int()
@@ -743,17 +744,17 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
     n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
-    n_cells = _rounded(n_wanted * width, middle.clamp(min=1))
+    n_cells = _rounded(n_wanted * width, n_in_cells.clamp(min=1))
     return keep_best(probs, n_cells, "query") & holds
 
 
-def always_bins(seen: Tensor, middle: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
-    """The bins of the first keys that a query sees, at most n_keys, and from number `middle` on, NONE where
+def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
+    """The bins of the first keys that a query sees, at most n_keys, and from number `begin` on, NONE where
     there is none: (B, T) -> (B, T, n)."""
     bin, most = config.bin, config.most_bins(n_keys)
     n_first, n = min(config.n_first, most), min(config.n_always, most)
     first, last = (torch.arange(i, device=seen.device) for i in (n_first, n - n_first))
-    last = middle.clamp(min=n_first)[..., None] + last
+    last = begin.clamp(min=n_first)[..., None] + last
     bins = torch.cat([first.expand(*last.shape[:2], -1), last], dim=-1)
     return bins.masked_fill(bins * bin >= seen[..., None], NONE)
 
@@ -961,8 +962,7 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows, Hkv*2*width*D in fp32 with cell_keys and, with a stride, H*(width+2) and C*n of
-    last_bins. At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8. Of bins it holds
+    conv_rows, Hkv*2*width*D in fp32 with cell_keys and, with a stride, H*(width+2). At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8. Of bins it holds
     nothing: what stands for their keys is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
@@ -1022,8 +1022,6 @@ class SEAState:
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         by_dtype = {}
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
-            if name == "last_bins" and mine.shape[2] == theirs.shape[2] == 0:
-                continue  # no rows, of whatever number of bins
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
             mines, others = by_dtype.setdefault(mine.dtype, ([], []))
@@ -1431,10 +1429,6 @@ class SEAttention(nn.Module):
         if state is not None:
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
-            rows, choosers = state.last_scores.shape[2], self.config.n_choosers
-            of_state = tuple(state.last_bins.shape[1:3])
-            _expect(of_state == (choosers, rows) or not (self.config.has_bins and rows), "state",
-                    f"one whose last row has the bins of {choosers} choosers", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
