@@ -1585,14 +1585,15 @@ assert not {"sea", "bin_kernels", "estimator_kernels", "sea_kernels"} & sys.modu
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("options", [[], ["--break-even"], ["--profile", "64"], ["--distill", "--layers", "1"], ["--decode"],
+@pytest.mark.parametrize("options", [[], ["--break-even", "--sea", "bin=0"], ["--profile", "64"], ["--distill", "--layers", "1"], ["--decode"],
                                      ["--prefill", "--layers", "1"]])
 def test_bench_measures(tmp_path, capsys, options):
     import bench
 
-    small = ["--lengths", "64", "128", "--train-steps", "1", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "4"]
+    small = ["--lengths", "64", "128", "--train-steps", "1", "--heads", "2", "--d-head", "16", "--width", "8", "--topk", "24"]
     report = bench.main([*small, "--out", str(tmp_path), *options])
     printed = capsys.readouterr().out
+    assert printed.splitlines()[3] == f"SEA: {report['sea']}"
     assert CUDA or "this measures the plain PyTorch path" in printed
     if "--distill" in options:
         assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
@@ -1621,7 +1622,7 @@ def bench_of(*options):
     import bench
 
     with mock.patch.object(torch.cuda, "is_available", lambda: False):
-        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "4",
+        args = bench.parse(["--lengths", "64", "--heads", "2", "--d-head", "8", "--width", "8", "--topk", "24",
                             "--train-steps", "1", "--layers", "1", "--strides", "1", "2", *options])
     inputs = bench.walk_inputs(args, 64)
     return bench, args, bench.trained_layer(args, *inputs), inputs
@@ -1631,7 +1632,7 @@ def test_bench_says_how_much_faster_or_slower():
     """Above 1 is faster in speed, slower in time; against the fastest of the dense backends."""
     import bench
 
-    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, "random masks, sparse attention alone": 0.1}
+    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, bench.RANDOM: 0.1}
     table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms) for name, ms in named.items()}}, "forward")
     assert "SEA stride 1: 4.00x the speed of the fastest dense" in table and table.count("fastest dense") == 1
     _, heads, cells = table.strip().splitlines()[:3]
@@ -1689,9 +1690,13 @@ def test_bench_takes_inputs_as_the_model_scales_them():
 
 
 def test_bench_runs_what_its_options_say(monkeypatch):
-    bench, args, layer, inputs = bench_of("--no-cell-keys", "--forward-only")
+    bench, args, layer, inputs = bench_of("--forward-only", "--sea", "bin=2", "local=3", "first=1", "group=query", "--sea", "cell_keys=false")
     monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
-    assert (layer.config.cell_keys, layer.config.width, layer.config.topk) == (False, 8, 4)
+    given = dict(width=8, topk=24, bin=2, local=3, first=1, group="query", cell_keys=False)
+    assert {name: getattr(layer.config, name) for name in given} == given
+    assert bench.configuration(args) == "width=8 topk=24 bin=2 local=3 first=1 candidates=16 group=query nbf=8 cell_keys=False"
+    assert bench.configuration(bench.parse(["--sea", "bin=0", "nbf=2"])) == (
+        "width=256 topk=64 bin=0 group=causal_batch nbf=2.0 cell_keys=True")
     assert all(name.endswith("| forward") for name in bench.measure(args, layer, inputs, 64))
     with mock.patch.object(torch.autograd, "grad") as grad:
         bench.forward_backward(layer, *inputs)()
@@ -1701,7 +1706,53 @@ def test_bench_runs_what_its_options_say(monkeypatch):
 
     with mock.patch.object(convert, "attach", wraps=convert.attach) as attach:
         bench.prefill_of(args, 32, 2)
-    assert attach.call_args.kwargs == dict(width=8, topk=4, query_stride=2, cell_keys=False)
+    assert attach.call_args.kwargs == dict(given, query_stride=2)
+    with mock.patch.object(convert, "attach", side_effect=RuntimeError) as attach, pytest.raises(RuntimeError):
+        bench.distillation_step(args, 32, "torch")
+    assert attach.call_args.kwargs == dict(given, query_stride=1, backend="torch")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--topk", "4"], "--topk: expected at least 22, since 20 first and last keys are always attended to, got 4"),
+    (["--sea", "local=0"], "--sea local: expected an integer >= 1, with bins, got 0"),
+    (["--sea", "bin=x"], "argument --sea: expected bin of type int, got 'x'"),
+    (["--sea", "query_stride=2", "topk=3"], "--sea: expected other fields than width, topk, query_stride, max_positions, backend, which "
+     "--width, --topk, --strides and what is measured set, got query_stride, topk"),
+])
+def test_bench_refuses_layers_that_cannot_be(options, message, capsys):
+    import bench
+
+    with pytest.raises(SystemExit):
+        bench.parse(options)
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
+
+
+@pytest.mark.parametrize("options", [["bin=4"], ["bin=2", "local=3", "first=1"], ["bin=0"]])
+def test_bench_trains_the_estimate_of_the_keys_in_cells(options):
+    """Its loss is the dense one, of keys that the layer's cells share out."""
+    bench, args, layer, inputs = bench_of("--sea", *options)
+    seen, config = torch.arange(1, 65)[None], layer.config
+    with (mock.patch.object(sea, "estimate_loss", wraps=sea.estimate_loss) as loss,
+          mock.patch.object(sea, "pool_attention", wraps=sea.pool_attention) as pool):
+        bench.trained_layer(args, *inputs)
+    for call in (loss, pool):
+        first = -(-config.first // config.bin) * config.bin if config.bin else 0
+        assert (call.call_args.kwargs["unit"], call.call_args.kwargs["first"]) == (max(config.bin, 1), first)
+        in_cells = (seen - config.local).clamp(0) // config.bin * config.bin if config.bin else seen
+        assert torch.equal(call.call_args.kwargs["in_cells"], in_cells)
+
+
+@pytest.mark.parametrize("options", [[], ["--topk", "22"], ["--sea", "bin=2", "local=3", "first=1", "group=query"]])
+def test_bench_draws_as_many_bins_as_a_layer_chooses(options):
+    """First and last bins are those of every row, the others anywhere in its cells."""
+    bench, args, layer, inputs = bench_of(*options)
+    result, seen = layer(*inputs), torch.arange(1, 65)[None]
+    bins = bench.random_bins(layer.config, seen)
+    assert bins.dtype == torch.int32 and bins.shape[:3] == result.bins.shape[:3]
+    assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()
+    assert torch.equal((bins != sea.NONE).sum(-1), (result.bins != sea.NONE).sum(-1))
+    for row, expected in zip(bins[0, 0].tolist(), sea.always_bins(seen, layer.config)[0].tolist()):
+        assert set(expected) <= {*row, sea.NONE}
 
 
 def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
@@ -1713,7 +1764,7 @@ def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
     monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
     monkeypatch.setattr(bench, "stretched", lambda *x: strides.append(x[3]) or stretched(*x))
     monkeypatch.setattr(bench, "sdpa", lambda _, *qkv, causal: lengths.append((*(x.shape[2] for x in qkv), causal)))
-    monkeypatch.setattr(bench, "keys_visited", lambda x, width: seen.append(x.seen.tolist()) or visited(x, width))
+    monkeypatch.setattr(bench, "keys_visited", lambda x: seen.append(x.seen.tolist()) or visited(x))
     found = bench.decode(args, layer, 64, 2)
     assert strides == [1, 2] and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
     assert set(lengths) == {(1, 64, 64, False)}
