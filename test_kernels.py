@@ -431,20 +431,34 @@ def test_a_step_chooses_the_bins_of_the_whole_call(case):
     assert ((torch.cat(rows, 2) == whole).all(-1) | ~sure).all(), case
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of inf - inf, in the interpreter
-def test_bins_are_chosen_whatever_the_scores():
-    """Rows of NaN and inf end, within their bounds, and cost no other row anything."""
-    case = Choice(torch.float32, "kv", (1, 1, 2), 4, 400, 8, 16, 8, 28, 8, 8, 2, 1, False, False, "contiguous", 0)
-    config, (scores, q, k, _, _) = case.config(), case.tensors()
-    seen = torch.full((1, 4), 400, device=DEVICE)
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")  # numpy's, in the interpreter
+@pytest.mark.parametrize("ordered, n_chosen", [(False, 2), (True, 0), (False, 200)])
+def test_bins_are_chosen_whatever_the_numbers(ordered, n_chosen):
+    """Rows of NaN and inf end, within their bounds, with their first and last bins, and cost no other row anything: scores,
+    queries, and keys that some rows have among their candidates. Of no, of few and of all bins."""
+    case = Choice(torch.float32, "kv", (1, 1, 2), 5, 400, 8, 16, 8, 28, 8, 8, n_chosen, 1, ordered, False, "contiguous", 0)
+    config, (scores, q, k, _, order) = case.config(), case.tensors()
+    seen = torch.tensor([[400, 400, 400, 400, 100]], device=DEVICE)
+    choose = lambda f, rows, *xs: f(*(x[:, :, rows] for x in xs), k, seen[:, rows], config.topk, config, 0.5, order=order)
     k = k.nan_to_num(1.0)
-    expected = sea.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
-    scores, q = scores.clone(), q.clone()
-    scores[:, :, 1], scores[:, :, 2, 3:], q[:, :, 3] = torch.nan, torch.inf, torch.nan
-    with guarded():
-        bins = kernels.choose_bins(scores, q, k, seen, config.topk, config, 0.5)
-    assert torch.equal(bins[:, :, 0], expected[:, :, 0])
-    assert (((bins >= 0) & (bins < 50)) | (bins == sea.NONE)).all()
+    expected = choose(sea.choose_bins, slice(None), scores, q)
+    wild, wild_q = scores.clone(), q.clone()
+    wild[:, :, 1], wild[:, :, 2, 3:], wild_q[:, :, 3] = torch.nan, torch.inf, torch.nan
+    finite, always = k, sea.always_bins(seen, config)[0]
+    for number in (None, math.nan, math.inf):
+        if number is not None:
+            place = 120 if order is None else order[0, 120]
+            k = finite.clone()
+            k[:, :, place, 2] = number
+        with guarded():
+            whole = choose(kernels.choose_bins, slice(None), wild, wild_q)
+            steps = torch.cat([choose(kernels.choose_bins, slice(i, i + 1), wild, wild_q) for i in range(case.R)], 2)
+        for bins in (whole, steps):
+            assert torch.equal(bins[:, :, 4], expected[:, :, 4])
+            assert number is not None or torch.equal(bins[:, :, 0], expected[:, :, 0])
+            assert (((bins >= 0) & (bins < 50)) | (bins == sea.NONE)).all()
+            assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()
+            assert all(set(x.tolist()) <= {*y.tolist(), sea.NONE} for x, y in zip(always, bins[0, 0]))
 
 
 @given(st.integers(1, 3000), st.integers(1, 40), st.sampled_from([1, 8, 64]))
@@ -589,9 +603,9 @@ def test_attention_csr_takes_packed_cells():
     from convert import attention_csr
 
     q, k, v, mask, seen, row = Sparse(torch.float32, True, 35, 9, (1, 1, 2), 8, 9, 0.3, 3, True, "contiguous", 64, 0).tensors()
-    packed = attention_csr(q, k, kernels.pack_mask(mask), seen, row=row)
-    for ours, theirs, out in zip(packed[0], attention_csr(q, k, mask, seen, row=row)[0],
-                                 kernels.sparse_attention(q, k, v, mask, seen, row=row)[0]):
+    packed, plain = (attention_csr(q, k, sea.SEAOutput(q, seen, None, cells=cells, row=row))
+                     for cells in (kernels.pack_mask(mask), mask))
+    for ours, theirs, out in zip(packed[0], plain[0], kernels.sparse_attention(q, k, v, mask, seen, row=row)[0]):
         assert torch.equal(ours.to_dense(), theirs.to_dense())
         torch.testing.assert_close(ours @ v[0, 0], out, rtol=1e-4, atol=1e-5)
 
@@ -685,8 +699,8 @@ def bin_cases(draw, size=2 * BLOCK + 3):
 def check_bin_attention(case, change=lambda seen: seen):
     q, k, v, bins, seen, row = case.tensors()
     seen = change(seen)
-    few = {} if case.T > 99 else dict(VISITS_PER_PROGRAM=case.per_program, MAX_EXTRA_PROGRAMS=99)
-    with mock.patch.multiple(bin_kernels, **few):
+    few = mock.patch.multiple(bin_kernels, VISITS_PER_PROGRAM=case.per_program, MAX_EXTRA_PROGRAMS=99)
+    with few if case.T <= 99 else contextlib.nullcontext():
         as_accurate_as_eager(case, lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row),
                              lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row), [q, k, v])
 
@@ -836,11 +850,14 @@ class Layer:
     layout: str
     seed: int
     cell_keys: bool = True
+    bin: int = 4  # then topk is what there is beside first and last keys; 0: cells
 
     def config(self, **changes):
         _, Hkv, group = self.heads
         fields = dict(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=self.topk, query_stride=self.stride,
-                      nbf=2 if self.D < 64 else 8, max_positions=4096, cell_keys=self.cell_keys)
+                      nbf=2 if self.D < 64 else 8, max_positions=4096, cell_keys=self.cell_keys, bin=self.bin)
+        if self.bin:
+            fields |= dict(local=5, first=3, candidates=2, topk=-(-3 // self.bin) * self.bin + 5 + self.bin // 2 + self.topk)
         return sea.SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes):
@@ -871,7 +888,7 @@ class Layer:
 LAYERS = st.builds(Layer, dtype=st.sampled_from(DTYPES), T=st.integers(1, 6 * BLOCK + 3), stride=sizes(1, 5, 1, 3),
                    heads=HEADS, D=sizes(2, BLOCK + 3, 19),
                    width=sizes(1, 5 * BLOCK + 3, 83), topk=st.integers(1, 9), padded=st.booleans(), layout=LAYOUTS,
-                   seed=st.integers(0, 99), cell_keys=st.booleans())
+                   seed=st.integers(0, 99), cell_keys=st.booleans(), bin=st.sampled_from([4, 0]))
 FEWER = settings(max_examples=8)
 
 
@@ -1005,8 +1022,13 @@ def _check_cell_keys(case, before, softmax_scale, local):
           [make(*rows.shape[:3], case.width), gain, rows, k, past.to(case.dtype)])
 
 
+def kept(result, n_keys):
+    """What each query attends to: cells, or the keys of its bins."""
+    return result.mask if result.bins is None else result.attended(n_keys)
+
+
 def check_layer(case, *, rtol=2e-4):
-    """Both backends in fp32: the same cells, outputs, states and gradients of everything; and any split gives the whole."""
+    """Both backends in fp32: the same cells or bins, outputs, states and gradients of everything; and any split gives the whole."""
     ours, theirs = case.layer(backend="triton"), case.layer(backend="torch")
     results = []
     for layer in (ours, theirs):
@@ -1019,8 +1041,8 @@ def check_layer(case, *, rtol=2e-4):
         loss.backward()
         grads = {name: p.grad for name, p in layer.named_parameters()} | dict(zip("qkv", (x.grad for x in xs)))
         state = {name: x for name, x in vars(result.state).items() if name in ("sums", "v_sum", "key_sums") and x is not None}
-        results.append({"out": result.out, "mask": result.mask, **state, **{f"d{name}": g for name, g in grads.items()}})
-    assert torch.equal(results[0].pop("mask"), results[1].pop("mask")), case
+        results.append({"out": result.out, "kept": kept(result, case.T), **state, **{f"d{name}": g for name, g in grads.items()}})
+    assert torch.equal(results[0].pop("kept"), results[1].pop("kept")), case
     for name, expected in results[1].items():
         if expected is not None and expected.numel():
             scale = expected.abs().max().clamp(min=1.0)
@@ -1104,6 +1126,7 @@ def test_cell_keys_are_exact_at_any_length(n):
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)))
 @example(Layer(torch.float32, 90, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1))
+@example(Layer(torch.float32, 50, 3, (1, 1, 2), 16, 11, 4, True, "gaps", 1, bin=0))
 @example(Layer(torch.float32, 2, 1, (1, 1, 1), 2, 300, 4, False, "contiguous", 1, cell_keys=False))  # a row in several chunks
 @settings(max_examples=5)
 @in_parts("stride", 1, 3)
@@ -1112,7 +1135,8 @@ def test_layer_is_the_same_on_both_backends(stride, case):
 
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, padded=True, T=min(case.T, 20))), st.integers(6, 19))
-@example(Layer(torch.float32, 20, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1), 9)
+@example(Layer(torch.float32, 18, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1), 9)
+@example(Layer(torch.float32, 10, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1, bin=0), 6)
 @settings(max_examples=3 if CUDA else 1)  # a launch a chunk and kernel: slow in the interpreter
 def test_what_padding_holds_goes_nowhere(case, rows):
     """NaN in padding, in chunks that look back at it: the outputs and gradients of zeros there."""
@@ -1126,24 +1150,28 @@ def test_what_padding_holds_goes_nowhere(case, rows):
         assert torch.equal(zeros, nans)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of inf - inf, in the interpreter
+@pytest.mark.parametrize("bin", [4, 0])
 @pytest.mark.parametrize("stride, dtype, number", [(1, torch.float32, math.inf), (3, torch.float16, math.nan)])
-def test_a_key_that_is_not_finite_changes_no_earlier_row(stride, dtype, number):
-    """In its tile and among its neighbours in bins of cell keys, those of the past included."""
-    case = Layer(dtype, 18, stride, (1, 1, 2), 8, 4, 4, False, "contiguous", 1)
-    layer, (q, k, v), first, place = case.layer(backend="triton").to(dtype), case.qkv(), 5, 14
+def test_a_key_that_is_not_finite_changes_no_earlier_row(stride, dtype, number, bin):
+    """In its tile and among its neighbours in bins, those of the past and of cell keys included. Rows that come later choose
+    among bins of which it is one."""
+    case = Layer(dtype, 33, stride, (1, 1, 2), 8, 4, 6, False, "contiguous", 1, bin=bin)
+    layer, (q, k, v), first, place = case.layer(backend="triton").to(dtype), case.qkv(), 5, 21
     bad = k.clone()
     bad[:, :, place, 2] = number
     with torch.no_grad():
         state = layer(*(x[:, :, :first] for x in (q, k, v)), kv_cached=True).state
         before, after = (layer(q[:, :, first:], keys, v, state=state, kv_cached=True) for keys in (k, bad))
-    for name in ("probs", "mask", "out"):
-        x, y = (getattr(result, name)[:, :, : place - first] for result in (before, after))
-        assert torch.equal(x, y), name
+    for of in (lambda x: x.probs, lambda x: kept(x, case.T), lambda x: x.out):
+        x, y = (of(result)[:, :, : place - first] for result in (before, after))
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)  # cells of its tile's later rows change the order of sums
     assert not torch.equal(before.out[:, :, place - first :], after.out[:, :, place - first :])  # it is seen
 
 
-def test_an_empty_batch_gives_an_empty_batch():
-    layer = Layer(torch.float32, 9, 1, (1, 1, 2), 8, 8, 4, False, "contiguous", 1).layer(backend="triton")
+@pytest.mark.parametrize("bin", [4, 0])
+def test_an_empty_batch_gives_an_empty_batch(bin):
+    layer = Layer(torch.float32, 9, 1, (1, 1, 2), 8, 8, 4, False, "contiguous", 1, bin=bin).layer(backend="triton")
     q, k, v = (torch.zeros(0, h, 9, 8, device=DEVICE, requires_grad=True) for h in (2, 1, 1))
     result = layer(q, k, v)
     result.out.sum().backward()
@@ -1416,22 +1444,33 @@ def test_a_step_of_bin_attention_matches_reference(case):
 
 
 def check_decoding(case, first, rtol=1e-3):
-    """Token by token after `first`: the outputs and cells of the reference's one call, in fp32."""
+    """Token by token after `first`: the outputs and cells or bins of the reference's one call, in fp32. Without padding, keys and
+    values may be a static buffer, which goes on behind them, and the state is then kept in place."""
     ours, theirs, valid = case.layer(backend="triton"), case.layer(backend="torch"), case.valid()
     (q, k, v), of = case.qkv(), lambda n: None if valid is None else valid[:, :n]
+    longer = 0 if case.padded else case.seed % 3 * 7
+
+    def buffer(x, n):
+        return torch.cat([x[:, :, :n], x.new_full((*x.shape[:2], longer, case.D), torch.nan)], 2)
+
     with torch.no_grad():
         whole = theirs(q, k, v, valid=valid)
         state = ours(*(x[:, :, :first] for x in (q, k, v)), valid=of(first), kv_cached=True).state
         for n in range(first, case.T):
             with no_tiles():
-                result = ours(q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1], valid=of(n + 1), state=state, kv_cached=True)
+                result = ours(q[:, :, n : n + 1], buffer(k, n + 1), buffer(v, n + 1), valid=of(n + 1), state=state, kv_cached=True)
             torch.testing.assert_close(result.out, whole.out[:, :, n : n + 1], rtol=rtol, atol=1e-4)
-            assert torch.equal(result.mask, whole.mask[:, :, n : n + 1]), case
-            state = result.state
+            assert torch.equal(kept(result, case.T), kept(whole, case.T)[:, :, n : n + 1]), case
+            if longer:
+                state.copy_(result.state)
+            else:
+                state = result.state
 
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
 @example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
+@example(Layer(torch.float32, 60, 3, (2, 1, 2), 16, 20, 8, False, "gaps", 2), 6)  # a static buffer, rows of the past
+@example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1, bin=0), 6)
 @example(Layer(torch.float32, 18, 1, (2, 1, 1), 2, 58, 3, True, "contiguous", 66), 5)  # only the second of two tokens is one
 @example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 6)  # a level of cell keys begins
 @example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1), 6)
@@ -1442,10 +1481,11 @@ def test_decoding_is_the_whole_on_both_backends(stride, case, steps):
     check_decoding(case, max(1, case.T - steps))
 
 
-@pytest.mark.parametrize("stride, cell_keys, topk", [(1, False, 4), (3, True, 4), (3, True, 64)])
-def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
+@pytest.mark.parametrize("stride, cell_keys, topk, bin", [(3, True, 4, 0), (1, False, 9, 2), (3, True, 9, 2), (3, True, 64, 2)])
+def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk, bin):
     """Weights in fp32, autocast to half precision: losses and gradients of a training step are as near to those of fp32 as
-    PyTorch's, to a factor of 2. With few keys rounding also chooses other cells; when all are kept, it holds module by module."""
+    PyTorch's, to a factor of 2. With few keys rounding also chooses other cells and bins; when all are kept, it holds module by
+    module."""
     import convert
     import distill
     from test_convert import SEQ, tiny, tokens
@@ -1454,7 +1494,7 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk):
         teacher = tiny("opt").to(DEVICE).requires_grad_(False)
         teacher.set_attn_implementation("sea_teacher")
         student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=topk, backend=backend, query_stride=stride,
-                                 cell_keys=cell_keys)
+                                 cell_keys=cell_keys, bin=bin, local=2, first=1, candidates=2)
         with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
             terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.LossWeights(score=1.0))
         sum(terms.values()).backward()
@@ -1930,10 +1970,10 @@ def test_large_step_of_bin_attention_matches_reference(dtype, extra, D):
 
 
 @gpu
-@pytest.mark.parametrize("cell_keys", [False, True])
+@pytest.mark.parametrize("cell_keys, bin", [(False, 0), (True, 0), (True, 4)])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_a_layer_is_bit_equal_from_run_to_run(stride, cell_keys):
-    case = Layer(torch.bfloat16, 5000, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1, cell_keys)
+def test_a_layer_is_bit_equal_from_run_to_run(stride, cell_keys, bin):
+    case = Layer(torch.bfloat16, 5000, stride, (1, 4, 3), 64, 256, 64, False, "heads last", 1, cell_keys, bin)
     layer, q = case.layer(backend="triton", nbf=8, max_positions=8192).to(torch.bfloat16), [x.requires_grad_() for x in case.qkv()]
 
     def run():
@@ -1961,15 +2001,16 @@ def test_large_step_of_the_estimator_matches_reference(dtype, D, stride, padded)
     case = Layer(dtype, 300, stride, (2, 4, 3), D, 256, 64, padded, "heads last", 1)
     check_step(case)
     if dtype == torch.float32:
-        check_decoding(case, 280)
+        for bin in (4, 0):
+            check_decoding(replace(case, bin=bin), 280)
 
 
 @gpu
-@pytest.mark.parametrize("width, cell_keys", [(256, False), (140, True)])  # a level begins in the second
+@pytest.mark.parametrize("width, cell_keys, bin", [(256, False, 0), (140, True, 0), (140, True, 4)])  # a level begins in the others
 @pytest.mark.parametrize("stride", [1, 4])
-def test_a_captured_step_replayed_is_eager_steps(stride, width, cell_keys):
+def test_a_captured_step_replayed_is_eager_steps(stride, width, cell_keys, bin):
     """A CUDA graph of one step, its keys in a static buffer that holds NaN behind the last token, its state kept in place."""
-    case = Layer(torch.bfloat16, 300, stride, (2, 2, 2), 64, width, 8, False, "contiguous", 1, cell_keys)
+    case = Layer(torch.bfloat16, 300, stride, (2, 2, 2), 64, width, 8, False, "contiguous", 1, cell_keys, bin)
     layer, (q, k, v), first = case.layer(backend="triton").to(torch.bfloat16), case.qkv(), 285
 
     @torch.no_grad()
@@ -2010,9 +2051,10 @@ def test_a_captured_step_replayed_is_eager_steps(stride, width, cell_keys):
 @gpu
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_large_rows_at_once_is_one_call(stride, padded):
+@pytest.mark.parametrize("bin", [4, 0])
+def test_large_rows_at_once_is_one_call(stride, padded, bin):
     """In fp32; a chunk's sums are added in another order, so cells that are as good as equal may change places."""
-    case = Layer(torch.float32, 3000, stride, (2, 2, 2), 64, 256, 64, padded, "heads last", 1)
+    case = Layer(torch.float32, 3000, stride, (2, 2, 2), 64, 256, 64, padded, "heads last", 1, bin=bin)
     layer, qkv = case.layer(backend="triton"), case.qkv()
     with torch.no_grad():
         whole, parts = (layer(*qkv, valid=case.valid(), rows_at_once=n) for n in (None, 700))
