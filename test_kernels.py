@@ -473,7 +473,15 @@ def test_no_row_has_more_candidates_than_its_program_has_slots(n_wanted, width, 
     assert most <= kernels._most_candidates(n_wanted, width, n_bin)
 
 
+def test_a_growing_sequence_does_not_count_its_candidates_again():
+    """Up to the next power of two of its bins, which another program is compiled for."""
+    config = sea.SEAConfig(n_head=1, d_head=8, topk=2048)
+    assert len({kernels._candidates(config, 2048, 256, n) for n in range(16385, 32769)}) == 1
+    assert kernels._candidates(config, 2048, 256, 2**17) == (16 * config.n_chosen(2048), kernels._most_candidates(8096, 256, 2**15))
+
+
 @pytest.mark.parametrize("argument, change", [
+    ("topk", dict(topk=2**15, k=torch.zeros(1, 2, 1, 8).expand(1, 2, 2**17, 8))),
     ("scores", dict(scores=torch.zeros(1, 2, 7, 4))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
     ("k", dict(k=torch.zeros(1, 2, 9, 3))), ("k", dict(k=torch.zeros(1, 2, 9, 8).half())), ("topk", dict(topk=3)),
     ("group", dict(config=sea.SEAConfig(n_head=2, d_head=8, group="causal_batch"))),
@@ -1541,7 +1549,7 @@ def test_kernels_support(change, dtype):
     (dict(n_head=1, d_head=32, width=2049), torch.bfloat16, "width with cell_keys 2049: at most 2048, "),
     (dict(BINS, group="causal_batch"), torch.bfloat16, "group causal_batch with bins: one of ('query', 'kv') only, "),
     (dict(BINS, n_head=33, n_kv_head=1, width=1024), torch.bfloat16, "n_head x width = 33 x 1024, padded to powers of two, 65536: "),
-    (dict(BINS, bin=1, topk=8192), torch.bfloat16, "candidates of topk 32768: at most 16384, "),
+    (dict(BINS, bin=1, topk=8192), torch.bfloat16, "candidates of topk 8192, 32768: at most 16384, "),
 ])
 def test_a_layer_that_the_kernels_cannot_run_is_left_to_sea_or_raises(change, dtype, reason):
     """With the field, its value and the limit. Only the choice is looked at, so that it needs no GPU."""
