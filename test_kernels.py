@@ -1477,8 +1477,8 @@ def check_decoding(case, first, rtol=1e-3):
 
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
 @example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
-@example(Layer(torch.float32, 60, 3, (2, 1, 2), 16, 20, 8, False, "gaps", 2), 6)  # a static buffer, rows of the past
-@example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1, bin=0), 6)
+@example(Layer(torch.float32, 45, 3, (1, 1, 2), 16, 20, 8, False, "gaps", 2), 4)  # a static buffer, rows of the past
+@example(Layer(torch.float32, 30, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1, bin=0), 4)
 @example(Layer(torch.float32, 18, 1, (2, 1, 1), 2, 58, 3, True, "contiguous", 66), 5)  # only the second of two tokens is one
 @example(Layer(torch.float32, 35, 3, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 6)  # a level of cell keys begins
 @example(Layer(torch.float32, 35, 1, (2, 1, 2), 16, 4, 4, True, "contiguous", 1), 6)
@@ -1489,7 +1489,7 @@ def test_decoding_is_the_whole_on_both_backends(stride, case, steps):
     check_decoding(case, max(1, case.T - steps))
 
 
-@pytest.mark.parametrize("stride, cell_keys, topk, bin", [(3, True, 4, 0), (1, False, 9, 2), (3, True, 9, 2), (3, True, 64, 2)])
+@pytest.mark.parametrize("stride, cell_keys, topk, bin", [(3, True, 4, 0), (2, False, 9, 2), (3, True, 64, 2)])
 def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk, bin):
     """Weights in fp32, autocast to half precision: losses and gradients of a training step are as near to those of fp32 as
     PyTorch's, to a factor of 2. With few keys rounding also chooses other cells and bins; when all are kept, it holds module by
