@@ -13,16 +13,17 @@
     python bench.py --prefill                 time and memory of a model's prefill, in chunks and in one
                                               call, against SDPA
 
-One run compares everything on the same inputs. Writes OUT/bench.json and OUT/bench.png, --decode,
---prefill and --distill OUT/bench_decode.json and so on; --break-even and --profile only print. Without
-a GPU it measures the plain PyTorch path at small T and says so.
+One run compares everything on the same inputs, with SEA as --topk, --width and --sea say (--sea bin=0:
+cells without bins). Writes OUT/bench.json and OUT/bench.png, --decode, --prefill and --distill
+OUT/bench_decode.json and so on; --break-even and --profile only print. Without a GPU it measures the
+plain PyTorch path at small T and says so.
 
 Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side
 by side, windows one after the other until T is reached, so that a longer sequence has the local
 statistics of a real one and repeats nothing but the positions within a window. Without: random walks,
 since real neighbours are alike. The estimator is then trained on those inputs for a moment
 (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
-which is the worst case for the kernels. That case is measured too, as "random masks". A position table
+which is the worst case for the kernels. That case is measured too, as "random choice". A position table
 trained at 2,048 is stretched to T.
 
 --decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first
@@ -50,6 +51,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import convert
+import distill
 import evaluate
 import sea
 
@@ -58,6 +61,8 @@ ROOM = 64  # steps that --decode's static buffer of keys has room for
 PROMPT = 8192  # tokens that --decode's state has seen
 REFERENCE = 16384  # longest T for plain PyTorch, which computes all scores
 PYTORCH = "plain PyTorch path of SEA"
+RANDOM = "random choice, sparse attention alone"
+OTHERWISE = ("width", "topk", "query_stride", "max_positions", "backend")  # fields that --sea does not set
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--d-head", type=int, default=64, help="numbers a head")
     add("--width", type=int, default=256, help="cells of an estimated row")
     add("--topk", type=int, default=64, help="keys per query and head, on average")
-    add("--cell-keys", action=argparse.BooleanOptionalAction, default=True, help="see SEAConfig")
+    add("--sea", type=distill.settings(sea.SEAConfig), nargs="+", action="extend", default=[],
+        metavar="NAME=VALUE", help="other fields of sea.SEAConfig: bin (0: no bins), local, first, "
+        "candidates, group, nbf, cell_keys")
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
     add("--forward-only", action="store_true", help="leave out the backward passes")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by "
@@ -101,12 +108,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             p.error(f"--{name.replace('_', '-')}: expected integers >= 1, got {value}")
     if args.model and not args.data and not args.distill:
         p.error("--data: expected a text file with --model, got none")
+    read_sea(p, args)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--shard: expected several processes to spread over, under torchrun, got one")
     args.device = "cuda" if cuda else "cpu"
     args.dtype = torch.bfloat16 if cuda else torch.float32
     args.lengths = args.lengths or (default_lengths(args) if cuda else [256, 512])
     return args
+
+
+def read_sea(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Turn --sea, --topk and --width into a dict of fields of SEAConfig."""
+    fixed = [name for name, _ in args.sea if name in OTHERWISE]
+    if fixed:
+        p.error(f"--sea: expected other fields than {', '.join(OTHERWISE)}, which --width, --topk, --strides "
+                f"and what is measured set, got {', '.join(fixed)}")
+    args.sea = dict(width=args.width, topk=args.topk, **dict(args.sea))
+    try:
+        sea_config(args)
+    except ValueError as error:
+        own = str(error).startswith(("topk:", "width:"))
+        p.error(f"--{error}" if own else f"--sea {error}")
+
+
+def sea_config(args, **fields) -> sea.SEAConfig:
+    """Of the layers that are measured, but for models of --distill and --prefill, whose heads are their own."""
+    return sea.SEAConfig(n_head=args.heads, d_head=args.d_head, **args.sea, **fields)
 
 
 def default_lengths(args) -> list[int]:
@@ -125,8 +152,6 @@ def default_lengths(args) -> list[int]:
 @torch.no_grad()
 def model_inputs(args, T: int) -> list[torch.Tensor]:
     """q, k, v (1, H, T, D) of a model's layers on text."""
-    import convert
-
     text = "\n\n\n".join(evaluate.read_documents("--data", args.data))[: 8 * T]
     tokenizer, model = evaluate.from_hub(args.model, torch.bfloat16)
     model = model.to(args.device).eval()
@@ -173,8 +198,7 @@ def walk_inputs(args, T: int, seed: int = 0) -> list[torch.Tensor]:
 def trained_layer(args, q, k, v) -> sea.SEAttention:
     """A layer whose estimator has seen these inputs."""
     torch.manual_seed(0)
-    config = sea.SEAConfig(n_head=args.heads, d_head=args.d_head, width=args.width, topk=args.topk,
-                           cell_keys=args.cell_keys, max_positions=TRAINED, backend="torch")
+    config = sea_config(args, max_positions=TRAINED, backend="torch")
     layer = sea.SEAttention(config).to(args.device)
     optimizer = torch.optim.AdamW(layer.parameters(), 2e-3)
     n = min(TRAINED, q.shape[2], 2048 if q.is_cuda else 256)
@@ -183,7 +207,9 @@ def trained_layer(args, q, k, v) -> sea.SEAttention:
         start = (step * n) % (q.shape[2] - n + 1)
         x = [t[:, :, start : start + n].float() for t in (q, k, v)]
         result = layer(*x)
-        loss = sea.estimate_loss(result.scores, sea.pool_attention(x[0], x[1], seen, args.width), seen)
+        cells = config.cell_layout(result.in_cells)
+        pooled = sea.pool_attention(x[0], x[1], seen, config.width, **cells)
+        loss = sea.estimate_loss(result.scores, pooled, **cells)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -278,26 +304,38 @@ def contestants(args, layer, T: int) -> dict[str, Callable]:
     if args.device == "cuda" and T <= REFERENCE:
         found[PYTORCH] = stretched(args, layer, T, args.strides[0], "torch")
     if args.device == "cuda":
-        found["random masks, sparse attention alone"] = on_random_masks(args, T)
+        found[RANDOM] = on_random_choice(args, T)
     return found
 
 
-def on_random_masks(args, T: int) -> Callable:
-    """Sparse attention under random cells, as many as SEA keeps."""
+def on_random_choice(args, T: int) -> Callable:
+    """Sparse attention to random bins, or under random cells, as many as SEA keeps."""
     import kernels
 
-    seen = torch.arange(1, T + 1, device=args.device)[None]
+    seen, config = torch.arange(1, T + 1, device=args.device)[None], sea_config(args)
+    if config.has_bins:
+        bins = torch.cat([random_bins(config, part) for part in seen.split(8192, dim=1)], 2)
+        return lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=config.bin)
     n_cells = (2 * args.heads * args.topk * args.width + seen) // (2 * seen)  # of all heads
     bits = []
     for share in (n_cells / (args.heads * args.width)).split(8192, dim=1):
         scores = torch.rand(1, args.heads, share.shape[1], args.width, device=args.device)
         bits.append(kernels.pack_mask(scores < share[:, None, :, None]).bits)
     cells = kernels.CellBits(torch.cat(bits, 2), args.width)
+    return lambda q, k, v: kernels.sparse_attention(q, k, v, cells, seen)
 
-    def attention(q, k, v):
-        return kernels.sparse_attention(q, k, v, cells, seen)
 
-    return attention
+def random_bins(config: sea.SEAConfig, seen: torch.Tensor) -> torch.Tensor:
+    """As choose_bins, (B, C, R, n): but for the first and last bins, one from each of n_chosen equal parts of
+    those in cells."""
+    n, first = config.n_chosen(config.topk), config.n_first
+    middle = (config.in_cells(seen) // config.bin - first).clamp(min=0)[:, None, :, None]  # (B, 1, R, 1)
+    edges = first + middle * torch.arange(n + 1, device=seen.device) // max(n, 1)
+    begin, size = edges[..., :-1], edges.diff(dim=-1)
+    drawn = torch.rand(len(seen), config.n_choosers, seen.shape[1], n, device=seen.device)
+    chosen = torch.where(size > 0, begin + (drawn * size).long().minimum(size - 1), sea.NONE)
+    always = sea.always_bins(seen, config)[:, None].expand(-1, config.n_choosers, -1, -1)
+    return torch.cat([always, chosen], dim=-1).sort(-1).values.int()
 
 
 def measure(args, layer, inputs, T: int) -> dict[str, dict]:
@@ -408,13 +446,9 @@ def teacher_model(args, T: int) -> torch.nn.Module:
 
 def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], int]:
     """What a step of distill.py does, and how many tokens this process trains on in it."""
-    import convert
-    import distill
-
     teacher = teacher_model(args, T)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    convert.attach(student, width=args.width, topk=args.topk, query_stride=args.strides[0],
-                   cell_keys=args.cell_keys, backend=backend).train()
+    convert.attach(student, **args.sea, query_stride=args.strides[0], backend=backend).train()
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher, student = evaluate.to_device(teacher, args), evaluate.to_device(student, args)
@@ -437,7 +471,7 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
 def one_block(T: int):
     """Plain PyTorch's attention and pooling keep their T x T tensors, instead of blocks of queries."""
     whole = {name: functools.partial(getattr(sea, name), block=T)
-             for name in ("sparse_attention", "pool_attention")}
+             for name in ("sparse_attention", "bin_attention", "pool_attention")}
     with mock.patch.multiple(sea, **whole):
         yield
 
@@ -455,8 +489,6 @@ def distillation(args, size: int) -> dict[int, dict]:
 
 
 def time_step(args, T: int, backend: str, size: int) -> dict:
-    import distill
-
     step, n_tokens = distillation_step(args, T, backend)
     with distill.settled():
         ms, mib = evaluate.milliseconds_in_a_row(step), evaluate.peak_mib(step)
@@ -537,12 +569,12 @@ def decode(args, layer, S: int, B: int) -> dict[str, dict]:
     for name, run in runs.items():
         results[name] = measured(lambda run=run: dict(ms=evaluate.milliseconds(run)))
         if name.startswith("SEA") and "ms" in results[name]:
-            results[name] |= keys_visited(run(), args.width)
+            results[name] |= keys_visited(run())
     return results
 
 
-def keys_visited(result: sea.SEAOutput, width: int) -> dict[str, float]:
-    n_keys = (sea.keys_per_cell(result.seen, width)[:, None] * result.mask).sum(-1)
+def keys_visited(result: sea.SEAOutput) -> dict[str, float]:
+    n_keys = result.n_attended()
     return dict(keys=n_keys.float().mean().item(), most=n_keys.max().item())
 
 
@@ -577,8 +609,6 @@ def decoding_line(result: dict, dense: list[float]) -> str:
 def prefill(args) -> dict[int, dict]:
     """A prompt of T tokens, its keys and values kept, logits of the last token only: time, and memory
     above the weights."""
-    import convert
-
     rows = {}
     for T in args.lengths:
         chunk = convert.ROWS_AT_ONCE if args.device == "cuda" else T // 2
@@ -596,12 +626,9 @@ def prefill(args) -> dict[int, dict]:
 
 def prefill_of(args, T: int, stride: int | None) -> dict:
     """Of a student at that stride, or of a plain model."""
-    import convert
-
     model = opt(args, T, args.device).to(args.dtype).eval()
     if stride is not None:
-        convert.attach(model, width=args.width, topk=args.topk, query_stride=stride,
-                       cell_keys=args.cell_keys)
+        convert.attach(model, **args.sea, query_stride=stride)
     x = torch.randint(5, 50000, (1, T), device=args.device)
 
     @torch.no_grad()
@@ -688,12 +715,21 @@ def describe(args, argv: list[str] | None) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     print(f"{command}\n{device}, {versions}, commit {commit or 'unknown'}\n{args.dtype}, B "
-          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, width "
-          f"{args.width}, topk {args.topk}, causal")
+          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, causal\n"
+          f"SEA: {configuration(args)}")
     if not cuda:
         print("no GPU: this measures the plain PyTorch path")
     shown = {name: value for name, value in vars(args).items() if name != "dtype"}
-    return dict(command=command, device=device, versions=versions, commit=commit, args=shown)
+    return dict(command=command, device=device, versions=versions, commit=commit, sea=configuration(args),
+                args=shown)
+
+
+def configuration(args) -> str:
+    """As options say it."""
+    config = sea_config(args)
+    of_bins = ("bin", "local", "first", "candidates") if config.has_bins else ("bin",)
+    names = ("width", "topk", *of_bins, "group", "nbf", "cell_keys")
+    return " ".join(f"{name}={getattr(config, name)}" for name in names)
 
 
 def write(report: dict, args, name: str) -> Path:
@@ -719,7 +755,7 @@ def main_prefill(args, argv) -> dict:
     report |= dict(results=prefill(args))
     figure = write(report, args, "bench_prefill")
     plot_lines(report["results"], dict(ms="ms", mib="MiB above the weights"), figure,
-               f"prefill of an OPT of {args.layers} layers ({report['device']})", "tokens")
+               f"prefill of an OPT of {args.layers} layers ({report['device']})\n{report['sea']}", "tokens")
     return report
 
 
@@ -730,7 +766,7 @@ def main_decode(args, argv) -> dict:
     report |= dict(results=decoding(args, layer))
     figure = write(report, args, "bench_decode")
     plot_lines(report["results"], dict(ms="ms a step"), figure,
-               f"decoding, estimator included ({report['device']})", "context")
+               f"decoding, estimator included ({report['device']})\n{report['sea']}", "context")
     return report
 
 
@@ -747,7 +783,8 @@ def main_attention(args, argv) -> dict:
     else:
         report |= dict(results=all_lengths(args, layer, inputs))
         figure = write(report, args, "bench")
-        plot(report["results"], figure, f"SEA attention, estimator included ({report['device']})")
+        plot(report["results"], figure,
+             f"SEA attention, estimator included ({report['device']})\n{report['sea']}")
     return report
 
 

@@ -306,6 +306,14 @@ def _most_candidates(n_wanted: int, width: int, n_bin: int) -> int:
     return most
 
 
+def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
+    """How many a row asks for and the most that it has, of n_key keys. They change with the power of two of
+    its bins only, since a sequence may grow by a key a call, and _most_candidates counts in Python."""
+    n_bin = _next_power_of_2(_cdiv(n_key, config.bin))
+    n_wanted = min(config.candidates * config.n_chosen(topk), n_bin)
+    return n_wanted, _most_candidates(n_wanted, width, n_bin)
+
+
 @triton.jit
 def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
     """sea.boxes of bins (int64) of one head, centres and radii, (bins, BLOCK_D) fp32 each. order_ptr: the
@@ -331,7 +339,7 @@ def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.con
 # Reference: sea.boxes.
 @triton.jit
 def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
-                     BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                  BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_n, pid_bkv = _program(tl.cdiv(n_bin, BLOCK_N))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     bins, offs_d = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
@@ -489,11 +497,11 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         _expect(x.shape == (B, n), name, f"shape {(B, n)}", tuple(x.shape))
     _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
     n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk, S), _cdiv(S, bin)
-    C, n_wanted = config.n_choosers, min(config.candidates * n_chosen, n_bin)
-    n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
-    _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates",
-            n_candidate)
-    order, heads = None if order is None else order.contiguous(), H // C
+    n_wanted, n_candidate = _candidates(config, topk, width, S)
+    _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
+            f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
+    order, C = None if order is None else order.contiguous(), config.n_choosers
+    heads = H // C
     tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, is_step=T == 1)
     n_scratch = tiles["BLOCK_M"] * tiles["BLOCK_C"]
     n_program = min(B * C * R, CHOOSE["programs"], max(264, CHOOSE["scratch"] // n_scratch))
@@ -1494,10 +1502,9 @@ def supports(config, dtype: torch.dtype) -> str | None:
          "one program ranks all cells that compete"),
     ]
     if config.has_bins:
-        n_bin = _cdiv(config.max_positions, config.bin)
-        n_wanted = min(config.candidates * config.n_chosen(config.topk), n_bin)
-        n_candidate = _most_candidates(n_wanted, width, _next_power_of_2(n_bin))
-        limits += [("candidates of topk", n_candidate, MAX_CANDIDATES, "one program ranks all candidates")]
+        _, n_candidate = _candidates(config, config.topk, width, config.max_positions)
+        limits += [(f"candidates of topk {config.topk},", n_candidate, MAX_CANDIDATES,
+                    "one program ranks them all")]
     if config.causal and config.cnn:  # the bidirectional estimator has no kernels
         quarter = _cdiv(width, 4)
         n_sums = max(64, _next_power_of_2(m)) * max(64, _next_power_of_2(D))
