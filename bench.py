@@ -326,15 +326,16 @@ def on_random_choice(args, T: int) -> Callable:
 
 
 def random_bins(config: sea.SEAConfig, seen: torch.Tensor) -> torch.Tensor:
-    """As choose_bins, (B, C, R, n): but for the first and last bins, one from each of n_chosen equal parts of
+    """As choose_bins, (B, C, T, n): but for the first and last bins, one from each of n_chosen equal parts of
     those in cells."""
-    n, first = config.n_chosen(config.topk), config.n_first
-    middle = (config.in_cells(seen) // config.bin - first).clamp(min=0)[:, None, :, None]  # (B, 1, R, 1)
+    n, first, n_in_cells = config.n_chosen(config.topk), config.n_first, config.in_cells(seen) // config.bin
+    middle = (n_in_cells - first).clamp(min=0)[:, None, :, None]  # (B, 1, T, 1)
     edges = first + middle * torch.arange(n + 1, device=seen.device) // max(n, 1)
     begin, size = edges[..., :-1], edges.diff(dim=-1)
     drawn = torch.rand(len(seen), config.n_choosers, seen.shape[1], n, device=seen.device)
     chosen = torch.where(size > 0, begin + (drawn * size).long().minimum(size - 1), sea.NONE)
-    always = sea.always_bins(seen, config)[:, None].expand(-1, config.n_choosers, -1, -1)
+    always = sea.always_bins(seen, n_in_cells, config, seen.shape[1])[:, None]
+    always = always.expand(-1, config.n_choosers, -1, -1)
     return torch.cat([always, chosen], dim=-1).sort(-1).values.int()
 
 
