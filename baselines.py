@@ -10,6 +10,7 @@ distill.py treat them alike.
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class PerformerAttention(nn.Module):
     Of the config it uses n_head, n_kv_head, d_head, causal, nbf and seed.
     """
 
-    of_config = dict(cell_keys=False, cnn=True, bin=0, group=None)  # what it has no use for, with any topk
+    # what it has no use for, with any topk
+    of_config: ClassVar[dict] = dict(cell_keys=False, cnn=True, bin=0, group=None)
 
     def __init__(self, config: SEAConfig):
         super().__init__()
@@ -91,7 +93,7 @@ class WindowAttention(nn.Module):
     that is not causal or has no bins.
     """
 
-    of_config = dict(local=1, query_stride=1)  # what it has no use for, with room for any topk
+    of_config: ClassVar[dict] = dict(local=1, query_stride=1)  # what it has no use for, with any topk
 
     def __init__(self, config: SEAConfig):
         super().__init__()

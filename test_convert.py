@@ -526,9 +526,9 @@ def test_generate_gives_the_tokens_of_full_recomputation(kind, options, padded, 
     mask = torch.ones_like(x)
     if padded:
         mask[0, :4] = 0
-    for options in (dict(use_cache=True), dict(use_cache=False), dict(prefill_chunk_size=3)):
+    for how in (dict(use_cache=True), dict(use_cache=False), dict(prefill_chunk_size=3)):
         model.generation_config.eos_token_id = None
-        out = model.generate(x, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=1, **options)
+        out = model.generate(x, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=1, **how)
         assert torch.equal(out, recomputed(model, x, mask.bool(), 9)), options
 
 

@@ -1778,8 +1778,9 @@ def test_bench_runs_what_its_options_say(monkeypatch):
     (["--topk", "4"], "--topk: expected at least 22, since on average as many first and last keys are always attended to, got 4"),
     (["--sea", "local=0"], "--sea local: expected an integer >= 1, with bins, got 0"),
     (["--sea", "bin=x"], "argument --sea: expected bin of type int, got 'x'"),
-    (["--sea", "query_stride=2", "topk=3"], "--sea: expected other fields than width, topk, query_stride, max_positions, backend, which "
-     "--width, --topk, --strides and what is measured set, got query_stride, topk"),
+    (["--sea", "query_stride=2", "topk=3"],
+     ("--sea: expected other fields than width, topk, query_stride, max_positions, backend, which "
+      "--width, --topk, --strides and what is measured set, got query_stride, topk")),
 ])
 def test_bench_refuses_layers_that_cannot_be(options, message, capsys):
     import bench

@@ -619,7 +619,7 @@ def box_product(q, k):
 
 def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int]]:
     """(head, query) -> the bins attended to, of probs (H, R, width), q (H, T, D), already scaled, and k (H, T, D)."""
-    (H, R, width), bin, stride, T, chosen = probs.shape, c.bin, c.query_stride, q.shape[1], {}
+    (H, _, width), bin, stride, T, chosen = probs.shape, c.bin, c.query_stride, q.shape[1], {}
     sharing = H // c.n_kv_head if c.group == "kv" else 1
     first = -(-c.first // bin)
     # The last keys of a query that sees t keys: the average of a period, of whole strides and bins.

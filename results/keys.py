@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import evaluate  # noqa: E402
+import evaluate
 
 
 def lines(models: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
