@@ -696,14 +696,14 @@ def test_an_ablation_changes_what_is_learned(name):
 def test_ablations_run_and_are_told_in_a_table(home, tmp_path):
     names = ["base", "stride 2", "--sea cell_keys=false"]
     done = subprocess.run([sys.executable, Path(ablate.__file__), "--model", home / "teacher", "--data", home / "text.txt", *SMALL,
-                           "--micro-batch", "2", "--optimizer", "warmup=0", "--steps", "2", "--topk", "5", "--jobs", "2", "--only", *names[:2],
+                           "--micro-batch", "2", "--optimizer", "warmup=0", "--steps", "2", "--topk", "6", "--jobs", "2", "--only", *names[:2],
                            f"--variant={names[2]}", "--out", tmp_path], capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "ablation.json").read_text())["results"]
-    assert list(results) == names and all(0.5 < r["ratio"] < 2 and 0.5 < r["topk 5"] < 2 and 0 < r["kept"] < 1 for r in results.values())
+    assert list(results) == names and all(0.5 < r["ratio"] < 2 and 0.5 < r["topk 6"] < 2 and 0 < r["kept"] < 1 for r in results.values())
     assert len({r["ratio"] for r in results.values()}) == 3
-    assert all(f"{name:30} {results[name]['ratio']:8.4f}" in done.stdout for name in names) and "topk 5" in done.stdout
+    assert all(f"{name:30} {results[name]['ratio']:8.4f}" in done.stdout for name in names) and "topk 6" in done.stdout
 
 
 # -- what is printed, drawn and written is what was measured -----------------------------------------------------------

@@ -879,7 +879,7 @@ class Layer:
         fields = dict(n_head=Hkv * group, n_kv_head=Hkv, d_head=self.D, width=self.width, topk=self.topk, query_stride=self.stride,
                       nbf=2 if self.D < 64 else 8, max_positions=4096, cell_keys=self.cell_keys, bin=self.bin)
         if self.bin:
-            fields |= dict(local=5, first=3, candidates=2, topk=-(-3 // self.bin) * self.bin + 5 + self.bin // 2 + self.topk)
+            fields |= dict(local=5, first=3, candidates=2, topk=-(-3 // self.bin) * self.bin + 5 + self.bin + self.stride + self.topk)
         return sea.SEAConfig(**{**fields, **changes})
 
     def layer(self, **changes):
