@@ -35,7 +35,7 @@ same operations in Triton and takes over on a GPU.
     in_cells   -       number of these keys
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       mean of the keys around the middle of a cell; ours
-    bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a row attends to
+    bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a query attends to
     chooser, C -       heads with a choice of bins of their own: a query head, C = H, or those of a
                        key/value head together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
@@ -124,7 +124,7 @@ class SEAConfig:
     local: int = 16  # last keys that a query always attends to, with bins
     first: int = 4  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete, as a multiple of those chosen
-    query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others reuse the row before (causal)
+    query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
