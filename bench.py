@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--d-head", type=int, default=64, help="numbers a head")
     add("--width", type=int, default=256, help="cells of an estimated row")
     add("--topk", type=int, default=64, help="keys per query and head, on average")
-    add("--sea", type=distill.settings(sea.SEAConfig), nargs="+", action="extend", default=[],
+    add("--sea", type=evaluate.settings(sea.SEAConfig), nargs="+", action="extend", default=[],
         metavar="NAME=VALUE", help="other fields of sea.SEAConfig: bin (0: no bins), local, first, "
         "candidates, group, nbf, cell_keys")
     add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")

@@ -413,7 +413,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
 OF_BINS = ("bin", "local", "first", "candidates")  # which students from before there were bins do not have
-OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "backend")
+OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "query_stride", "backend")
 # The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
 # warning and run dense attention; so they refuse an attention of this name, and repeat it.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"
@@ -532,15 +532,17 @@ def _switch_to_sea(model: PreTrainedModel, modules: list[nn.Module]) -> None:
 
 
 def set_option(model: PreTrainedModel, **options: Any) -> None:
-    """Change fields of SEAConfig that no weight depends on (OF_NO_WEIGHT) of any trained student: topk is the paper's dynamic k.
+    """Change fields of SEAConfig that no weight depends on (OF_NO_WEIGHT, and width without a CNN) of any trained student:
+    topk is the paper's dynamic k.
 
     Raises ValueError, with the model as it was, if a layer cannot have them.
     """
-    for name in options:
-        if name not in OF_NO_WEIGHT:
-            raise ValueError(f"options: expected some of {', '.join(OF_NO_WEIGHT)}, got {name}, which the weights depend on")
     if not hasattr(model.config, "sea"):
         raise ValueError(f"model: expected a student, got a plain {type(model).__name__}")
+    free = free_options(model.config.sea)
+    for name in options:
+        if name not in free:
+            raise ValueError(f"options: expected some of {', '.join(free)}, got {name}, which the weights depend on")
     modules, layer = attention_modules(model), METHODS[model.config.sea["method"]]
     # A group of None is that of a layer with bins, or without.
     changes = {"group": model.config.sea["group"], **options, **getattr(layer, "of_config", {})}
@@ -549,6 +551,11 @@ def set_option(model: PreTrainedModel, **options: Any) -> None:
     for module, config in zip(modules, configs):
         module.sea.config = config
     model.config.sea = {**model.config.sea, **options}
+
+
+def free_options(options: dict[str, Any]) -> tuple[str, ...]:
+    """The fields of SEAConfig that no weight of a student with these options depends on."""
+    return OF_NO_WEIGHT if options.get("cnn", True) else (*OF_NO_WEIGHT, "width")
 
 
 def _has_adapters(model: nn.Module) -> bool:

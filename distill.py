@@ -33,14 +33,12 @@ another --micro-batch change no more than rounding and dropout.
 import argparse
 import contextlib
 import copy
-import dataclasses
 import gc
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -554,26 +552,6 @@ def peak_memory(args) -> float:
 # -- options ---------------------------------------------------------------------------------------
 
 
-def settings(config: type) -> Callable[[str], tuple[str, object]]:
-    """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
-    kinds = {f.name: f.type if isinstance(f.type, type) else str  # str | None
-             for f in dataclasses.fields(config) if f.name not in checkpoints.FROM_MODEL}
-
-    def setting(text: str) -> tuple[str, object]:
-        name, _, value = text.partition("=")
-        if name not in kinds or not value:
-            raise argparse.ArgumentTypeError(
-                f"expected NAME=VALUE with one of {', '.join(kinds)}, got {text!r}")
-        kind = kinds[name]
-        try:
-            return name, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(
-                f"expected {name} of type {kind.__name__}, got {value!r}") from None
-
-    return setting
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     evaluate.add_common_options(p)
@@ -589,16 +567,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    add("--sea", type=settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
+    add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
         "bin, local, first, candidates, query_stride, nbf, cell_keys and cnn (true or false), group, "
         "backend, max_positions (rows of the position table of each layer: unless given the model's "
         "positions, which may be far more than --seq-len trains); without --model, width=64 topk=16 bin=2 "
         "local=4 first=2 unless given; with --load only what no weight depends on: topk, group, bin, "
-        "local, first, candidates, backend")
-    add("--loss", type=settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
+        "local, first, candidates, query_stride, backend, without a CNN width")
+    add("--loss", type=evaluate.settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
         "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
         "first token, they are most of the loss: hidden=0.005 is better there")
-    add("--optimizer", type=settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 (of "
+    add("--optimizer", type=evaluate.settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 (of "
         "pretrained weights) lr_new=1e-4 schedule=constant (linear and cosine fall to 0), without "
         "--model 5e-4, 1e-2 and linear; warmup=0 (steps) weight_decay=0.01 clip=1 (gradient norm) "
         "redraw_every=1000 (steps between draws of random features)")
@@ -635,10 +613,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Turn --sea into a dict, --loss and --optimizer into their dataclasses."""
     job, given = PAPER if args.model else TINY, dict(args.sea)
-    fixed = [name for name in given if name not in convert.OF_NO_WEIGHT]
-    if args.load and fixed:
-        p.error(f"--sea: expected {', '.join(convert.OF_NO_WEIGHT)} only with --load, since the saved "
-                f"student has its own of the others, got {', '.join(fixed)}")
+    if args.load:
+        free = convert.free_options(evaluate.saved_config(args.load).get("sea", {}))
+        if fixed := [name for name in given if name not in free]:
+            p.error(f"--sea: expected {', '.join(free)} only with --load, since the saved student has its own "
+                    f"of the others, got {', '.join(fixed)}")
     args.sea = given if args.load else job["sea"] | given
     option = "--loss"
     try:

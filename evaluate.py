@@ -602,6 +602,26 @@ def by_job(name: str, paper: dict = PAPER, tiny: dict = TINY) -> str:
     return f" (none: {paper[name]} with --model, {tiny[name]} without)"
 
 
+def settings(config: type) -> Callable[[str], tuple[str, object]]:
+    """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
+    kinds = {f.name: f.type if isinstance(f.type, type) else str  # str | None
+             for f in dataclasses.fields(config) if f.name not in (*convert.FROM_MODEL, "causal", "seed")}
+
+    def setting(text: str) -> tuple[str, object]:
+        name, _, value = text.partition("=")
+        if name not in kinds or not value:
+            raise argparse.ArgumentTypeError(
+                f"expected NAME=VALUE with one of {', '.join(kinds)}, got {text!r}")
+        kind = kinds[name]
+        try:
+            return name, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"expected {name} of type {kind.__name__}, got {value!r}") from None
+
+    return setting
+
+
 def add_common_options(p: argparse.ArgumentParser) -> None:
     """Those of distill.py and evaluate.py alike."""
     add = p.add_argument
@@ -678,6 +698,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "students with, besides their own")
     add("--backend", choices=sea.BACKENDS, help="of the students' attention, see sea.SEAConfig (none: "
         "as saved)")
+    add("--sea", type=settings(sea.SEAConfig), nargs="+", action="extend", default=[],
+        metavar="NAME=VALUE", help="fields of SEAConfig for SEA students to be measured with instead of "
+        f"their own: {', '.join(convert.OF_NO_WEIGHT)}, without a CNN width")
     add("--look", type=layer_and_head, nargs="+", default=[], metavar="LAYER.HEAD", help="heads to "
         "draw, counted from 0 (none: a median one)")
     add("--inside-documents", action="store_true", help="windows of one document each, shorter "
@@ -701,6 +724,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--from-token: expected at most the {args.seq_len} tokens of --seq-len, got "
                 f"{args.from_token}")
     check_backend(p, "--backend", args.backend, args.device)
+    args.sea = dict(args.sea)
     if any(k < 1 for k in args.topk):
         p.error(f"--topk: expected integers >= 1, got {args.topk}")
     if not args.model and not (Path(args.out) / "teacher").exists():
@@ -808,18 +832,26 @@ class Setting:
     valid: Tensor  # (n, T) windows
 
 
-def check_topk(args) -> None:
-    """Each of --topk has to be one that the students that are measured at each can have."""
+def check_options(args) -> None:
+    """The students that --sea and each of --topk change have to be able to have them."""
     for folder in args.students:
         saved = saved_config(folder)
-        if saved.get("sea", {}).get("method") not in WITH_TOPK:  # an oracle's is sea
+        method = saved.get("sea", {}).get("method")
+        if method not in WITH_TOPK:  # an oracle's is sea
             continue
-        for k in args.topk:
+        of_sea = args.sea if method == "sea" else {}
+        free = convert.free_options(saved["sea"])
+        if fixed := [name for name in of_sea if name not in free]:
+            sys.exit(f"--sea: expected {', '.join(free)} for the student in {folder}, which has its own of the "
+                     f"others, got {', '.join(fixed)}")
+        cases = [("--sea: expected fields that the student in {} can have", of_sea)]
+        cases += [(f"--topk: expected numbers of keys for the student in {{}}, got {k}", of_sea | dict(topk=k))
+                  for k in args.topk]
+        for expected, changes in cases:
             try:
-                with_options(saved, topk=k)
+                with_options(saved, **changes)
             except ValueError as error:
-                sys.exit(f"--topk: expected numbers of keys for the student in {folder}, got {k} "
-                         f"({error})")
+                sys.exit(f"{expected.format(folder)} ({error})")
 
 
 def load_documents(args) -> list[str]:
@@ -971,6 +1003,8 @@ def open_student(folder: str, original, teacher, args) -> tuple[str, nn.Module]:
     """Which of METHODS it is, and the student, on the device."""
     options = {} if args.backend is None else dict(backend=args.backend)
     method, student = load_student("--students", folder, original, teacher, **options)
+    if method in ("sea", "oracle"):
+        convert.set_option(student, **args.sea)
     return method, to_device(student, args)
 
 
@@ -1304,7 +1338,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 def measure_all(args, header: dict[str, str]) -> dict[str, dict]:
-    check_topk(args)
+    check_options(args)
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", args.seq_len)
     check_against_model(args, original, tokenizer)
     valid = validation_windows(original, tokenizer, args)
@@ -1345,7 +1379,7 @@ def validation_windows(teacher, tokenizer, args) -> Tensor:
 
 
 def measure_retrieval(args, header: dict[str, str]) -> dict[str, dict]:
-    check_topk(args)
+    check_options(args)
     longest = max(args.retrieval)
     original, tokenizer = load_teacher(args.model or Path(args.out) / "teacher", longest, "--retrieval")
     (text,) = token_streams(lambda: [["\n\n\n".join(load_documents(args))]], tokenizer, original, args)

@@ -639,18 +639,21 @@ def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch
 
 
 @pytest.mark.parametrize("method, options", [
-    *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, group="query", backend="torch").items()),
-    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4))])
+    *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, query_stride=2, group="query",
+                                                   backend="torch").items()),
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("sea without a CNN", dict(width=3, query_stride=2)), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4))])
 @torch.no_grad()
 def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
     """As if attached so; the estimate does not change."""
-    model, x = convert.attach(tiny("llama"), method, **SEA), tokens()
+    fixed = SEA | (dict(cnn=False) if method == "sea without a CNN" else {})
+    method = method.split()[0]
+    model, x = convert.attach(tiny("llama"), method, **fixed), tokens()
     before = model(x).logits
     convert.set_option(model, **options)
     assert torch.equal(model(x).logits, before) == ("backend" in options)
     convert.save(model, tmp_path / "student")
     torch.manual_seed(0)
-    again, attached = convert.load(tmp_path / "student"), convert.attach(tiny("llama"), method, **{**SEA, **options})
+    again, attached = convert.load(tmp_path / "student"), convert.attach(tiny("llama"), method, **{**fixed, **options})
     attached.load_state_dict(model.state_dict())
     for other in (again, attached):
         assert torch.equal(other(x).logits, model(x).logits)
@@ -669,7 +672,7 @@ def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
 
 
 @pytest.mark.parametrize("method, options, message", [
-    ("sea", dict(width=9), "options: expected some of topk, group, bin, local, first, candidates, backend, got width, which the weights depend on"),
+    ("sea", dict(width=9), "options: expected some of topk, group, bin, local, first, candidates, query_stride, backend, got width, which the weights depend on"),
     ("sea", dict(topk=4), "topk: expected at least 5, since on average as many first and last keys are always attended to, got 4"),
     ("sea", dict(local=9), "topk: expected at least 12, since on average as many first and last keys are always attended to, got 9"),
     ("sea", dict(local=0), "local: expected an integer >= 1, with bins, got 0"),

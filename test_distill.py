@@ -945,7 +945,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
     (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
-    (["--load", "x", "--sea", "width=8"], ("--sea: expected topk, group, bin, local, first, candidates, backend only with --load, "
+    (["--load", "x", "--sea", "width=8"], ("--sea: expected topk, group, bin, local, first, candidates, query_stride, backend only with --load, "
                                            "since the saved student has its own of the others, got width")),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--sea", "max_positions=100"], "--sea max_positions: expected at least --seq-len, 256, got 100"),

@@ -89,7 +89,7 @@ def test_numbers_of_keys_that_a_student_cannot_have_are_refused_before_anything_
     own = ["--model", home / "teacher", "--device", "cpu", *measured, "--out", tmp_path / "out", "--topk", 5, 4, "--students", *others]
     with pytest.raises(SystemExit, match="^--topk: expected numbers of keys for the student in .*/sea, got 4 .topk: expected at least 5, since on average "):
         evaluate.main([str(x) for x in [*own, student]])
-    evaluate.check_topk(evaluate.parse([str(x) for x in own]))
+    evaluate.check_options(evaluate.parse([str(x) for x in own]))
 
 
 def test_students_of_one_name_are_told_apart(home, student, tmp_path):
@@ -828,6 +828,26 @@ def test_a_student_is_measured_with_the_backend_asked_for(home, student, tmp_pat
     monkeypatch.setattr(evaluate, "layer_report", report)
     evaluate.main(arguments(home, "--students", student, "--backend", "torch", "--out", tmp_path))
     assert found == [(8, {"torch"})]
+
+
+@pytest.mark.parametrize("measured", [["--seq-len", 16], ["--retrieval", 16]])
+def test_a_student_is_measured_with_other_fields_that_no_weight_depends_on(measured, home, student, tmp_path, monkeypatch):
+    """As if they had been set before it was saved; students of other methods stay as they are."""
+    given, found = ["bin=1", "candidates=3", "query_stride=2"], []
+    monkeypatch.setattr(evaluate, "to_device", lambda model, args: found.append(model) or model)
+    for options in (["--sea", *given], []):
+        args = evaluate.parse([str(x) for x in ("--model", home / "teacher", "--device", "cpu", *measured, *options)])
+        evaluate.open_student(str(student), *[evaluate.load_teacher(home / "teacher", 16)[0]] * 2, args)
+    convert.set_option(found[1], bin=1, candidates=3, query_stride=2)
+    x = tokens()
+    assert torch.equal(found[0](x).logits, found[1](x).logits) and found[0].config.sea == found[1].config.sea
+    convert.save(convert.attach(AutoModelForCausalLM.from_pretrained(home / "teacher"), "window", **SEA), tmp_path / "window")
+    for options, message in ((["width=9"], "expected topk, group, .* for the student in .*/sea, which has its own of the others, got width"),
+                             (["local=99"], "expected fields that the student in .*/sea can have .topk: expected at least")):
+        args = [str(x) for x in ("--model", home / "teacher", *measured, "--sea", *options, "--students", tmp_path / "window")]
+        evaluate.check_options(evaluate.parse(args))
+        with pytest.raises(SystemExit, match="^--sea: " + message):
+            evaluate.check_options(evaluate.parse([*args, str(student)]))
 
 
 @pytest.mark.parametrize("method", ["sea", "dense"])
