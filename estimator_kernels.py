@@ -1505,9 +1505,9 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
     return scores, tuple(last_rows)
 
 
-# -- products with the mean key of each cell ---------------------------------------------------------
+# -- products with what stands for the keys of each cell ---------------------------------------------
 
-BIN_KEYS = dict(BLOCK_B=16, BLOCK_N=64, num_warps=2, num_stages=3)
+BIN_KEYS = dict(BLOCK_B=4, BLOCK_N=8, num_warps=2)
 CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more are slower there
 
 
@@ -1534,48 +1534,33 @@ def _bin_level(seen, N_BINS: tl.constexpr):
 
 
 @triton.jit
-def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr):
-    """The bin of 2^e keys that the middle key of cell p is in, in_cells (2 p + 1) // (2 WIDTH), or the last
-    full one. in_cells in two parts, since the product passes 2^31 at 1M keys, width 1024."""
-    middle = in_cells // (2 * WIDTH) * (2 * p + 1) + in_cells % (2 * WIDTH) * (2 * p + 1) // (2 * WIDTH)
+def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr):
+    """The bin of 2^e keys, or the last full one, that the middle key of part PLACE of PLACES of cell p is
+    in: key in_cells x // n with n = 2 PLACES WIDTH, x = 2 PLACES p + 2 PLACE + 1. in_cells in two parts,
+    since the product passes 2^31 at 1M keys, width 1024."""
+    n: tl.constexpr = 2 * PLACES * WIDTH
+    x = 2 * PLACES * p + 2 * PLACE + 1
+    middle = in_cells // n * x + in_cells % n * x // n
     return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
-@triton.jit
-def _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D: tl.constexpr, BLOCK_B: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr):
-    """Sums of the keys begin ... end - 1 in bins of 2^e keys, the first from `origin` on: (BLOCK_B, BLOCK_D)
-    fp32. SELECT: a bin with a key that is not finite is nan, and the others have their sums, to the bit."""
-    offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    acc, n_bad = tl.zeros((BLOCK_B, BLOCK_D), tl.float32), tl.zeros((BLOCK_B,), tl.int32)
-    for start in range(begin, end, BLOCK_N):
-        j = (start + offs_n).to(tl.int64)
-        # (BLOCK_N, BLOCK_D)
-        mask_k = (j < end)[:, None] & (offs_d < D)[None, :]
-        k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_k)
-        mask_in = ((j - origin) >> e)[None, :] == offs_b[:, None]  # (BLOCK_B, BLOCK_N)
-        if SELECT:
-            mask_finite = tl.abs(k.to(tl.float32)) < float("inf")
-            bad = tl.max((~mask_finite).to(tl.int32), axis=1)  # of a key
-            n_bad += tl.sum(tl.where(mask_in, bad[None, :], 0), axis=1)
-            k = tl.where(mask_finite, k, 0.0).to(k.dtype)
-        acc += tl.dot(mask_in.to(k.dtype), k, input_precision="ieee")
-    return tl.where((n_bad > 0)[:, None], float("nan"), acc) if SELECT else acc
-
-
-# Sums and means of the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1, for the levels e from that of count to
-# that of count + n_new.
-# One program: BLOCK_B bins of one level of one key/value head, whose keys stand side by side; grid
-# (cdiv(N_BINS, BLOCK_B) * n_level * B * Hkv,). A sum is a product with ones, BLOCK_N keys at a time.
+# What the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1 add up to, and what stands for them, for the levels e
+# from that of count to that of count + n_new.
+# One program: BLOCK_B bins of one level of one key/value head; grid (cdiv(N_BINS, BLOCK_B) * n_level * B *
+# Hkv,). It reads BLOCK_N keys of each at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
-#   past, sums (B, Hkv, N_BINS, D) fp32: at the levels of count and of count + n_new
-#   means (B, Hkv, n_level, N_BINS, D) in the dtype of k
+#   past, totals (B, Hkv, N_BINS, D) fp32, sums at the levels of count and of count + n_new; or, BOUNDS,
+#   (B, Hkv, N_BINS, 3, D), followed by the largest numbers of k and of -k
+#   keys (B, Hkv, n_level, N_BINS, D) in the dtype of k, their means; or, BOUNDS, (B, Hkv, n_level, N_BINS,
+#   2, D), as sea.boxes has them
 # fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
-# twice. Reference: sea.bin_sums.
+# twice. Reference: sea.bin_sums, sea.bin_tops.
 @triton.jit
-def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr, k_strides, HKV, n_level,
-                     D: tl.constexpr, N_BINS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_D: tl.constexpr):
+def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr, k_strides, HKV, n_level,
+                     D: tl.constexpr, N_BINS: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    TOTALS: tl.constexpr = 3 * D if BOUNDS else D
+    KEYS: tl.constexpr = 2 * D if BOUNDS else D
     n_block: tl.constexpr = (N_BINS + BLOCK_B - 1) // BLOCK_B
     pid, pid_bkv = _program(n_block * n_level)
     pid_b, pid_e = pid % n_block, pid // n_block
@@ -1585,49 +1570,77 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, means_ptr, sums_ptr,
     e = lowest + pid_e
     if e > last:
         return
-    offs_b, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
+    offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     offs_bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
-    mask_d = (offs_d < D)[None, :]
+    mask_b, mask_d = offs_bin < N_BINS, offs_d < D
+    acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)
+    low = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)  # of -k
     # -- the new keys of these bins
-    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the start key of the start offs_bin
-    begin = tl.minimum(tl.maximum(origin, 0), n_new).to(tl.int32)
-    end = tl.minimum(tl.maximum(origin + (tl.full((), BLOCK_B, tl.int64) << e), 0), n_new).to(tl.int32)
     k_ptr += b * k_strides[0] + kv * k_strides[1]
-    acc = _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D, BLOCK_B, BLOCK_N, BLOCK_D, SELECT=False)
-    if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:  # 0 * inf has reached other bins
-        acc = _add_up_bins(k_ptr, k_strides, begin, end, origin, e, D, BLOCK_B, BLOCK_N, BLOCK_D, SELECT=True)
+    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bin
+    has_new = (origin < n_new) & (origin + (tl.full((), BLOCK_B, tl.int64) << e) > 0)
+    for start in range(0, tl.where(has_new, 1 << e, 0), BLOCK_N):
+        i = start + offs_n
+        j = (offs_bin << e)[:, None] - count + i[None, :]  # (BLOCK_B, BLOCK_N)
+        mask_j = (i < (1 << e))[None, :] & (j >= 0) & (j < n_new) & mask_b[:, None]
+        mask = mask_j[:, :, None] & mask_d[None, None, :]
+        k = tl.load(k_ptr + j[:, :, None] * k_strides[2] + offs_d[None, None, :] * k_strides[3], mask=mask,
+                    other=0.0).to(tl.float32)
+        acc += tl.sum(k, axis=1)
+        if BOUNDS:
+            top = tl.maximum(top, tl.max(tl.where(mask, k, -float("inf")), axis=1))
+            low = tl.maximum(low, tl.max(tl.where(mask, -k, -float("inf")), axis=1))
     # -- the past's bins that lie in these; from n_past_bin on they are empty
-    n_past_bin = (count + (1 << lowest) - 1) >> lowest
+    n_past_bin = tl.minimum((count + (1 << lowest) - 1) >> lowest, N_BINS)
     for i in range(0, tl.minimum(1 << pid_e, n_past_bin - (pid_b * BLOCK_B << pid_e))):
         bin_past = (offs_bin << pid_e) + i
-        acc += _load_tile(past_ptr + pid_bkv * N_BINS * D, bin_past, offs_d, D, 1,
-                          (bin_past < N_BINS)[:, None] & mask_d)
-    offs_out, mask_out = offs_bin[:, None] * D + offs_d[None, :], (offs_bin < N_BINS)[:, None] & mask_d
-    mean = (acc * tl.exp2(-e.to(tl.float32))).to(means_ptr.dtype.element_ty)
-    tl.store(means_ptr + (pid_bkv * n_level + pid_e) * N_BINS * D + offs_out, mean, mask=mask_out)
+        mask = (bin_past < n_past_bin)[:, None] & mask_d[None, :]
+        past_ptrs = past_ptr + (pid_bkv * N_BINS + bin_past)[:, None] * TOTALS + offs_d[None, :]
+        acc += tl.load(past_ptrs, mask=mask, other=0.0)
+        if BOUNDS:
+            top = tl.maximum(top, tl.load(past_ptrs + D, mask=mask, other=-float("inf")))
+            low = tl.maximum(low, tl.load(past_ptrs + 2 * D, mask=mask, other=-float("inf")))
+    # -- write back
+    mask = mask_b[:, None] & mask_d[None, :]
+    keys_ptrs = keys_ptr + ((pid_bkv * n_level + pid_e) * N_BINS + offs_bin)[:, None] * KEYS + offs_d[None, :]
+    totals_ptrs = totals_ptr + (pid_bkv * N_BINS + offs_bin)[:, None] * TOTALS + offs_d[None, :]
+    mean = acc * tl.exp2(-e.to(tl.float32))
+    if BOUNDS:
+        has_keys = ((offs_bin << e) < count + n_new)[:, None]
+        top, low = tl.where(has_keys, top, 0.0), tl.where(has_keys, low, 0.0)
+        tl.store(keys_ptrs + D, ((top + low) / 4).to(keys_ptr.dtype.element_ty), mask=mask)
+        mean = mean / 2 + (top - low) / 4
+    tl.store(keys_ptrs, mean.to(keys_ptr.dtype.element_ty), mask=mask)
     if e == last:
-        tl.store(sums_ptr + pid_bkv * N_BINS * D + offs_out, acc, mask=mask_out)
+        tl.store(totals_ptrs, acc, mask=mask)
+        if BOUNDS:
+            tl.store(totals_ptrs + D, top, mask=mask)
+            tl.store(totals_ptrs + 2 * D, low, mask=mask)
 
 
-# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (mean key of the bin in the middle of cell
-# p); or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bin in the middle of cell p), or,
+# BOUNDS, the largest of [q ; |q|] . (keys of the bins in the middle of its halves); or, BACKWARD, the sum of
+# x[p] max(..), the gradient of gain from x, that of the result.
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
 # always one, it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of
 # those of its row.
-#   q (B, H, R, D), seen and in_cells (B, R) int, any strides; means and count as above
+#   q (B, H, R, D), seen and in_cells (B, R) int, any strides; keys and count as above
 #   x (B, H, R, WIDTH) contiguous, in place
 #   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
-# fp32: products (of means rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
+# fp32: products (of keys rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
 # level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a
 # cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
+def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
                       parts_ptr, q_strides, seen_strides, in_cells_strides, H, R, n_level, n_tile,
                       softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                      BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr,
-                      BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+                      BOUNDS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr,
+                      BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
+    KEYS: tl.constexpr = 2 * D if BOUNDS else D
+    PLACES: tl.constexpr = 2 if BOUNDS else 1
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
     mask_d, mask_p = (offs_d < D)[None, :], (offs_p < WIDTH)[None, :]
@@ -1647,20 +1660,28 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, in_cells_ptr,
         level, lowest = _bin_level(seen, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
         level_begin = tl.maximum(tl.min(tl.where(seen > 0, level, 64), axis=0), lowest)
         level_end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
-        means_ptrs = means_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BINS * D
+        keys_ptrs = keys_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BINS * KEYS
         s = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
         for e in range(level_begin, level_end):
             mask_e = (level == e) & (seen > 0)
             for start in range(0, tl.max(tl.where(mask_e, seen >> e, 0), axis=0), BLOCK_B):
                 offs_bin = start + offs_b
                 mask_b = offs_bin < N_BINS
-                mean = _load_tile(means_ptrs, (e - lowest).to(tl.int64) * N_BINS + offs_bin, offs_d, D, 1,
-                             mask_b[:, None] & mask_d)  # (BLOCK_B, BLOCK_D)
-                products = tl.dot(q, tl.trans(mean), input_precision="ieee")
+                place, mask = (e - lowest).to(tl.int64) * N_BINS + offs_bin, mask_b[:, None] & mask_d
+                key = _load_tile(keys_ptrs, place, offs_d, KEYS, 1, mask)  # (BLOCK_B, BLOCK_D)
+                products = tl.dot(q, tl.trans(key), input_precision="ieee")
+                if BOUNDS:
+                    key = _load_tile(keys_ptrs + D, place, offs_d, KEYS, 1, mask)
+                    products += tl.dot(tl.abs(q), tl.trans(key), input_precision="ieee")
                 tl.store(products_ptr + offs_bin[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
-            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH)
-            s += tl.load(products_ptr + bin_of_cell, mask=mask_e[:, None] & mask_p, other=0.0)
+            mask = mask_e[:, None] & mask_p
+            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 0, PLACES)
+            best = tl.load(products_ptr + bin_of_cell, mask=mask, other=0.0)
+            if BOUNDS:
+                bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 1, PLACES)
+                best = tl.maximum(best, tl.load(products_ptr + bin_of_cell, mask=mask, other=0.0))
+            s += best
             tl.debug_barrier()  # before other products come
         s = tl.where(mask_p, s * softmax_scale, -float("inf"))
         s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
@@ -1679,16 +1700,18 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, means_ptr, seen_ptr, in_cells_ptr,
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
 #   seen, in_cells (B, 1), any strides; count, n_new (B,) int
-#   past and sums (B, Hkv, 2 * WIDTH, D) fp32 as above
+#   past and totals as above, of 2 * WIDTH bins
 #   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
 # fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr,
-                           past_ptr, products_ptr, sums_ptr, q_strides, k_strides, seen_strides,
+                           past_ptr, products_ptr, totals_ptr, q_strides, k_strides, seen_strides,
                            in_cells_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
-                           WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-                           BLOCK_D: tl.constexpr):
+                           WIDTH: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
+                           BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BINS: tl.constexpr = 2 * WIDTH
+    TOTALS: tl.constexpr = 3 * D if BOUNDS else D
+    PLACES: tl.constexpr = 2 if BOUNDS else 1
     pid_bkv = tl.program_id(0).to(tl.int64)
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     offs_d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
@@ -1696,74 +1719,98 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     level, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
     k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
-    of_head = pid_bkv * N_BINS * D
+    n_past_bin = (count + (1 << level) - 1) >> level  # from here on they are empty
     for start in range(0, N_BINS, BLOCK_B):
         offs_bin = start + offs_b
         mask_b = offs_bin < N_BINS
         mask = mask_b[:, None] & mask_d[None, :]
         old = (offs_bin << (last - level))[:, None]
-        past_ptrs = past_ptr + of_head + old * D + offs_d[None, :]
-        x = tl.load(past_ptrs, mask=mask & (old < N_BINS), other=0.0)
-        x += tl.load(past_ptrs + D, mask=mask & (old + 1 < N_BINS) & (last > level), other=0.0)
-        x += tl.where((offs_bin == (count >> last))[:, None] & (n_new > 0), k[None, :], 0.0)
-        tl.store(sums_ptr + of_head + offs_bin[:, None] * D + offs_d[None, :], x, mask=mask)
-        mean = (x * tl.exp2(-last.to(tl.float32))).to(k_ptr.dtype.element_ty).to(tl.float32)
+        past_ptrs = past_ptr + (pid_bkv * N_BINS + old) * TOTALS + offs_d[None, :]
+        totals_ptrs = totals_ptr + (pid_bkv * N_BINS + offs_bin)[:, None] * TOTALS + offs_d[None, :]
+        mask_0 = mask & (old < tl.minimum(n_past_bin, N_BINS))
+        mask_1 = mask & (old + 1 < tl.minimum(n_past_bin, N_BINS)) & (last > level)
+        mask_new = (offs_bin == (count >> last))[:, None] & (n_new > 0)
+        x = tl.load(past_ptrs, mask=mask_0, other=0.0)
+        x += tl.load(past_ptrs + TOTALS, mask=mask_1, other=0.0)
+        x += tl.where(mask_new, k[None, :], 0.0)
+        tl.store(totals_ptrs, x, mask=mask)
+        mean = x * tl.exp2(-last.to(tl.float32))
+        radius = mean
+        if BOUNDS:
+            top = tl.load(past_ptrs + D, mask=mask_0, other=-float("inf"))
+            top = tl.maximum(top, tl.load(past_ptrs + TOTALS + D, mask=mask_1, other=-float("inf")))
+            top = tl.maximum(top, tl.where(mask_new, k[None, :], -float("inf")))
+            low = tl.load(past_ptrs + 2 * D, mask=mask_0, other=-float("inf"))
+            low = tl.maximum(low, tl.load(past_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf")))
+            low = tl.maximum(low, tl.where(mask_new, -k[None, :], -float("inf")))
+            has_keys = ((offs_bin << last) < count + n_new)[:, None] & mask_d[None, :]
+            top, low = tl.where(has_keys, top, 0.0), tl.where(has_keys, low, 0.0)
+            tl.store(totals_ptrs + D, top, mask=mask)
+            tl.store(totals_ptrs + 2 * D, low, mask=mask)
+            mean, radius = mean / 2 + (top - low) / 4, (top + low) / 4
+            radius = radius.to(k_ptr.dtype.element_ty).to(tl.float32)
+        mean = mean.to(k_ptr.dtype.element_ty).to(tl.float32)
         for g in range(0, GROUP):
             q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3],
                         mask_d)
-            products = tl.sum(mean * q[None, :], axis=1) * softmax_scale
-            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products, mask=mask_b)
+            products = tl.sum(mean * q[None, :], axis=1)
+            if BOUNDS:
+                products += tl.sum(radius * tl.abs(q)[None, :], axis=1)
+            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products * softmax_scale,
+                     mask=mask_b)
     tl.debug_barrier()
     seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
     in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0]).to(tl.int32)
-    bin_of_cell = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH)
+    bin_0 = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH, 0, PLACES)
+    bin_1 = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH, PLACES - 1, PLACES)
     for g in range(0, GROUP):
         h = pid_bkv * GROUP + g  # of all sequences
-        s = tl.load(products_ptr + h * N_BINS + bin_of_cell, mask=mask_p, other=-float("inf"))
+        s = tl.load(products_ptr + h * N_BINS + bin_0, mask=mask_p, other=-float("inf"))
+        s = tl.maximum(s, tl.load(products_ptr + h * N_BINS + bin_1, mask=mask_p, other=-float("inf")))
         s = tl.maximum(s - tl.max(s, axis=0), -32.0)
         x = _vector(x_ptr + h * WIDTH, offs_p, mask_p)
         x += tl.load(gain_ptr + kv * GROUP + g).to(tl.float32) * s
         tl.store(x_ptr + h * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p & (seen > 0))
 
 
-def _cell_keys_launch(x, gain, q, means, row_seen, in_cells, count, parts, softmax_scale):
-    (B, H, R, D), width, (Hkv, n_level) = q.shape, x.shape[-1], means.shape[1:3]
+def _cell_keys_launch(x, gain, q, keys, row_seen, in_cells, count, parts, softmax_scale):
+    (B, H, R, D), width, (Hkv, n_level) = q.shape, x.shape[-1], keys.shape[1:3]
     tiles = _cell_keys_tiles(q.dtype, D, width)
     n_tile = _cdiv(R, tiles["BLOCK_R"]) * B * H
     n_program = min(n_tile, CELL_KEYS["programs"])
     products = _new(q, n_program, tiles["BLOCK_R"], 2 * width, dtype=torch.float32)
     _cell_keys_kernel[(n_program,)](
-        x, gain, q, means, row_seen, in_cells, count, products, parts, q_strides=q.stride(),
+        x, gain, q, keys, row_seen, in_cells, count, products, parts, q_strides=q.stride(),
         seen_strides=row_seen.stride(), in_cells_strides=in_cells.stride(), H=H, R=R, n_level=n_level,
         n_tile=n_tile, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D, WIDTH=width,
-        BACKWARD=parts is not None, **tiles)
+        BOUNDS=keys.shape[-1] > D, BACKWARD=parts is not None, **tiles)
 
 
 class _AddCellKeys(torch.autograd.Function):
     """In place, since scores are the largest tensor of a layer."""
 
     @staticmethod
-    def forward(ctx, scores, gain, q, means, row_seen, in_cells, count, softmax_scale):
+    def forward(ctx, scores, gain, q, keys, row_seen, in_cells, count, softmax_scale):
         ctx.mark_dirty(scores)
-        ctx.save_for_backward(gain, q, means, row_seen, in_cells, count)
+        ctx.save_for_backward(gain, q, keys, row_seen, in_cells, count)
         ctx.softmax_scale = softmax_scale
-        _cell_keys_launch(scores, gain, q, means, row_seen, in_cells, count, None, softmax_scale)
+        _cell_keys_launch(scores, gain, q, keys, row_seen, in_cells, count, None, softmax_scale)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dscores):
-        gain, q, means, row_seen, in_cells, count = ctx.saved_tensors
+        gain, q, keys, row_seen, in_cells, count = ctx.saved_tensors
         (B, H, R, D), dscores = q.shape, dscores.contiguous()
         tiles_per_head = _cdiv(R, _cell_keys_tiles(q.dtype, D, dscores.shape[-1])["BLOCK_R"])
         parts = _new(q, B, H, tiles_per_head, dtype=torch.float32)
-        _cell_keys_launch(dscores, gain, q, means, row_seen, in_cells, count, parts, ctx.softmax_scale)
+        _cell_keys_launch(dscores, gain, q, keys, row_seen, in_cells, count, parts, ctx.softmax_scale)
         return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 6
 
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
                   count: Tensor, n_new: Tensor, past: Tensor,
-                  in_cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  in_cells: Tensor | None = None, *, bounds: bool = False) -> tuple[Tensor, Tensor]:
     """sea.add_cell_keys, in place. A row sees `count` keys at least, or none."""
     _check_tensor("scores", scores, 4, "(B, H, R, width)")
     _check_tensor("q", q, 4, "(B, H, R, D)")
@@ -1778,23 +1825,24 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         _expect(x.shape == (B, R), name, f"shape (B, R) = {(B, R)}", tuple(x.shape))
     q, k, past, softmax_scale = q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
     count, n_new, gain, n_bins = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
-    sums = _new(k, B, Hkv, n_bins, D, dtype=torch.float32)
+    totals = _new(k, B, Hkv, n_bins, 3 * D if bounds else D, dtype=torch.float32)
+    _expect(past.shape == totals.shape, "past", f"shape {tuple(totals.shape)}", tuple(past.shape))
     with torch.cuda.device_of(q):
         if _is_step(q) and T == 1:
             products = _new(q, B * H, n_bins, dtype=torch.float32)
             _cell_keys_step_kernel[(B * Hkv,)](
-                scores, gain, q, k, row_seen, in_cells, count, n_new, past, products, sums,
+                scores, gain, q, k, row_seen, in_cells, count, n_new, past, products, totals,
                 q_strides=q.stride(), k_strides=k.stride(), seen_strides=row_seen.stride(),
                 in_cells_strides=in_cells.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
-                WIDTH=width, **_cell_keys_step_tiles(D, width))
-            return scores, sums
+                WIDTH=width, BOUNDS=bounds, **_cell_keys_step_tiles(D, width))
+            return scores, totals
         # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
         n_level = ((T - 1) // n_bins).bit_length() + 2
-        means = _new(k, B, Hkv, n_level, n_bins, D)
+        keys = _new(k, B, Hkv, n_level, n_bins, 2 * D if bounds else D)
         _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
-            k, count, n_new, past, means, sums, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
-            N_BINS=n_bins, BLOCK_D=_dot_block(D, k.dtype), **BIN_KEYS)
-        return _AddCellKeys.apply(scores, gain, q, means, row_seen, in_cells, count, softmax_scale), sums
+            k, count, n_new, past, keys, totals, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
+            N_BINS=n_bins, BOUNDS=bounds, BLOCK_D=_next_power_of_2(D), **BIN_KEYS)
+        return _AddCellKeys.apply(scores, gain, q, keys, row_seen, in_cells, count, softmax_scale), totals
 
 
 # -- mix ---------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ same operations in Triton and takes over on a GPU.
                        before the last `local`
     in_cells   -       number of these keys
     seen       t       number of keys that a query sees; 0 marks padding
-    cell key   -       mean of the keys around the middle of a cell; ours
+    cell key   -       what stands for the keys of a cell; ours
     bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a query attends to
     chooser, C -       heads with a choice of bins of their own: a query head, C = H, or those of a
                        key/value head together, C = Hkv
@@ -528,7 +528,7 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
     return cnn(image, past, n_rows)
 
 
-# -- 5. cell keys, ours: each query's product with a mean key for every cell -----------------------
+# -- 5. cell keys, ours: each query's product with what stands for the keys of every cell ----------
 #
 # Random features do not tell single keys apart: without this step the estimate is little more than a
 # mean over all texts. It is linear attention too, with the identity for phi and one-hot numbers of
@@ -567,43 +567,73 @@ def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
     return sums.scatter_add(2, bins[:, None, :, None].expand_as(x), x)
 
 
+def bin_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
+             past: Tensor) -> Tensor:
+    """As bin_sums, with the largest number of each dimension instead of the sum; 0 where no key is."""
+    n_bins, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
+    number = torch.arange(n_bins, device=x.device)
+    bins = (count[:, None] + i) >> level[:, None]  # (B, T)
+    outside = (bins >= n_bins) | (i >= n_new[:, None])
+    was_empty = (number << level[:, None] - rise) >= count[:, None]  # (B, n_bins)
+    x = torch.cat([past.masked_fill(was_empty[:, None, :, None], -math.inf),
+                   x.masked_fill(outside[:, None, :, None], -math.inf)], dim=2)
+    bins = torch.cat([(number >> rise).expand(len(x), -1), bins.clamp(max=n_bins - 1)], dim=1)
+    bins, tops = bins[:, None, :, None].expand_as(x), torch.full_like(past, -math.inf)
+    tops = tops.scatter_reduce(2, bins, x, "amax")
+    is_empty = (number << level[:, None]) >= (count + n_new)[:, None]
+    return tops.masked_fill(is_empty[:, None, :, None], 0)
+
+
 def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, width: int,
-                    softmax_scale: float, count: Tensor, n_new: Tensor,
-                    past: Tensor) -> tuple[Tensor, Tensor]:
-    """The term of add_cell_keys before its gain, at least fp32, and the sums after the new keys."""
-    n_bins, t = 2 * width, row_seen[..., None]
+                    softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
+                    bounds: bool) -> tuple[Tensor, Tensor]:
+    """The term of add_cell_keys before its gain, at least fp32, and its second result."""
+    n_bins, D, t = 2 * width, k.shape[3], row_seen[..., None]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
-    cells = torch.arange(width, device=q.device)
-    middle = (2 * cells + 1) * in_cells[..., None] // (2 * width)  # key of each cell
+    cells, places = torch.arange(width, device=q.device), 2 if bounds else 1
+    # The keys in the middle of each half of a cell, or of the cell.
+    j = [(2 * places * cells + 2 * i + 1) * in_cells[..., None] // (2 * places * width)
+         for i in range(places)]
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
     first_level = bin_level(count, n_bins)  # that of past
-    scores, key_sums = q.new_zeros(*q.shape[:3], width), past
+    scores, totals = q.new_zeros(*q.shape[:3], width), past
     # T new keys end at most one level above the higher of bin_level(count) and bin_level(T).
     for rise in range(bin_level(k.shape[2], n_bins) + 2):
         level = first_level + rise  # (B,)
-        sums = bin_sums(k, level, rise, count, n_new, past)
-        means = repeat_heads(sums / 2 ** level[:, None, None, None], q.shape[1])
-        # A cell takes the bin its middle key is in or, at the end of the row, the last full bin.
+        of_level = bin_sums(k, level, rise, count, n_new, past[..., :D])
+        keys, queries = of_level / 2 ** level[:, None, None, None], q
+        if bounds:  # as in boxes, step 7
+            tops = bin_tops(torch.cat([k, -k], dim=-1), level, rise, count, n_new, past[..., D:])
+            high, low = tops[..., :D], -tops[..., D:]
+            keys = torch.cat([keys / 2 + (high + low) / 4, (high - low) / 4], dim=-1)
+            queries, of_level = torch.cat([q, q.abs()], dim=-1), torch.cat([of_level, tops], dim=-1)
+        products = queries @ repeat_heads(keys, q.shape[1]).mT
         e = level[:, None, None]
-        bins = torch.minimum(middle >> e, (t >> e) - 1).clamp(0, n_bins - 1)  # (B, R, width)
-        products = (q @ means.mT).gather(-1, bins[:, None].expand_as(scores))
-        scores = torch.where((row_level == level[:, None])[:, None, :, None], products, scores)
-        key_sums = torch.where((next_level == level)[:, None, None, None], sums, key_sums)
-    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), key_sums
+        # The bins that these keys are in or, at the end of the row, the last full bin.
+        bins = [torch.minimum(x >> e, (t >> e) - 1).clamp(0, n_bins - 1) for x in j]  # (B, R, width)
+        best = torch.stack([products.gather(-1, x[:, None].expand_as(scores)) for x in bins]).amax(0)
+        scores = torch.where((row_level == level[:, None])[:, None, :, None], best, scores)
+        totals = torch.where((next_level == level)[:, None, None, None], of_level, totals)
+    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), totals
 
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
                   softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
-                  in_cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scores + gain * max(s - s_max, -32), s = softmax_scale * q . (cell key) and s_max the row's
-    largest: (B, H, R, width). Differs: the paper has no such term.
+                  in_cells: Tensor | None = None, *, bounds: bool = False) -> tuple[Tensor, Tensor]:
+    """scores + gain * max(s - s_max, -32), s the scaled product of q with what stands for a cell's keys
+    and s_max the row's largest: (B, H, R, width). Differs: the paper has no such term.
 
     2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
-    a cell wide, or one key. A cell key is the mean of a bin. scores (B, H, R, width), gain (H,);
-    q (B, H, R, D) of the rows, which see row_seen (B, R) keys, in_cells (B, R) of them in cells (all by
-    default); k (B, Hkv, T, D); count, n_new (B,); past and the second result (B, Hkv, 2*width, D):
-    bin_sums before the new keys, at the level of count, and after them. These bins grow with the
+    a cell wide, or one key. Without bounds s = softmax_scale * q . (mean key) of the bin in the middle
+    of the cell. With bounds a single key in a cell counts as well: s is the larger one of the bins in
+    the middle of its halves, and half an upper bound of their products (see boxes). Layers with bins
+    have bounds: their cells have to find the keys, not to sum up attention alone.
+
+    scores (B, H, R, width), gain (H,); q (B, H, R, D) of the rows, which see row_seen (B, R) keys,
+    in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and the
+    second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count, and after
+    them; with bounds (B, Hkv, 2*width, 3D), followed by bin_tops of [k ; -k]. These bins grow with the
     sequence, unlike those of step 7.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
@@ -612,10 +642,10 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """
     with torch.no_grad(), no_autocast(q):
         in_cells = row_seen if in_cells is None else in_cells
-        products, key_sums = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
-                                             softmax_scale, count, n_new, past)
+        products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1], softmax_scale,
+                                           count, n_new, past, bounds)
     gain = gain[:, None, None].to(scores.dtype)
-    return torch.addcmul(scores, gain, products).to(scores.dtype), key_sums
+    return torch.addcmul(scores, gain, products).to(scores.dtype), totals
 
 
 # -- 6. grouped top-k: which cells to keep ---------------------------------------------------------
@@ -962,8 +992,9 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows, Hkv*2*width*D in fp32 with cell_keys and, with a stride, H*(width+2). At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8. Of bins it holds
-    nothing: what stands for their keys is computed from the KV cache in every call.
+    conv_rows, with cell_keys Hkv*2*width*D in fp32, with bins three times as many, and with a stride
+    H*(width+2). At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8, with bins 5.0. Of
+    the bins it holds nothing: what stands for their keys is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -976,7 +1007,7 @@ class SEAState:
     conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
     last_scores: Tensor  # (B, H, 0 or 1, width), the last row, if the stride lets a query reuse it
     last_gates: Tensor  # (B, H, 0 or 1, 2)
-    key_sums: Tensor  # (B, Hkv, 2*width or 0, D), of add_cell_keys
+    key_sums: Tensor  # (B, Hkv, 2*width or 0, D, with bins 3D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
 
@@ -996,7 +1027,7 @@ class SEAState:
             conv_rows=(rows, rows),
             last_scores=q.new_empty(B, H, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
-            key_sums=torch.zeros(B, Hkv, n_bins, D, **fp32),
+            key_sums=torch.zeros(B, Hkv, n_bins, 3 * D if config.has_bins else D, **fp32),
             k=none,
             v=none,
         )
@@ -1395,7 +1426,7 @@ class SEAttention(nn.Module):
             key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
             scores, key_sums = key_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
                                                      softmax_scale, past.count, n_new, key_sums,
-                                                     config.in_cells(row_seen))
+                                                     config.in_cells(row_seen), bounds=config.has_bins)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
                         key_sums=key_sums, last_scores=take(scores, rows.last),

@@ -1005,10 +1005,10 @@ def check_cell_keys(case, before=0, softmax_scale=0.3, local=None):
     """With one program in all, it has every tile."""
     programs = estimator_kernels.CELL_KEYS["programs"] if case.seed % 3 else 1
     with mock.patch.dict(estimator_kernels.CELL_KEYS, programs=programs):
-        _check_cell_keys(case, before, softmax_scale, local)
+        _check_cell_keys(case, before, softmax_scale, local, bounds=case.bin > 0)
 
 
-def _check_cell_keys(case, before, softmax_scale, local):
+def _check_cell_keys(case, before, softmax_scale, local, bounds):
     """Of the last tokens, after up to `before` others whose bins are given; rows as the layer hands them over. local: how many keys
     at least are in no cell, and the others in bins of 4."""
     (q, k, _), (B, Hkv, _), stride, T = case.qkv(), case.heads, case.stride, case.T
@@ -1022,12 +1022,13 @@ def _check_cell_keys(case, before, softmax_scale, local):
         n_before = (stride > 1) * bool(before)
         return sea.choose_rows(count, n_new, n_tokens, stride, n_before)[2][:, n_before:]
 
-    count, past = torch.zeros(B, dtype=torch.long, device=DEVICE), torch.zeros(B, Hkv, 2 * case.width, case.D, device=DEVICE)
+    count, past = torch.zeros(B, dtype=torch.long, device=DEVICE), torch.zeros(B, Hkv, 2 * case.width, (3 if bounds else 1) * case.D,
+                                                                                   device=DEVICE)
     gain = make(q.shape[1])
     if before:
         n_new, rows = tokens(before), q[:, :, :before:stride]
         past = sea.add_cell_keys(make(*rows.shape[:3], case.width), gain, rows, k[:, :, :before],
-                                 row_seen(count, n_new, before), softmax_scale, count, n_new, past)[1]
+                                 row_seen(count, n_new, before), softmax_scale, count, n_new, past, bounds=bounds)[1]
         count = n_new
     n_new, rows, k = tokens(T - before), q[:, :, before::stride], k[:, :, before:]
     t = row_seen(count, n_new, T - before)
@@ -1036,7 +1037,7 @@ def _check_cell_keys(case, before, softmax_scale, local):
     def call(f):
         def run(scores, gain, q, k, past):
             scores = scores + 0  # it works in place
-            scores, sums = f(scores, gain, q, k, t, softmax_scale, count, n_new, in_fp32(past), in_cells)
+            scores, sums = f(scores, gain, q, k, t, softmax_scale, count, n_new, in_fp32(past), in_cells, bounds=bounds)
             return scores.to(q.dtype), sums
         return run
     check = step_as_accurate_as_eager if T - before == 1 else as_accurate_as_eager

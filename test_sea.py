@@ -506,14 +506,22 @@ def test_autocast_keeps_sums_in_fp32(case):
 # -- the whole layer against the method, written out -------------------------------------------------------------------
 
 
-def key_products(q, k, t: int, width: int, in_cells: int):
-    """q (..., D) times the mean key of the bin that holds the middle key of each cell, or of the last full bin, when t keys k
-    (T, D) are seen, `in_cells` of them in cells; less the largest of the row, at least -32: (..., width)."""
+def key_products(q, k, t: int, width: int, in_cells: int, bounds: bool):
+    """q (..., D) times what stands for each cell when t keys k (T, D) are seen, `in_cells` of them in cells, less the largest of
+    the row, at least -32: (..., width). Without bounds the mean key of the bin that holds the middle key of a cell, or of the last
+    full bin; with bounds the best of those in the middle of its halves, by the mean of that product and of an upper bound."""
     size = 1
     while 2 * width * size < t:
         size *= 2
-    first = [min((2 * p + 1) * in_cells // (2 * width) // size, t // size - 1) * size for p in range(width)]
-    products = torch.stack([q @ k[i : i + size].mean(0) for i in first], -1)
+
+    def product(p, place, places):
+        first = min((2 * (p * places + place) + 1) * in_cells // (2 * width * places) // size, t // size - 1) * size
+        keys = k[first : first + size]
+        mean = q @ keys.mean(0)
+        return mean / 2 + torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum(-1) / 2 if bounds else mean
+
+    places = 2 if bounds else 1
+    products = torch.stack([torch.stack([product(p, i, places) for i in range(places)]).amax(0) for p in range(width)], -1)
     return (products - products.amax(-1, keepdim=True)).clamp(min=-32)
 
 
@@ -588,7 +596,7 @@ def naive_layer(layer: SEAttention, q, k, v):
     if c.cell_keys:
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
             in_cells = max(0, i + 1 - c.local) // c.bin * c.bin if c.bin else i + 1
-            scores[h, n] += w["key_gain"][h] * key_products(D**-0.5 * q[h, i], k[h], i + 1, width, in_cells)
+            scores[h, n] += w["key_gain"][h] * key_products(D**-0.5 * q[h, i], k[h], i + 1, width, in_cells, c.has_bins)
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     if c.has_bins:
@@ -779,18 +787,18 @@ def test_interpolated_identity_is_linear_interpolation(t, d):
         torch.testing.assert_close(rows[r], expected[:d], **CLOSE)
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99), st.booleans())
-def test_cell_keys_are_products_with_mean_keys(T, width, seed, half):
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 99), st.booleans(), st.booleans())
+def test_cell_keys_are_products_with_mean_keys_or_half_with_bounds(T, width, seed, half, bounds):
     """half: of the keys that a query sees are in cells."""
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, h, T, 3, generator=generator, dtype=torch.float64) for h in (2, 1))
     q = q * torch.rand(T, 1, generator=generator) ** 2 * 40  # some rows reach the limit
     scores, gain = torch.randn(1, 2, T, width, generator=generator, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
-    none, all_new, past = torch.tensor([0]), torch.tensor([T]), torch.zeros(1, 1, 2 * width, 3, dtype=torch.float64)
+    none, all_new, past = torch.tensor([0]), torch.tensor([T]), torch.zeros(1, 1, 2 * width, 9 if bounds else 3, dtype=torch.float64)
     seen = torch.arange(1, T + 1)[None]
-    got, _ = sea.add_cell_keys(scores, gain, q, k, seen, 0.7, none, all_new, past, seen // 2 if half else None)
+    got, _ = sea.add_cell_keys(scores, gain, q, k, seen, 0.7, none, all_new, past, seen // 2 if half else None, bounds=bounds)
     for t in range(1, T + 1):
-        expected = gain[:, None] * key_products(0.7 * q[0, :, t - 1], k[0, 0], t, width, t // 2 if half else t)
+        expected = gain[:, None] * key_products(0.7 * q[0, :, t - 1], k[0, 0], t, width, t // 2 if half else t, bounds)
         torch.testing.assert_close(got[0, :, t - 1] - scores[0, :, t - 1], expected)
 
 
