@@ -281,37 +281,29 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
-CHOOSE = dict(programs=2112, scratch=2**23)  # 16 on each of an H100's multiprocessors, numbers in its L2 cache
+CHOOSE = dict(  # programs: 16 on each of an H100's multiprocessors; scratch: numbers in its L2 cache
+    programs=2112, scratch=2**23, queries=4, candidates_per_warp=1024, BLOCK_N=32)
 
 
-def _choose_tiles(dtype: torch.dtype, d_head: int, heads: int, width: int, n_candidate: int,
+def _choose_tiles(dtype: torch.dtype, d_head: int, heads: int, width: int, n_candidate: int, stride: int,
                   is_step: bool) -> dict:
-    """For rows of choosers of so many heads: 32 cells and 16 candidates per thread. A single row has 8 warps
-    at least."""
+    """For rows of choosers of so many heads: up to 32 cells or candidates per thread, and the queries of a row
+    together, which share what stands for its candidates. A single row has 8 warps at least."""
     block_h, block_p = _next_power_of_2(heads), max(32, _next_power_of_2(width))
     block_c, block_d = max(32, _next_power_of_2(n_candidate)), _dot_block(d_head, dtype)
-    num_warps = min(max(block_h * block_p // 1024, block_c // 512, 8 if is_step else 1), 16)
-    block_n = min(max(2048 * num_warps // block_d, 16), 64 if dtype != torch.float32 else 32)
-    return dict(BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=max(16, block_h), BLOCK_N=block_n,
-                BLOCK_D=block_d, num_warps=num_warps)
-
-
-@functools.cache
-def _most_candidates(n_wanted: int, width: int, n_bin: int) -> int:
-    """The most candidates that a row of up to n_bin bins has, if n_wanted are asked for."""
-    most = 0
-    for middle in range(1, n_bin + 1):
-        n_cell = max((2 * n_wanted * width + middle) // (2 * middle), 1)
-        most = max(most, min(n_cell * _cdiv(middle, width), middle))
-    return most
+    block_m = max(16, block_h * min(_next_power_of_2(stride), CHOOSE["queries"]))
+    is_half = dtype != torch.float32  # fp32 dots run without tensor cores
+    warps = max(block_p, block_c) // CHOOSE["candidates_per_warp"], block_m * block_d // (4096 if is_half else 1024)
+    return dict(BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=block_m,
+                BLOCK_N=CHOOSE["BLOCK_N"] if is_half else 16, BLOCK_D=block_d,
+                num_warps=min(max(*warps, 8 if is_step else 1), 16))
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
-    """How many a row asks for and the most that it has, of n_key keys. They change with the power of two of
-    its bins only, since a sequence may grow by a key a call, and _most_candidates counts in Python."""
-    n_bin = _next_power_of_2(_cdiv(n_key, config.bin))
+    """How many a row asks for and the most that it has, of n_key keys: one cell may have more."""
+    n_bin = _cdiv(n_key, config.bin)
     n_wanted = min(config.candidates * config.n_chosen(topk), n_bin)
-    return n_wanted, _most_candidates(n_wanted, width, n_bin)
+    return n_wanted, max(n_wanted, _cdiv(n_bin, width))
 
 
 @triton.jit
@@ -378,7 +370,7 @@ def _softmax(x, axis: tl.constexpr):
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
 #   candidates (n, BLOCK_C) int32, ranked (n, BLOCK_M, BLOCK_C) fp32: scratch, which stays in the L2 cache
-#   bins (B, C, T, n_listed) int32. budget = 2 * WIDTH * candidates wanted.
+#   bins (B, C, T, n_listed) int32
 # fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
 # dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
 # nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities round
@@ -386,13 +378,13 @@ def _softmax(x, axis: tl.constexpr):
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
                         ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, H, T, R, n_key, n_row, local,
-                        n_first, budget, n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr,
+                        n_first, n_wanted, n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr,
                         HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr,
                         FROM_BINS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
                         BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_D: tl.constexpr):
     QUERIES: tl.constexpr = BLOCK_M // BLOCK_H
-    offs_h, offs_p, offs_c = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    offs_p, offs_c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
     ranked_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_C
@@ -407,13 +399,14 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         # -- the best cells, (BLOCK_H, BLOCK_P)
         begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
         mask_p = (begin < end) & (offs_p < WIDTH) & (begin_q < end_q)  # cells without bins do not compete
-        x_ptrs = x_ptr + b * x_strides[0] + r * x_strides[2]
-        x = tl.load(x_ptrs + (h + offs_h)[:, None] * x_strides[1] + offs_p[None, :] * x_strides[3],
-                    mask=(offs_h < HEADS)[:, None] & mask_p[None, :], other=-float("inf")).to(tl.float32)
-        probs = tl.sum(_softmax(x, axis=1), axis=0) / HEADS
-        m = tl.maximum(middle, 1).to(tl.int64)
-        n_cell = tl.minimum(tl.maximum((budget + m) // (2 * m), 1), WIDTH).to(tl.int32)
-        mask_kept = _keep_best_probs(probs, mask_p, n_cell)
+        x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + r * x_strides[2] + offs_p * x_strides[3]
+        probs = tl.zeros((BLOCK_P,), tl.float32)
+        for g in range(0, HEADS):
+            x = tl.load(x_ptrs + g * x_strides[1], mask=mask_p, other=-float("inf"))
+            probs += _softmax(x.to(tl.float32), axis=0)
+        n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
+        n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
+        mask_kept = _keep_best_probs(probs / HEADS, mask_p, n_cell)
 
         # -- list their bins
         begin = tl.maximum(begin, n_first)
@@ -502,7 +495,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
     order, C = None if order is None else order.contiguous(), config.n_choosers
     heads = H // C
-    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, is_step=T == 1)
+    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, config.query_stride, is_step=T == 1)
     n_scratch = tiles["BLOCK_M"] * tiles["BLOCK_C"]
     n_program = min(B * C * R, CHOOSE["programs"], max(264, CHOOSE["scratch"] // n_scratch))
     candidates = torch.empty(n_program, tiles["BLOCK_C"], dtype=torch.int32, device=q.device)
@@ -522,7 +515,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             scores, q, k, order, row_seen.contiguous(), seen.contiguous(), begins, candidates, ranked, bins,
             x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), H=H, T=T, R=R,
             n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
-            budget=2 * n_wanted * width, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
+            n_wanted=n_wanted, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
             softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=heads, D=D, WIDTH=width, BIN=bin,
             FROM_BINS=from_bins, **tiles)
     return bins

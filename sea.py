@@ -123,7 +123,7 @@ class SEAConfig:
     bin: int = 4  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
     local: int = 16  # last keys that a query always attends to, with bins
     first: int = 4  # first keys of the sequence, likewise; rounded up to whole bins
-    candidates: int = 16  # bins that compete, as a multiple of those chosen
+    candidates: int = 16  # bins that compete at most, as a multiple of those chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -734,7 +734,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     H or, in group "kv", Hkv, where the heads of a key/value head share a choice, and the means of their
     probabilities are ranked. With a stride a query has the candidates of its row, and chooses by itself.
 
-        candidates   bins of the row's best cells, about config.candidates times as many as are chosen
+        candidates   bins of the row's best cells, up to config.candidates times as many as are chosen
         chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
         always       those of the first keys, and of all keys behind the row's cells
     """
@@ -767,14 +767,16 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
     """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells
-    (B, R): the bins that cells share out. A cell without a bin does not compete."""
+    (B, R): the bins that cells share out. A cell without a bin does not compete; as many are taken as
+    never have more bins together than are wanted, and one at least."""
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(scores)
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
-    n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
-    n_cells = _rounded(n_wanted * width, n_in_cells.clamp(min=1))
+    n_wanted, widest = min(config.candidates * n_chosen, 2**31), -(-n_in_cells // width)  # as in topk_mask
+    n_cells = (n_wanted // widest.clamp(min=1)).clamp(min=1)
+    n_cells = torch.where(n_in_cells <= n_wanted, width, n_cells)
     return keep_best(probs, n_cells, "query") & holds
 
 

@@ -474,23 +474,18 @@ def test_bins_are_chosen_whatever_the_numbers(ordered, n_chosen):
             assert all(set(x.tolist()) <= {*y.tolist(), sea.NONE} for x, y in zip(always, bins[0, 0]))
 
 
-@given(st.integers(1, 3000), st.integers(1, 40), st.sampled_from([1, 8, 64]))
+@given(st.integers(1, 80), st.integers(1, 40), st.sampled_from([1, 8, 64]))
 @settings(max_examples=20)
 def test_no_row_has_more_candidates_than_its_program_has_slots(n_wanted, width, n_bin):
-    """The cells with most bins among as many as a row of each length may have."""
-    most = 0
+    """Whichever cells are best, and no more than wanted unless one cell has more; all bins are candidates where they are as many."""
+    config = sea.SEAConfig(n_head=1, d_head=2, width=width, bin=1, local=1, first=0, topk=2, candidates=n_wanted)
     for middle in range(1, n_bin + 1):
-        n_cell = max(1, (2 * n_wanted * width + middle) // (2 * middle))
-        per_cell = sea.keys_per_cell(torch.tensor([[middle]]), width)[0, 0].sort(descending=True).values
-        most = max(most, int(per_cell[:n_cell].sum()))
-    assert most <= kernels._most_candidates(n_wanted, width, n_bin)
-
-
-def test_a_growing_sequence_does_not_count_its_candidates_again():
-    """Up to the next power of two of its bins, which another program is compiled for."""
-    config = sea.SEAConfig(n_head=1, d_head=8, topk=2048)
-    assert len({kernels._candidates(config, 2048, 256, n) for n in range(16385, 32769)}) == 1
-    assert kernels._candidates(config, 2048, 256, 2**17) == (16 * config.n_chosen(2048), kernels._most_candidates(8096, 256, 2**15))
+        n_bins = sea.keys_per_cell(torch.tensor([[middle]]), width)[0, 0]
+        best = sea.candidate_cells(-n_bins.float().expand(1, 1, 1, -1), torch.tensor([[middle]]), config, 1)[0, 0, 0]
+        few, most = n_bins[best].sum(), n_bins.sort(descending=True).values[: best.sum()].sum()
+        assert most <= kernels._candidates(config, 2, width, n_bin)[1]
+        assert most <= n_wanted or best.sum() == 1
+        assert few == middle or middle > n_wanted
 
 
 @pytest.mark.parametrize("argument, change", [

@@ -643,7 +643,8 @@ def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int
             held = sorted(set(cell))
             if held:
                 of_cells = mean_probs([probs[g, r, held].log() for g in heads])
-                n_cells = max(1, math.floor(c.candidates * n_chosen * width / middle + 0.5))
+                wanted = c.candidates * n_chosen
+                n_cells = width if middle <= wanted else max(1, wanted // math.ceil(middle / width))
                 best = {p for _, p in sorted(zip(-of_cells, held))[:n_cells]}
                 candidates = [b for b in range(first, middle) if cell[b] in best]
                 if candidates:
