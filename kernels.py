@@ -274,29 +274,27 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # -- candidates and bins -----------------------------------------------------------------------------
 #
 # A row's program finds the row's best cells and lists their bins, the candidates. Then it goes through the
-# queries that use the row, as many at a time as fill a dot with their heads: it ranks the candidates by what
-# stands for their keys, a block at a time, and lists for each query those that are chosen behind the first
-# bins and before the last. Between these steps numbers change threads through scratch memory.
+# queries that use the row: it multiplies the means of their heads with what stands for the candidates' keys, a
+# block at a time, so that all queries of a row share what is read, and lists for each query those that are
+# chosen behind the first bins and before the last. Between these steps numbers change threads through scratch
+# memory. Few warps have a program, so that little of ranking and listing waits for other warps.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 CHOOSE = dict(  # programs: 16 on each of an H100's multiprocessors; scratch: numbers in its L2 cache
-    programs=2112, scratch=2**23, queries=4, candidates_per_warp=1024, BLOCK_N=32)
+    programs=2112, scratch=2**23, per_warp=512, BLOCK_N=32)
 
 
-def _choose_tiles(dtype: torch.dtype, d_head: int, heads: int, width: int, n_candidate: int, stride: int,
+def _choose_tiles(dtype: torch.dtype, d_head: int, width: int, n_candidate: int, stride: int,
                   is_step: bool) -> dict:
-    """For rows of choosers of so many heads: up to 32 cells or candidates per thread, and the queries of a row
-    together, which share what stands for its candidates. A single row has 8 warps at least."""
-    block_h, block_p = _next_power_of_2(heads), max(32, _next_power_of_2(width))
-    block_c, block_d = max(32, _next_power_of_2(n_candidate)), _dot_block(d_head, dtype)
-    block_m = max(16, block_h * min(_next_power_of_2(stride), CHOOSE["queries"]))
+    """Up to 16 candidates per thread and the queries of a row together. A single row has 8 warps at least."""
+    block_p, block_c = (max(32, _next_power_of_2(n)) for n in (width, n_candidate))
     is_half = dtype != torch.float32  # fp32 dots run without tensor cores
-    warps = max(block_p, block_c) // CHOOSE["candidates_per_warp"], block_m * block_d // (4096 if is_half else 1024)
-    return dict(BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=block_m,
+    block_d, num_warps = _dot_block(d_head, dtype), max(block_p // 1024, block_c // CHOOSE["per_warp"])
+    return dict(QUERIES=min(_next_power_of_2(stride), 16), BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=16,
                 BLOCK_N=CHOOSE["BLOCK_N"] if is_half else 16, BLOCK_D=block_d,
-                num_warps=min(max(*warps, 8 if is_step else 1), 16))
+                num_warps=min(max(num_warps, block_d // 128, 8 if is_step else 1), 16))
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
@@ -346,13 +344,13 @@ def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl
 
 
 @triton.jit
-def _keep_best_probs(probs, mask, n):
-    """Which of the probabilities where mask are the n largest, or all, ties to the lower index."""
+def _keep_best_where(x, mask, n):
+    """Which of the numbers x where mask are the n largest, or all, ties to the lower index."""
     count = tl.sum(mask.to(tl.int32), axis=0)
-    high = _float_to_order(tl.max(tl.where(mask, probs, 0.0), axis=0)) + 1
-    low = tl.minimum(_float_to_order(tl.min(tl.where(mask, probs, 1.0), axis=0)), high - 1)
-    probs = tl.where(mask, probs, float("nan"))  # NaN reaches nothing
-    return _keep_best(probs, tl.minimum(n, count), count, low, high)
+    high = _float_to_order(tl.max(tl.where(mask, x, -float("inf")), axis=0)) + 1
+    low = tl.minimum(_float_to_order(tl.min(tl.where(mask, x, float("inf")), axis=0)), high - 1)
+    x = tl.where(mask, x, float("nan"))  # NaN reaches nothing
+    return _keep_best(x, tl.minimum(n, count), count, low, high)
 
 
 @triton.jit
@@ -369,25 +367,23 @@ def _softmax(x, axis: tl.constexpr):
 #   x (B, H, R, WIDTH), q (B, H, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
-#   candidates (n, BLOCK_C) int32, ranked (n, BLOCK_M, BLOCK_C) fp32: scratch, which stays in the L2 cache
+#   candidates (n, BLOCK_C) int32, ranked (n, QUERIES, BLOCK_C) fp32: scratch, which stays in the L2 cache
 #   bins (B, C, T, n_listed) int32
 # fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
 # dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
-# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose probabilities round
-# differently.
+# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round differently.
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
                         ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, H, T, R, n_key, n_row, local,
                         n_first, n_wanted, n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr,
                         HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr,
-                        FROM_BINS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+                        FROM_BINS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_P: tl.constexpr,
                         BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_D: tl.constexpr):
-    QUERIES: tl.constexpr = BLOCK_M // BLOCK_H
     offs_p, offs_c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
-    ranked_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_C
+    ranked_ptr += tl.program_id(0).to(tl.int64) * QUERIES * BLOCK_C
     for pid_row in range(tl.program_id(0), n_row, tl.num_programs(0)):
         r, pid_bc = (pid_row % R).to(tl.int64), (pid_row // R).to(tl.int64)
         b, h = pid_bc * HEADS // H, pid_bc * HEADS % H
@@ -396,7 +392,7 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
         middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
 
-        # -- the best cells, (BLOCK_H, BLOCK_P)
+        # -- the best cells, (BLOCK_P,)
         begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
         mask_p = (begin < end) & (offs_p < WIDTH) & (begin_q < end_q)  # cells without bins do not compete
         x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + r * x_strides[2] + offs_p * x_strides[3]
@@ -406,7 +402,7 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
             probs += _softmax(x.to(tl.float32), axis=0)
         n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
         n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
-        mask_kept = _keep_best_probs(probs / HEADS, mask_p, n_cell)
+        mask_kept = _keep_best_where(probs / HEADS, mask_p, n_cell)
 
         # -- list their bins
         begin = tl.maximum(begin, n_first)
@@ -421,13 +417,15 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         last_begin, kv = tl.maximum(middle, n_first), h // GROUP
         order_ptrs = None if order_ptr is None else order_ptr + b * n_key
         for start_q in range(begin_q, end_q, QUERIES):
-            # -- scores of candidates for a few queries and their heads, (BLOCK_M, BLOCK_N)
-            i_head, query = offs_m % BLOCK_H, (start_q + offs_m // BLOCK_H).to(tl.int64)
-            mask_m = (i_head < HEADS) & (query < end_q)
-            # (BLOCK_M, BLOCK_D)
-            q_ptrs = q_ptr + b * q_strides[0] + (h + i_head)[:, None] * q_strides[1] + query[:, None] * q_strides[2]
-            q = tl.load(q_ptrs + offs_d[None, :] * q_strides[3], mask=mask_m[:, None] & (offs_d < D)[None, :],
-                        other=0.0)
+            # -- products of the mean queries with the candidates, (BLOCK_M, BLOCK_N)
+            query = (start_q + offs_m).to(tl.int64)
+            mask_m = (offs_m < QUERIES) & (query < end_q)
+            q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1]
+            mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for g in range(0, HEADS):
+                mean += _load_tile(q_ptrs + g * q_strides[1], query, offs_d, q_strides[2], q_strides[3],
+                                   mask_m[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+            q = (mean / HEADS).to(q_ptr.dtype.element_ty)
             for start in range(0, n_candidate, BLOCK_N):
                 offs_slot = start + offs_n
                 mask_n = offs_slot < n_candidate
@@ -450,12 +448,9 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
 
             for i in range(0, tl.minimum(QUERIES, end_q - start_q)):
                 # -- the best candidates, (BLOCK_C,)
-                share = tl.zeros((BLOCK_C,), tl.float32)
-                for g in range(0, HEADS):
-                    share += _softmax(tl.load(ranked_ptr + (i * BLOCK_H + g) * BLOCK_C + offs_c, mask=mask_c,
-                                              other=-float("inf")), axis=0)
+                s = tl.load(ranked_ptr + i * BLOCK_C + offs_c, mask=mask_c, other=0.0)
                 seen = tl.load(seen_ptr + b * T + start_q + i).to(tl.int32)
-                mask_chosen = _keep_best_probs(share / HEADS, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
+                mask_chosen = _keep_best_where(s, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
 
                 # -- write back
                 n_seen = tl.cdiv(seen, BIN)
@@ -494,9 +489,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
     order, C = None if order is None else order.contiguous(), config.n_choosers
-    heads = H // C
-    tiles = _choose_tiles(q.dtype, D, heads, width, n_candidate, config.query_stride, is_step=T == 1)
-    n_scratch = tiles["BLOCK_M"] * tiles["BLOCK_C"]
+    tiles = _choose_tiles(q.dtype, D, width, n_candidate, config.query_stride, is_step=T == 1)
+    n_scratch = tiles["QUERIES"] * tiles["BLOCK_C"]
     n_program = min(B * C * R, CHOOSE["programs"], max(264, CHOOSE["scratch"] // n_scratch))
     candidates = torch.empty(n_program, tiles["BLOCK_C"], dtype=torch.int32, device=q.device)
     ranked = torch.empty(n_program, n_scratch, dtype=torch.float32, device=q.device)
@@ -516,7 +510,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), H=H, T=T, R=R,
             n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
             n_wanted=n_wanted, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
-            softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=heads, D=D, WIDTH=width, BIN=bin,
+            softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=H // C, D=D, WIDTH=width, BIN=bin,
             FROM_BINS=from_bins, **tiles)
     return bins
 

@@ -731,32 +731,33 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
     scores (B, H, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T), seen
     (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers:
-    H or, in group "kv", Hkv, where the heads of a key/value head share a choice, and the means of their
-    probabilities are ranked. With a stride a query has the candidates of its row, and chooses by itself.
+    H or, in group "kv", Hkv, where the heads of a key/value head share a choice, which the mean of their
+    queries makes. With a stride a query has the candidates of its row, and chooses by itself.
 
         candidates   bins of the row's best cells, up to config.candidates times as many as are chosen
         chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
         always       those of the first keys, and of all keys behind the row's cells
     """
-    H, S, bin, C = q.shape[1], k.shape[2], config.bin, config.n_choosers
+    S, bin, C = k.shape[2], config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk, S)
     if order is not None:
         k = take(k, order).masked_fill(~is_token(k, seen.amax(1)), 0)
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
     n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
-    keys = at_least_fp32(repeat_heads(boxes(k, bin), H))  # (B, H, bins, 2D)
+    keys = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
     number = torch.arange(keys.shape[2], device=k.device)  # of each bin
     best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
     of_rows = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False) & (number >= config.n_first)
     is_candidate = take(of_rows, row)  # (B, C, T, bins)
     with no_autocast(q):
-        q = at_least_fp32(q) * softmax_scale
-        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, H, T, bins)
-        products = products.masked_fill(~repeat_heads(is_candidate, H), torch.finfo(products.dtype).min)
-        probs = products.softmax(-1).unflatten(1, (C, -1)).mean(2).masked_fill(~is_candidate, -1)
+        q = at_least_fp32(q).unflatten(1, (C, -1)).mean(2) * softmax_scale  # (B, C, T, D)
+        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
+        lowest = torch.finfo(products.dtype).min
+        # Of one choice, ranked as the products are; of several that are ranked together, comparable.
+        ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
-        chosen = keep_best(probs, n, config.group)
+        chosen = keep_best(ranked.masked_fill(~is_candidate, lowest), n, config.group)
         chosen &= is_candidate & (n_chosen > 0)
     always = always_bins(seen, n_in_cells.gather(1, row), config, S)[:, None].expand(-1, C, -1, -1)
     chosen &= (seen > 0)[:, None, :, None]

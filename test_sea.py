@@ -648,8 +648,8 @@ def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int
                 best = {p for _, p in sorted(zip(-of_cells, held))[:n_cells]}
                 candidates = [b for b in range(first, middle) if cell[b] in best]
                 if candidates:
-                    of_bins = mean_probs([torch.stack([box_product(q[g, i], k[g, b * bin : b * bin + bin]) for b in candidates])
-                                          for g in heads])
+                    mean_q = q[heads, i].mean(0)
+                    of_bins = torch.stack([box_product(mean_q, k[h, b * bin : b * bin + bin]) for b in candidates]).log_softmax(0)
                     ranked += [(-x.item(), h, b) for x, b in zip(of_bins, candidates)]
             for g in heads:
                 chosen[g, i] = {b for b in range(i // bin + 1) if b < first or b >= middle}
