@@ -120,9 +120,9 @@ class SEAConfig:
     topk: int = 64
     causal: bool = True
     group: str | None = None  # one of GROUPS; None: "kv" with bins, "causal_batch" without
-    bin: int = 4  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
-    local: int = 16  # last keys that a query always attends to, with bins
-    first: int = 4  # first keys of the sequence, likewise; rounded up to whole bins
+    bin: int = 2  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
+    local: int = 8  # last keys that a query always attends to, with bins
+    first: int = 2  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete at most, as a multiple of those chosen
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT

@@ -663,12 +663,12 @@ def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp
 
 def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
     """The last keys of a window are what is left of topk, and a Performer has none to choose."""
-    for method, topk in ("window", 7), ("performer", 1):
+    for method, topk in ("window", 4), ("performer", 1):
         model = moved(convert.attach(tiny("llama"), method, topk=topk))
         convert.save(model, tmp_path / method)
         assert_same(convert.load(tmp_path / method), model)
-    with refused("topk: expected at least 7, since on average as many first and last keys are always attended to, got 6"):
-        convert.attach(tiny("llama"), "window", topk=6)
+    with refused("topk: expected at least 4, since on average as many first and last keys are always attended to, got 3"):
+        convert.attach(tiny("llama"), "window", topk=3)
 
 
 @pytest.mark.parametrize("method, options, message", [

@@ -670,7 +670,7 @@ def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
     (["--model", "x", "--variant=--sea topk=0"], "--sea topk: expected an integer >= 1, got 0"),
     (["--model", "x", "--topk", "32", "60", "--only", "base", "local 32"],
      ("--topk: expected numbers of keys for every variant, got 32 for local 32 "
-      "(topk: expected at least 38, since on average as many first and last keys are always attended to, got 32)")),
+      "(topk: expected at least 35, since on average as many first and last keys are always attended to, got 32)")),
     (["--model", "x", "--stesp", "3"], "unrecognized arguments: --stesp 3"),
 ])
 def test_a_mistake_ends_all_ablations_before_they_begin(argv, message, capsys):
