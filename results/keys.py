@@ -1,6 +1,6 @@
 """Draw perplexity against the number of keys, a panel a length, from what evaluate.py wrote.
 
-    python results/keys.py FIGURE.png LENGTH=OUT/evaluate.json [LENGTH=OUT/evaluate.json ...]
+    python results/keys.py FIGURE.png TITLE=OUT/evaluate.json[,OUT2/evaluate.json ...] [TITLE=... ...]
 
 Perplexity over that of the model named dense, or else of the teacher, of each student at its own number of
 keys and at each of --topk; models without such a number are horizontal lines.
@@ -26,8 +26,11 @@ def lines(models: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
 def draw(path: str, files: dict[str, str]) -> None:
     plt = evaluate.pyplot()
     figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 4), layout="constrained", squeeze=False)
-    for axis, (title, file) in zip(axes[0], files.items()):
-        found = lines(json.loads(Path(file).read_text())["models"])
+    for axis, (title, names) in zip(axes[0], files.items()):
+        models = {}
+        for name in names.split(","):
+            models |= json.loads(Path(name).read_text())["models"]
+        found = lines(models)
         flat = {name: points[0][1] for name, points in found.items() if len(points) == 1}
         curves = {name: points for name, points in found.items() if len(points) > 1}
         for name, points in curves.items():
