@@ -351,7 +351,8 @@ def follow_teacher(student, teacher) -> None:
             pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, config.width,
                                         of_teacher.scale, **cells)
             best = rows.of(best_scores(pooled, **cells))
-            return best + 0 * scores.float(), gates, state  # every weight keeps a gradient, of 0
+            unused = sea.repeat_heads(0 * scores.float(), best.shape[1])
+            return best + unused, gates, state  # every weight keeps a gradient, of 0
 
         attention.estimate_attention = follow_layer
 
@@ -1180,7 +1181,8 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
     """Title -> image (T, T) of one head, -inf where there is nothing: log10 of attention, or bool."""
     result, config, T = student.sea, student.config, student.q.shape[2]
     kept = kept_keys(student)[head]
-    scores = result.scores[:1, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
+    scores = sea.repeat_heads(result.scores[:1], config.n_head)
+    scores = scores[:, head : head + 1, result.row[0]].float()  # (1, 1, T, width)
     estimate = sea.spread_to_keys(scores, result.in_cells[:1], T, -torch.inf, config.unit)[0, 0]
     estimate[:, : config.n_first * config.bin] = -torch.inf  # these, as the last keys, are in no cell
     sparse = sea.attention_weights(student.q[:1], student.k[:1], result.attended(T)[:1],

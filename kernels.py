@@ -362,9 +362,9 @@ def _softmax(x, axis: tl.constexpr):
 
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
 # behind the row's cells.
-# One program: every n-th row of one chooser and its HEADS query heads, and the queries begins[r] ...
-# begins[r + 1] - 1 that use it; grid (n,).
-#   x (B, H, R, WIDTH), q (B, H, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int
+# One program: every n-th row of one chooser, and the queries begins[r] ... begins[r + 1] - 1 that use it; grid
+# (n,).
+#   x (B, E, R, WIDTH), q (B, C, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
 #   candidates (n, BLOCK_C) int32, ranked (n, QUERIES, BLOCK_C) fp32: scratch, which stays in the L2 cache
@@ -374,19 +374,18 @@ def _softmax(x, axis: tl.constexpr):
 # nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round differently.
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
-                        ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, H, T, R, n_key, n_row, local,
-                        n_first, n_wanted, n_chosen, n_listed, softmax_scale, GROUP: tl.constexpr,
-                        HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr,
-                        FROM_BINS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_P: tl.constexpr,
-                        BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_D: tl.constexpr):
+                        ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, C, E, HKV, T, R, n_key, n_row,
+                        local, n_first, n_wanted, n_chosen, n_listed, softmax_scale, D: tl.constexpr,
+                        WIDTH: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
+                        QUERIES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_p, offs_c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
     ranked_ptr += tl.program_id(0).to(tl.int64) * QUERIES * BLOCK_C
     for pid_row in range(tl.program_id(0), n_row, tl.num_programs(0)):
         r, pid_bc = (pid_row % R).to(tl.int64), (pid_row // R).to(tl.int64)
-        b, h = pid_bc * HEADS // H, pid_bc * HEADS % H
+        b, c = pid_bc // C, pid_bc % C
         begin_q = tl.load(begins_ptr + b * (R + 1) + r).to(tl.int32)
         end_q = tl.load(begins_ptr + b * (R + 1) + r + 1).to(tl.int32)
         row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
@@ -395,14 +394,14 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         # -- the best cells, (BLOCK_P,)
         begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
         mask_p = (begin < end) & (offs_p < WIDTH) & (begin_q < end_q)  # cells without bins do not compete
-        x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + r * x_strides[2] + offs_p * x_strides[3]
+        x_ptrs = x_ptr + b * x_strides[0] + r * x_strides[2] + offs_p * x_strides[3]
         probs = tl.zeros((BLOCK_P,), tl.float32)
-        for g in range(0, HEADS):
-            x = tl.load(x_ptrs + g * x_strides[1], mask=mask_p, other=-float("inf"))
+        for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
+            x = tl.load(x_ptrs + i * x_strides[1], mask=mask_p, other=-float("inf"))
             probs += _softmax(x.to(tl.float32), axis=0)
         n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
         n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
-        mask_kept = _keep_best_where(probs / HEADS, mask_p, n_cell)
+        mask_kept = _keep_best_where(probs, mask_p, n_cell)
 
         # -- list their bins
         begin = tl.maximum(begin, n_first)
@@ -414,25 +413,21 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         tl.debug_barrier()
         mask_c = offs_c < n_candidate
         candidate_c = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
-        last_begin, kv = tl.maximum(middle, n_first), h // GROUP
+        last_begin, kv = tl.maximum(middle, n_first), c * HKV // C
         order_ptrs = None if order_ptr is None else order_ptr + b * n_key
         for start_q in range(begin_q, end_q, QUERIES):
             # -- products of the mean queries with the candidates, (BLOCK_M, BLOCK_N)
             query = (start_q + offs_m).to(tl.int64)
             mask_m = (offs_m < QUERIES) & (query < end_q)
-            q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1]
-            mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            for g in range(0, HEADS):
-                mean += _load_tile(q_ptrs + g * q_strides[1], query, offs_d, q_strides[2], q_strides[3],
-                                   mask_m[:, None] & (offs_d < D)[None, :]).to(tl.float32)
-            q = (mean / HEADS).to(q_ptr.dtype.element_ty)
+            q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query, offs_d, q_strides[2], q_strides[3],
+                           mask_m[:, None] & (offs_d < D)[None, :])
             for start in range(0, n_candidate, BLOCK_N):
                 offs_slot = start + offs_n
                 mask_n = offs_slot < n_candidate
                 candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
                 # (BLOCK_N, BLOCK_D)
                 if FROM_BINS:
-                    ptrs = k_ptr + ((b * (H // GROUP) + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
+                    ptrs = k_ptr + ((b * HKV + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
                     mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
                     centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
                     radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
@@ -472,12 +467,12 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
     """sea.choose_bins; row ascending."""
-    _check_tensor("scores", scores, 4, "(B, H, R, width)")
+    _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
-    (B, H, T, D), (Hkv, S), (R, width), bin = q.shape, k.shape[1:3], scores.shape[2:], config.bin
-    _expect(scores.shape[:2] == (B, H), "scores", f"shape (B, H, R, width) with B, H = {(B, H)}",
-            tuple(scores.shape))
+    (B, H, T, D), (Hkv, S), (E, R, width), bin = q.shape, k.shape[1:3], scores.shape[1:], config.bin
+    _expect(len(scores) == B and E in (H, Hkv), "scores", f"shape (B, E, R, width) with B = {B} and E = {H} or "
+            f"{Hkv}", tuple(scores.shape))
     _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
     _expect(k.shape[0] == B and k.shape[3] == D and H % Hkv == 0, "k",
             f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
@@ -496,6 +491,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     ranked = torch.empty(n_program, n_scratch, dtype=torch.float32, device=q.device)
     bins = torch.empty(B, C, T, n_listed, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
+        q = q if C == H else q.unflatten(1, (C, -1)).mean(2)
         numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
         begins = torch.searchsorted(row.contiguous(), numbers, out_int32=True)
         from_bins = T > 1
@@ -507,11 +503,10 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             k, order = of_bins, None
         _choose_bins_kernel[(n_program,)](
             scores, q, k, order, row_seen.contiguous(), seen.contiguous(), begins, candidates, ranked, bins,
-            x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), H=H, T=T, R=R,
-            n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
+            x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), C=C, E=E, HKV=Hkv,
+            T=T, R=R, n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
             n_wanted=n_wanted, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
-            softmax_scale=float(softmax_scale), GROUP=H // Hkv, HEADS=H // C, D=D, WIDTH=width, BIN=bin,
-            FROM_BINS=from_bins, **tiles)
+            softmax_scale=float(softmax_scale), D=D, WIDTH=width, BIN=bin, FROM_BINS=from_bins, **tiles)
     return bins
 
 

@@ -128,7 +128,8 @@ class SEAConfig:
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
-    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, constant gates (causal)
+    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, of the mean query of the heads
+    # that share keys, and constant gates (causal)
     seed: int = 0  # of the random features
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
@@ -176,6 +177,11 @@ class SEAConfig:
     @property
     def n_features(self) -> int:
         return max(1, int(self.d_head * math.log(self.d_head) / self.nbf)) if self.cnn else 0
+
+    @property
+    def n_estimates(self) -> int:
+        """Heads with an estimate of their own."""
+        return self.n_head if self.cnn else self.kv_heads
 
     @property
     def has_bins(self) -> bool:
@@ -283,6 +289,11 @@ def scale_or_default(softmax_scale: float | None, d_head: int) -> float:
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     """(B, Hkv, S, D) -> (B, H, S, D): each key/value head serves H/Hkv adjacent query heads."""
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
+
+
+def mean_of_heads(q: Tensor, n: int) -> Tensor:
+    """The mean over each of n groups of adjacent heads: (B, H, T, D) -> (B, n, T, D)."""
+    return q if q.shape[1] == n else q.unflatten(1, (n, -1)).mean(2)
 
 
 # -- 1. features and linear attention --------------------------------------------------------------
@@ -729,7 +740,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last. Differs:
     the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, H, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T), seen
+    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T), seen
     (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers:
     H or, in group "kv", Hkv, where the heads of a key/value head share a choice, which the mean of their
     queries makes. With a stride a query has the candidates of its row, and chooses by itself.
@@ -751,7 +762,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     of_rows = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False) & (number >= config.n_first)
     is_candidate = take(of_rows, row)  # (B, C, T, bins)
     with no_autocast(q):
-        q = at_least_fp32(q).unflatten(1, (C, -1)).mean(2) * softmax_scale  # (B, C, T, D)
+        q = mean_of_heads(at_least_fp32(q), C) * softmax_scale  # (B, C, T, D)
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
         lowest = torch.finfo(products.dtype).min
         # Of one choice, ranked as the products are; of several that are ranked together, comparable.
@@ -767,12 +778,12 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
-    """The cells whose bins compete: bool (B, C, R, width). scores (B, H, R, width); n_in_cells
-    (B, R): the bins that cells share out. A cell without a bin does not compete; as many are taken as
+    """The cells whose bins compete: bool (B, C, R, width). scores (B, E, R, width), E = config.n_estimates
+    or H; n_in_cells (B, R): the bins that cells share out. A cell without a bin does not compete; as many are taken as
     never have more bins together than are wanted, and one at least."""
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
-    scores = at_least_fp32(scores)
+    scores = at_least_fp32(repeat_heads(scores, max(C, scores.shape[1])))
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
     n_wanted, widest = min(config.candidates * n_chosen, 2**31), -(-n_in_cells // width)  # as in topk_mask
@@ -1008,7 +1019,7 @@ class SEAState:
     sums: Tensor  # (B, Hkv, m, 2D+1), sum of phi(k)^T [position ; v ; 1]
     v_sum: Tensor  # (B, Hkv, D)
     conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
-    last_scores: Tensor  # (B, H, 0 or 1, width), the last row, if the stride lets a query reuse it
+    last_scores: Tensor  # (B, E, 0 or 1, width), the last row, if the stride lets a query reuse it
     last_gates: Tensor  # (B, H, 0 or 1, 2)
     key_sums: Tensor  # (B, Hkv, 2*width or 0, D, with bins 3D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
@@ -1028,7 +1039,7 @@ class SEAState:
             sums=torch.zeros(B, Hkv, config.n_features, 2 * D + 1, **fp32),
             v_sum=torch.zeros(B, Hkv, D, **fp32),
             conv_rows=(rows, rows),
-            last_scores=q.new_empty(B, H, 0, config.width),
+            last_scores=q.new_empty(B, config.n_estimates, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
             key_sums=torch.zeros(B, Hkv, n_bins, 3 * D if config.has_bins else D, **fp32),
             k=none,
@@ -1076,7 +1087,7 @@ class SEAOutput:
     state: SEAState | None  # None if bidirectional
     # None, all of these, if computed in chunks (rows_at_once), or what a layer does not have: cells
     # or bins, or what a control (baselines.py) lacks. R: with a row of the past, if there is one.
-    scores: Tensor | None = None  # (B, H, R, width), before the softmax over cells
+    scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells, E = config.n_estimates
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     in_cells: Tensor | None = None  # (B, T), how many of a query's keys its cells share out, see SEAConfig
@@ -1088,7 +1099,7 @@ class SEAOutput:
         """Estimated attention (B, H, T, width)."""
         if self.scores is None:
             return None
-        return take(at_least_fp32(self.scores).softmax(-1), self.row)
+        return repeat_heads(take(at_least_fp32(self.scores).softmax(-1), self.row), self.out.shape[1])
 
     @property
     def mask(self) -> Tensor | None:
@@ -1321,7 +1332,7 @@ class SEAttention(nn.Module):
         self.config = config
         H, D = config.n_head, config.d_head
         if config.causal and config.cell_keys:
-            self.key_gain = nn.Parameter(torch.ones(H))
+            self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
         if not config.cnn:
             self.gates = nn.Parameter(torch.full((H, 2), OPEN))
             return
@@ -1380,7 +1391,8 @@ class SEAttention(nn.Module):
             sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen, scale,
                                        bin=config.bin, order=tokens.key_order)
         else:
-            result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
+            scores_of_heads = repeat_heads(scores, config.n_head)
+            result.cells = ops.select_cells(scores_of_heads, rows.row_seen, topk, config.group)
             sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, rows.seen,
                                           scale, row=rows.row, order=tokens.key_order)
         result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
@@ -1406,7 +1418,7 @@ class SEAttention(nn.Module):
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
 
-        Returns, for the rows and before them that of the past, scores (B, H, R, width) and gates
+        Returns, for the rows and before them that of the past, scores (B, E, R, width) and gates
         (B, H, R, 2) before their sigmoid, and the state after the new tokens but for v_sum, k and v.
         With query_stride > 1 the gates come per row as well, since they need its linear attention.
         """
@@ -1420,9 +1432,9 @@ class SEAttention(nn.Module):
         if config.cnn:
             scores, gates, state = self.run_cnn(ops, q_row, k, v, rows, softmax_scale, past)
         else:
-            B, _, R, _ = q_row.shape
-            scores, state = q.new_zeros(B, config.n_head, R, config.width), past
-            gates = self.gates[None, :, None].repeat(B, 1, R, 1)
+            q_row, state = mean_of_heads(q_row, config.kv_heads), past
+            scores = q_row.new_zeros(*q_row.shape[:3], config.width)
+            gates = self.gates[None, :, None].repeat(len(q), 1, q_row.shape[2], 1)
         key_sums = past.key_sums
         if config.cell_keys:
             row_seen = rows.row_seen[:, -q_row.shape[2] :]
@@ -1626,10 +1638,10 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
     """L_estimate = kl_weight * KL(A || m a) + MSE(m a, A), exactly, without a T x S tensor.
 
     a: the cell scores given to each key, softmax over the keys in cells but the first. scores
-    (B, H, R, width), row (B, T) which of its rows each query uses (its own by default); pooled a
-    PooledAttention, also of kernels.py; in_cells (B, T), unit, first as in pool_attention. With n_p keys
-    and teacher mass A_p in cell p, m = sum of A_p, 1 if cells hold all keys, and a_p the value of each
-    key of a cell:
+    (B, H, R, width), or fewer that heads share, row (B, T) which of its rows each query uses (its own by
+    default); pooled a PooledAttention, also of kernels.py; in_cells (B, T), unit, first as in
+    pool_attention. With n_p keys and teacher mass A_p in cell p, m = sum of A_p, 1 if cells hold all
+    keys, and a_p the value of each key of a cell:
 
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
         KL = sum A log A - sum_p A_p s_p + m log Z - m log m
@@ -1643,7 +1655,8 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
             pooled.cells.shape[-1])
     B, H, T, _ = pooled.cells.shape
     _expect(in_cells.shape == (B, T), "in_cells", f"shape (B, T) = {(B, T)}", tuple(in_cells.shape))
-    s = at_least_fp32(scores if row is None else take(scores, row))  # (B, H, T, width)
+    s = at_least_fp32(scores if row is None else take(scores, row))
+    s = repeat_heads(s, H)  # (B, H, T, width)
     visible = in_cells > first
     n = keys_per_cell(in_cells, width, unit, first)
     n = n.masked_fill(~visible[..., None], 1)[:, None]  # (B, 1, T, width)

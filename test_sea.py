@@ -366,7 +366,8 @@ def test_permuting_the_batch_permutes_the_output(case, random):
 
 @given(cases())
 def test_grouped_query_is_repeated_heads(case):
-    case = replace(case, group="query") if case.group == "kv" else case  # whose heads share a choice
+    """But where the heads share a choice, or without a CNN an estimate."""
+    case = replace(case, group="query" if case.group == "kv" else case.group, cnn=True)
     grouped, (q, k, v) = case.layer(), case.qkv()
     repeated = SEAttention(case.config(n_kv_head=None)).double()
     repeated.load_state_dict(grouped.state_dict())
@@ -594,9 +595,11 @@ def naive_layer(layer: SEAttention, q, k, v):
     else:
         scores, gates = torch.zeros(H, len(rows), width, dtype=q.dtype), w["gates"].sigmoid()[:, None].expand(H, T, 2)
     if c.cell_keys:
+        sharing = 1 if c.cnn else H // c.n_kv_head
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
             in_cells = max(0, i + 1 - c.local) // c.bin * c.bin if c.bin else i + 1
-            scores[h, n] += w["key_gain"][h] * key_products(D**-0.5 * q[h, i], k[h], i + 1, width, in_cells, c.has_bins)
+            mean_q = q[h // sharing * sharing :][:sharing, i].mean(0)
+            scores[h, n] += w["key_gain"][h // sharing] * key_products(D**-0.5 * mean_q, k[h], i + 1, width, in_cells, c.has_bins)
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     if c.has_bins:
@@ -668,7 +671,7 @@ def test_a_layer_is_the_method_written_out(case):
     result = layer(q, k, v)
     with torch.no_grad():
         out, scores = naive_layer(layer, q[0], k[0], v[0])
-    torch.testing.assert_close(result.scores[0, :, result.row[0]], scores, **CLOSE)
+    torch.testing.assert_close(sea.repeat_heads(result.scores, len(scores))[0, :, result.row[0]], scores, **CLOSE)
     torch.testing.assert_close(result.out[0], out, **CLOSE)
 
 
