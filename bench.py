@@ -3,6 +3,7 @@
     python bench.py                           T = 1k ... 256k, forward and forward + backward, strides
                                               1 and 4
     python bench.py --model DIR --data FILE   on q, k and v of a real model instead of synthetic ones
+    python bench.py --student DIR --data FILE   a layer of a student that distill.py saved, as it is
     python bench.py --break-even              from which T SEA wins on this machine
     python bench.py --profile 32768           where the time goes at one T
     python bench.py --distill                 time and memory of a distillation step, against one with
@@ -14,24 +15,26 @@
                                               call, against SDPA
 
 One run compares everything on the same inputs, with SEA as --topk, --width and --sea say (--sea bin=0:
-cells without bins). Writes OUT/bench.json and OUT/bench.png, --decode, --prefill and --distill
-OUT/bench_decode.json and so on; --break-even and --profile only print. Without a GPU it measures the
-plain PyTorch path at small T and says so.
+cells without bins) and with --kv-heads key/value heads. Writes OUT/bench.json and
+OUT/bench.png, --decode, --prefill and --distill OUT/bench_decode.json and so on; --break-even and --profile
+only print. Without a GPU it measures the plain PyTorch path at small T and says so.
 
-Inputs. With --model: text windows through the model; q, k, v of neighbouring layers, their heads side
-by side, windows one after the other until T is reached, so that a longer sequence has the local
-statistics of a real one and repeats nothing but the positions within a window. Without: random walks,
-since real neighbours are alike. The estimator is then trained on those inputs for a moment
-(estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as good as random,
-which is the worst case for the kernels. That case is measured too, as "random choice". A position table
-trained at 2,048 is stretched to T.
+Inputs. With --student: q, k and v of its middle layer in one window of the text, and that layer with its
+weights and configuration, which every row names. With --model: text windows through the model; q, k, v of
+neighbouring layers, their heads side by side, windows one after the other until T is reached, so that a
+longer sequence has the local statistics of a real one and repeats nothing but the positions within a
+window. Without: random walks, since real neighbours are alike. The estimator is then trained on those
+inputs for a moment (estimate_loss at 2,048 tokens), because the cells that an untrained one picks are as
+good as random, which is the worst case for the kernels. That case is measured too, as "random choice". A
+position table trained at 2,048 is stretched to T. What such a layer's speed is worth nobody knows, and its
+rows say so.
 
 --decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first
 8,192 tokens of each context, and is then told the whole context's number of tokens: how many keys are
 selected depends on that, and they lie all over the context. A step is one CUDA graph: attention with
 its estimator, and the state written back for the next step; adding the new key and value to the cache,
-which dense attention needs as well, is left out of both. --prefill takes an OPT with random weights,
-whose cells are as good as random.
+which dense attention needs as well, is left out of both. --prefill takes an OPT with random weights, or a
+Llama if heads share keys, whose cells are as good as random.
 """
 
 import argparse
@@ -50,6 +53,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoTokenizer
 
 import convert
 import distill
@@ -62,81 +66,115 @@ PROMPT = 8192  # tokens that --decode's state has seen
 REFERENCE = 16384  # longest T for plain PyTorch, which computes all scores
 PYTORCH = "plain PyTorch path of SEA"
 RANDOM = "random choice, sparse attention alone"
+DENSE = ("FlashAttention", "cuDNN", "SDPA")
 OTHERWISE = ("width", "topk", "query_stride", "max_positions", "backend")  # fields that --sea does not set
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
+    defaults = dict(heads=12, d_head=64, width=256, topk=64, train_steps=200 if cuda else 5)
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--model", help="local folder or hub id of a causal language model to take q, k, v from (none: "
         "random walks); the teacher of --distill, whose tokens are random")
-    add("--data", help="text file in UTF-8, needed with --model, but not for --distill")
+    add("--student", help="folder that distill.py saved a student of SEA in, whose attention is measured, "
+        "with --topk, --sea and --width only where no weight depends on them (none: as saved)")
+    add("--data", help="text file in UTF-8, needed with --student and --model, but not for --distill")
     add("--lengths", type=int, nargs="+", help="tokens (none: 1024 ... 262144, --distill 2048, 8192, "
-        "32768, --decode 8192 ... 524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU)")
+        "32768, --decode 8192 ... 524288, --prefill 8192, 32768, 131072; 256 and 512 without a GPU; of a "
+        "student those that it has positions for)")
     add("--batches", type=int, nargs="+", default=[1, 16] if cuda else [1, 2],
         help="sequences decoded at a time")
     add("--strides", type=int, nargs="+", default=[1, 4], help="query strides")
-    add("--heads", type=int, default=12, help="query heads")
-    add("--d-head", type=int, default=64, help="numbers a head")
-    add("--width", type=int, default=256, help="cells of an estimated row")
-    add("--topk", type=int, default=64, help="keys per query and head, on average")
+    add("--heads", type=int, help="query heads (none: 12)")
+    add("--kv-heads", type=int, help="key/value heads (none: as many)")
+    add("--d-head", type=int, help="numbers a head (none: 64)")
+    add("--width", type=int, help="cells of an estimated row (none: 256)")
+    add("--topk", type=int, help="keys per query and head, on average (none: 64)")
     add("--sea", type=evaluate.settings(sea.SEAConfig), nargs="+", action="extend", default=[],
         metavar="NAME=VALUE", help="other fields of sea.SEAConfig: bin (0: no bins), local, first, "
-        "candidates, group, nbf, cell_keys")
-    add("--train-steps", type=int, default=200 if cuda else 5, help="steps that train the estimator")
+        "candidates, group, nbf, cell_keys, cnn")
+    add("--train-steps", type=int, help=f"steps that train the estimator (none: {defaults['train_steps']})")
     add("--forward-only", action="store_true", help="leave out the backward passes")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by "
         "bisection")
-    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT of --layers "
-        "layers with random weights, at the first of --strides")
+    add("--distill", action="store_true", help="only measure steps of distill.py on an OPT (a Llama "
+        "with --kv-heads) of --layers layers with random weights, at the first of --strides")
     add("--batch", type=int, default=1, help="sequences a step and process of --distill")
     for name in ("--shard", "--gradient-checkpointing"):
         add(name, action="store_true", help="of --distill: as in distill.py")
     add("--decode", action="store_true", help="only measure decoding steps")
-    add("--prefill", action="store_true", help="only measure the prefill of an OPT of --layers layers "
-        "with random weights")
+    add("--prefill", action="store_true", help="only measure the prefill of an OPT (a Llama with "
+        "--kv-heads) of --layers layers with random weights")
     add("--layers", type=int, default=12 if cuda else 1, help="of the model of --distill and --prefill")
     add("--profile", type=int, help="only list the kernels of one forward and backward at this T")
     add("--out", default="out", help="folder for the files it writes")
     args = p.parse_args(argv)
-    for name in ("lengths", "batches", "strides", "heads", "d_head", "width", "topk", "train_steps",
-                 "batch", "layers", "profile"):
+    for name in ("lengths", "batches", "strides", "heads", "kv_heads", "d_head", "width", "topk",
+                 "train_steps", "batch", "layers", "profile"):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             p.error(f"--{name.replace('_', '-')}: expected integers >= 1, got {value}")
-    if args.model and not args.data and not args.distill:
-        p.error("--data: expected a text file with --model, got none")
-    read_sea(p, args)
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        p.error("--shard: expected several processes to spread over, under torchrun, got one")
+    if (args.student or args.model) and not args.data and not args.distill:
+        p.error(f"--data: expected a text file with {'--student' if args.student else '--model'}, got none")
     args.device = "cuda" if cuda else "cpu"
     args.dtype = torch.bfloat16 if cuda else torch.float32
-    args.lengths = args.lengths or (default_lengths(args) if cuda else [256, 512])
-    return args
-
-
-def read_sea(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Turn --sea, --topk and --width into a dict of fields of SEAConfig."""
     fixed = [name for name, _ in args.sea if name in OTHERWISE]
     if fixed:
         p.error(f"--sea: expected other fields than {', '.join(OTHERWISE)}, which --width, --topk, --strides "
                 f"and what is measured set, got {', '.join(fixed)}")
+    if args.student:
+        refuse_beside_student(p, args)
+    else:
+        complete(p, args, defaults)
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--shard: expected several processes to spread over, under torchrun, got one")
+    return args
+
+
+def refuse_beside_student(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what a student decides itself; turn --sea, --topk and --width into a dict of fields to change."""
+    for name in ("distill", "decode", "prefill"):
+        if getattr(args, name):
+            p.error(f"--student: expected no --{name} beside it, since of a student only the attention is "
+                    "measured")
+    for name in ("model", "heads", "kv_heads", "d_head", "train_steps"):
+        if getattr(args, name) is not None:
+            p.error(f"--student: expected no --{name.replace('_', '-')} beside it, since it has its own, "
+                    f"got {getattr(args, name)}")
+    given = dict(width=args.width, topk=args.topk)
+    args.sea = {name: value for name, value in given.items() if value is not None} | dict(args.sea)
+
+
+def complete(p: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict) -> None:
+    """Fill in defaults, and turn --sea, --topk and --width into a dict of fields of SEAConfig, which layers at
+    each of --strides have to be able to have."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.kv_heads = args.kv_heads or args.heads
+    if args.heads % args.kv_heads:
+        p.error(f"--kv-heads: expected a divisor of the {args.heads} --heads, got {args.kv_heads}")
+    args.lengths = args.lengths or default_lengths(args)
     args.sea = dict(width=args.width, topk=args.topk, **dict(args.sea))
     try:
-        sea_config(args)
+        for stride in args.strides:
+            sea_config(args, query_stride=stride)
     except ValueError as error:
         own = str(error).startswith(("topk:", "width:"))
         p.error(f"--{error}" if own else f"--sea {error}")
 
 
 def sea_config(args, **fields) -> sea.SEAConfig:
-    """Of the layers that are measured, but for models of --distill and --prefill, whose heads are their own."""
-    return sea.SEAConfig(n_head=args.heads, d_head=args.d_head, **args.sea, **fields)
+    """Of the layers that are measured, but for a student's, and for models of --distill and --prefill, whose
+    heads are their own."""
+    return sea.SEAConfig(n_head=args.heads, n_kv_head=args.kv_heads, d_head=args.d_head, **args.sea, **fields)
 
 
 def default_lengths(args) -> list[int]:
+    if args.device != "cuda":
+        return [256, 512]
     if args.distill:
         return [2048, 8192, 32768]
     if args.decode:
@@ -151,7 +189,7 @@ def default_lengths(args) -> list[int]:
 
 @torch.no_grad()
 def model_inputs(args, T: int) -> list[torch.Tensor]:
-    """q, k, v (1, H, T, D) of a model's layers on text."""
+    """q (1, H, T, D) and k, v (1, Hkv, T, D) of a model's layers on text."""
     text = "\n\n\n".join(evaluate.read_documents("--data", args.data))[: 8 * T]
     tokenizer, model = evaluate.from_hub(args.model, torch.bfloat16)
     model = model.to(args.device).eval()
@@ -164,35 +202,45 @@ def model_inputs(args, T: int) -> list[torch.Tensor]:
     for x in ids:
         with convert.record(model) as records:
             model(x[None], use_cache=False)
-        windows.append(heads_of(records, args.heads))
-    return [torch.cat(parts, 2)[:, : args.heads, :T].contiguous() for parts in zip(*windows)]
+        windows.append(heads_of(records, args.heads, args.heads // args.kv_heads))
+    q, k, v = (torch.cat(parts, 2)[..., :T, :].contiguous() for parts in zip(*windows))
+    return [q[:, : args.heads], k[:, : args.kv_heads], v[:, : args.kv_heads]]
 
 
-def heads_of(records: list, n_head: int) -> list[torch.Tensor]:
-    """q, k, v of as many layers, from the middle one on, as it takes for n_head heads, side by side."""
+def heads_of(records: list, n_head: int, group: int) -> list[torch.Tensor]:
+    """q, k, v of as many layers, from the middle one on, as it takes for n_head query heads, side by side, of
+    which `group` share a key/value head."""
+    of_model = records[0].q.shape[1] // records[0].k.shape[1]
+    if of_model % group:
+        sys.exit(f"--kv-heads: expected a divisor of --model's {of_model} query heads a key/value head, got "
+                 f"{group} of them")
     middle, n_layer = len(records) // 2, -(-n_head // records[0].q.shape[1])
     layers = []
     for i in range(n_layer):
         r = records[(middle + i) % len(records)]
-        H, D = r.q.shape[1], r.q.shape[-1]
-        q = r.q * r.scale * D**0.5  # as a scale of D**-0.5 wants it
-        layers.append((q, sea.repeat_heads(r.k, H), sea.repeat_heads(r.v, H)))
+        n_kv_head = r.q.shape[1] // group
+        layers.append((as_scaled_by_default(r), *(sea.repeat_heads(x, n_kv_head) for x in (r.k, r.v))))
     return [torch.cat(parts, 1) for parts in zip(*layers)]
 
 
+def as_scaled_by_default(r: convert.Record) -> torch.Tensor:
+    """Its q, as a scale of D**-0.5 wants it."""
+    return r.q * r.scale * r.q.shape[-1] ** 0.5
+
+
 def walk_inputs(args, T: int, seed: int = 0) -> list[torch.Tensor]:
-    """Random walks pulled to 0, correlated over about 100 tokens, (1, H, T, D) each; q and k share half
-    of theirs."""
-    generator, n_walk = torch.Generator(args.device).manual_seed(seed), args.heads * args.d_head
+    """Random walks pulled to 0, correlated over about 100 tokens, q (1, H, T, D) and k, v (1, Hkv, T, D); q
+    and k share half of theirs."""
+    generator, H, Hkv = torch.Generator(args.device).manual_seed(seed), args.heads, args.kv_heads
     kernel = torch.exp(-torch.arange(512, device=args.device) / 100.0)
     kernel = kernel / kernel.square().sum().sqrt()
 
-    def walk():
-        noise = torch.randn(n_walk, 1, T + 511, generator=generator, device=args.device)
-        return F.conv1d(noise, kernel[None, None]).view(1, args.heads, args.d_head, T).mT
+    def walk(n_head):
+        noise = torch.randn(n_head * args.d_head, 1, T + 511, generator=generator, device=args.device)
+        return F.conv1d(noise, kernel[None, None]).view(1, n_head, args.d_head, T).mT
 
-    shared, q, k, v = (walk() for _ in range(4))
-    return [x.contiguous() for x in (shared + q, shared + k, v)]
+    shared, q, k, v = (walk(n_head) for n_head in (Hkv, H, Hkv, Hkv))
+    return [x.contiguous() for x in (sea.repeat_heads(shared, H) + q, shared + k, v)]
 
 
 def trained_layer(args, q, k, v) -> sea.SEAttention:
@@ -221,36 +269,94 @@ def trained_layer(args, q, k, v) -> sea.SEAttention:
 
 def stretched(args, layer: sea.SEAttention, T: int, stride: int,
               backend: str = "auto") -> sea.SEAttention:
-    """The layer at that stride, its position table stretched to T tokens."""
-    config = replace(layer.config, max_positions=max(T, TRAINED), query_stride=stride, backend=backend)
-    table = layer.position.detach().T[None]  # (1, D, TRAINED)
-    table = F.interpolate(table, size=config.max_positions, mode="linear", align_corners=True)[0].T
+    """The layer at that stride, its position table, if it has one, stretched to T tokens if it is shorter."""
+    longest, weights = max(T, layer.config.max_positions), layer.state_dict()
+    config = replace(layer.config, max_positions=longest, query_stride=stride, backend=backend)
+    if config.cnn:
+        table = weights["position"].T[None]  # (1, D, max_positions)
+        weights["position"] = F.interpolate(table, size=longest, mode="linear", align_corners=True)[0].T
     long = sea.SEAttention(config).to(args.device)
-    long.load_state_dict({**layer.state_dict(), "position": table})
+    long.load_state_dict(weights)
     return long.to(args.dtype)
 
 
-def opt(args, T: int, device: str) -> torch.nn.Module:
-    """An OPT of args.layers layers with random weights, for T tokens: OPT-125m by default."""
-    from transformers import OPTConfig, OPTForCausalLM
+def random_model(args, T: int, device: str) -> torch.nn.Module:
+    """For T tokens, of args.layers layers with random weights: an OPT, OPT-125m by default, or a Llama if
+    query heads share a key/value head, which an OPT's do not."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
     hidden = args.heads * args.d_head
+    shape = dict(hidden_size=hidden, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+                 max_position_embeddings=T, vocab_size=50272)
     with torch.device(device):
-        return OPTForCausalLM(OPTConfig(
-            hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0,
-            num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=T))
+        if args.kv_heads < args.heads:
+            return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=args.kv_heads,
+                                                intermediate_size=4 * hidden))
+        return OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, dropout=0.0))
+
+
+# -- a student -------------------------------------------------------------------------------------
+
+
+def open_student(args) -> tuple[torch.nn.Module, object]:
+    """--student, with --sea, --topk and --width as far as no weight depends on them, and its tokenizer."""
+    saved = evaluate.saved_config(args.student)
+    method = "oracle" if saved.get("sea_oracle") else saved.get("sea", {}).get("method", "no student")
+    expected = f"--student: expected a folder that distill.py saved a student of SEA in, got {args.student}"
+    if method != "sea":
+        sys.exit(f"{expected} ({method})")
+    free = convert.free_options(saved["sea"])
+    if fixed := [name for name in args.sea if name not in free]:
+        sys.exit(f"--student: expected options that no weight depends on beside it, got {', '.join(fixed)}")
+    try:
+        for stride in args.strides:
+            evaluate.with_options(saved, **args.sea, query_stride=stride)
+    except ValueError as error:
+        sys.exit(f"--student: expected options that it can have at all of --strides ({error})")
+    try:
+        folder = convert.whole(Path(args.student))
+        student = convert.load(folder, dtype=args.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a folder with the wrong things in it gives any
+        sys.exit(f"{expected} ({evaluate.reason(error)})")
+    convert.set_option(student, **args.sea)
+    return student.to(args.device), tokenizer
+
+
+@torch.no_grad()
+def student_inputs(args) -> tuple[sea.SEAttention, list[torch.Tensor]]:
+    """The middle layer of --student, and q (1, H, T, D) and k, v (1, Hkv, T, D) that it sees of the first T
+    tokens of the text, the most that are measured. --lengths become, if none are given, the usual ones that
+    the model has positions for."""
+    student, tokenizer = open_student(args)
+    longest = student.config.get_text_config().max_position_embeddings
+    args.lengths = args.lengths or [T for T in default_lengths(args) if T <= longest] or [longest]
+    option, T = ("--profile", args.profile) if args.profile else ("--lengths", max(args.lengths))
+    if T > longest:
+        sys.exit(f"{option}: expected at most the student's {longest} positions, got {T}")
+    text = "\n\n\n".join(evaluate.read_documents("--data", args.data))
+    ids = evaluate.tokenize([text[: 16 * T]], tokenizer)[:T]
+    if len(ids) < T:
+        sys.exit(f"--data: expected a text of at least {T} tokens, got {len(ids)}")
+    modules = convert.attention_modules(student)
+    middle = modules[len(modules) // 2]
+    with convert.record(middle) as records:
+        student.base_model(ids[None].long().to(args.device), use_cache=False)
+    (r,) = records
+    return middle.sea, [x.contiguous() for x in (as_scaled_by_default(r), r.k, r.v)]
 
 
 # -- timing tools ----------------------------------------------------------------------------------
 
 
 def measured(measure: Callable[[], dict]) -> dict:
-    """What measure() gives, or the first line of the error that ended it: some run out of memory."""
+    """What measure() gives, or the first line of the error that ended it: some run out of memory, and a
+    compiler raises anything."""
     try:
         return measure()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        return dict(error=str(error).splitlines()[0])
+    except Exception as error:
+        return dict(error=evaluate.reason(error))
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -284,8 +390,9 @@ def outputs(result) -> list[torch.Tensor]:
 
 
 def sdpa(backend: SDPBackend | None, q, k, v, causal: bool = True) -> torch.Tensor:
+    is_grouped = q.shape[1] != k.shape[1]
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=is_grouped)
 
 
 def dense_contestants(args) -> dict[str, SDPBackend | None]:
@@ -304,24 +411,24 @@ def contestants(args, layer, T: int) -> dict[str, Callable]:
     if args.device == "cuda" and T <= REFERENCE:
         found[PYTORCH] = stretched(args, layer, T, args.strides[0], "torch")
     if args.device == "cuda":
-        found[RANDOM] = on_random_choice(args, T)
+        found[RANDOM] = on_random_choice(args, layer.config, T)
     return found
 
 
-def on_random_choice(args, T: int) -> Callable:
+def on_random_choice(args, config: sea.SEAConfig, T: int) -> Callable:
     """Sparse attention to random bins, or under random cells, as many as SEA keeps."""
     import kernels
 
-    seen, config = torch.arange(1, T + 1, device=args.device)[None], sea_config(args)
+    seen = torch.arange(1, T + 1, device=args.device)[None]
     if config.has_bins:
         bins = torch.cat([random_bins(config, part) for part in seen.split(8192, dim=1)], 2)
         return lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=config.bin)
-    n_cells = (2 * args.heads * args.topk * args.width + seen) // (2 * seen)  # of all heads
-    bits = []
-    for share in (n_cells / (args.heads * args.width)).split(8192, dim=1):
-        scores = torch.rand(1, args.heads, share.shape[1], args.width, device=args.device)
+    H, width, bits = config.n_head, config.width, []
+    n_cells = (2 * H * config.topk * width + seen) // (2 * seen)  # of all heads
+    for share in (n_cells / (H * width)).split(8192, dim=1):
+        scores = torch.rand(1, H, share.shape[1], width, device=args.device)
         bits.append(kernels.pack_mask(scores < share[:, None, :, None]).bits)
-    cells = kernels.CellBits(torch.cat(bits, 2), args.width)
+    cells = kernels.CellBits(torch.cat(bits, 2), width)
     return lambda q, k, v: kernels.sparse_attention(q, k, v, cells, seen)
 
 
@@ -357,14 +464,21 @@ def measure(args, layer, inputs, T: int) -> dict[str, dict]:
 
 
 def all_lengths(args, layer, inputs) -> dict[int, dict]:
-    rows = {}
+    rows, of = {}, of_layer(args, layer.config)
     for T in args.lengths:
-        rows[T] = measure(args, layer, inputs, T)
-        times = (f"{name} {result['ms']:.3f} ms" for name, result in rows[T].items() if "ms" in result)
+        rows[T] = {name: result | of for name, result in measure(args, layer, inputs, T).items()}
+        times = (f"{name} {result['ms']:.3f} ms" if "ms" in result else f"{name} left out ({result['error']})"
+                 for name, result in rows[T].items())
         print(f"T {T:,}: " + ", ".join(times), flush=True)
     for kind in ("forward",) if args.forward_only else ("forward", "forward+backward"):
         print(table(rows, kind))
     return rows
+
+
+def of_layer(args, config: sea.SEAConfig) -> dict:
+    """What a row says of the layer that it measures."""
+    student = args.student or "no student, quality unknown"
+    return dict(student=student, topk=config.topk, sea=configuration(config))
 
 
 def table(rows: dict[int, dict], kind: str) -> str:
@@ -376,13 +490,13 @@ def table(rows: dict[int, dict], kind: str) -> str:
         found = {name: row[name] for name in names if "ms" in row.get(name, {})}
         cells = dict.fromkeys(names, "-")
         cells |= {name: f"{r['ms']:.3f} ({r['mib'] or 0:8,.0f})" for name, r in found.items()}
-        lines.append(f"{T:8,} " + " ".join(f"{cell:>24}" for cell in cells.values()))
-        others = ("SEA", "random", "plain")
-        dense = [r["ms"] for name, r in found.items() if not name.startswith(others)]
+        of = next(f" | {r['student']}: {r['sea']}" for r in row.values())
+        lines.append(f"{T:8,} " + " ".join(f"{cell:>24}" for cell in cells.values()) + of)
+        dense = [r["ms"] for name, r in found.items() if name.startswith(DENSE)]
         for name, r in found.items():
             if dense and name.startswith("SEA"):
                 speed = min(dense) / r["ms"]
-                lines.append(f"{'':8}   {short[name]}: {speed:.2f}x the speed of the fastest dense")
+                lines.append(f"{'':8}   {short[name]}: {speed:.2f}x the speed of the fastest dense{of}")
     return "\n".join(lines)
 
 
@@ -432,7 +546,7 @@ def profile(args, layer, inputs) -> None:
 
 
 def teacher_model(args, T: int) -> torch.nn.Module:
-    """--model, or an OPT with random weights, as distill.py's teacher, not yet placed: what is to be
+    """--model, or one with random weights, as distill.py's teacher, not yet placed: what is to be
     sharded is made on the CPU."""
     if args.model:
         _, model = evaluate.from_hub(args.model)
@@ -440,7 +554,7 @@ def teacher_model(args, T: int) -> torch.nn.Module:
         if T > longest:
             sys.exit(f"--lengths: expected at most the model's {longest} positions, got {T}")
     else:
-        model = opt(args, T, "cpu" if args.shard else args.device)
+        model = random_model(args, T, "cpu" if args.shard else args.device)
     model.set_attn_implementation("sea_teacher")
     return model.eval().requires_grad_(False)
 
@@ -518,10 +632,10 @@ def report_step(args, T: int, name: str, backend: str, size: int) -> dict:
 
 
 def decode_inputs(args, S: int, B: int) -> tuple[torch.Tensor, ...]:
-    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, H, S + ROOM, D). Two
+    """q (B, H, PROMPT + 1, D), of the first tokens and of the last of S; k and v (B, Hkv, S + ROOM, D). Two
     random walks, in turn: no sequence's step is quicker because another is like it."""
     options = dict(dtype=args.dtype, device=args.device)
-    k, v = (torch.zeros(B, args.heads, S + ROOM, args.d_head, **options) for _ in range(2))
+    k, v = (torch.zeros(B, args.kv_heads, S + ROOM, args.d_head, **options) for _ in range(2))
     q = k.new_zeros(B, args.heads, min(PROMPT, S - 1) + 1, args.d_head)
     for b in range(B):
         if b < 2:
@@ -555,8 +669,8 @@ def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea
 def decode(args, layer, S: int, B: int) -> dict[str, dict]:
     """One step with S keys, each of B sequences: name -> ms, and for SEA how many keys a head visits, on
     average and at most."""
-    n_bytes = 2 * B * args.dtype.itemsize + 8 * 4  # of keys and values, and of the walks
-    gib = args.heads * S * args.d_head * n_bytes / 2**30
+    n_bytes = args.kv_heads * 2 * B * args.dtype.itemsize + args.heads * 8 * 4  # of k and v, and of the walks
+    gib = S * args.d_head * n_bytes / 2**30
     free = torch.cuda.mem_get_info()[0] / 2**30 if args.device == "cuda" else gib
     if gib > free:
         return {"all": dict(error=f"skipped, needs {gib:.0f} GiB of the {free:.0f} that are free")}
@@ -627,7 +741,7 @@ def prefill(args) -> dict[int, dict]:
 
 def prefill_of(args, T: int, stride: int | None) -> dict:
     """Of a student at that stride, or of a plain model."""
-    model = opt(args, T, args.device).to(args.dtype).eval()
+    model = random_model(args, T, args.device).to(args.dtype).eval()
     if stride is not None:
         convert.attach(model, **args.sea, query_stride=stride)
     x = torch.randint(5, 50000, (1, T), device=args.device)
@@ -700,8 +814,8 @@ def plot_line(axis, rows: dict[int, dict], name: str, field: str, **style) -> No
 # -- the job ---------------------------------------------------------------------------------------
 
 
-def describe(args, argv: list[str] | None) -> dict:
-    """Print and return what this run is."""
+def describe(args, argv: list[str] | None, config: sea.SEAConfig) -> dict:
+    """Print and return what this run is, of layers with this config."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     command = " ".join([launcher, "bench.py", *(sys.argv[1:] if argv is None else argv)])
@@ -716,20 +830,20 @@ def describe(args, argv: list[str] | None) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     print(f"{command}\n{device}, {versions}, commit {commit or 'unknown'}\n{args.dtype}, B "
-          f"{args.batches if args.decode else args.batch}, H {args.heads}, D {args.d_head}, causal\n"
-          f"SEA: {configuration(args)}")
+          f"{args.batches if args.decode else args.batch}, H {config.n_head} over {config.kv_heads}, D "
+          f"{config.d_head}, causal\nSEA: {configuration(config)}")
     if not cuda:
         print("no GPU: this measures the plain PyTorch path")
     shown = {name: value for name, value in vars(args).items() if name != "dtype"}
-    return dict(command=command, device=device, versions=versions, commit=commit, sea=configuration(args),
+    return dict(command=command, device=device, versions=versions, commit=commit, sea=configuration(config),
                 args=shown)
 
 
-def configuration(args) -> str:
+def configuration(config: sea.SEAConfig) -> str:
     """As options say it."""
-    config = sea_config(args)
     of_bins = ("bin", "local", "first", "candidates") if config.has_bins else ("bin",)
-    names = ("width", "topk", *of_bins, "group", "nbf", "cell_keys")
+    of_estimate = ("nbf", "cell_keys") if config.cnn else ("cnn",)
+    names = ("width", "topk", *of_bins, "group", *of_estimate)
     return " ".join(f"{name}={getattr(config, name)}" for name in names)
 
 
@@ -743,7 +857,7 @@ def write(report: dict, args, name: str) -> Path:
 
 def main_distill(args, argv) -> dict:
     rank, size = evaluate.start_processes(args)
-    report = describe(args, argv)
+    report = describe(args, argv, sea_config(args))
     report |= dict(results=distillation(args, size))
     if rank == 0:
         write(report, args, "bench_distill")
@@ -752,16 +866,17 @@ def main_distill(args, argv) -> dict:
 
 
 def main_prefill(args, argv) -> dict:
-    report = describe(args, argv)
+    report = describe(args, argv, sea_config(args))
     report |= dict(results=prefill(args))
     figure = write(report, args, "bench_prefill")
+    model = "a Llama" if args.kv_heads < args.heads else "an OPT"
     plot_lines(report["results"], dict(ms="ms", mib="MiB above the weights"), figure,
-               f"prefill of an OPT of {args.layers} layers ({report['device']})\n{report['sea']}", "tokens")
+               f"prefill of {model} of {args.layers} layers ({report['device']})\n{report['sea']}", "tokens")
     return report
 
 
 def main_decode(args, argv) -> dict:
-    report = describe(args, argv)
+    report = describe(args, argv, sea_config(args))
     T = 16 * TRAINED if args.device == "cuda" else max(args.lengths)
     layer = trained_layer(args, *walk_inputs(args, T))
     report |= dict(results=decoding(args, layer))
@@ -772,10 +887,14 @@ def main_decode(args, argv) -> dict:
 
 
 def main_attention(args, argv) -> dict:
-    report = describe(args, argv)
-    make_inputs = model_inputs if args.model else walk_inputs
-    inputs = make_inputs(args, args.profile or max(args.lengths))
-    layer = trained_layer(args, *inputs)
+    if args.student:
+        layer, inputs = student_inputs(args)
+        report = describe(args, argv, layer.config)
+    else:
+        report = describe(args, argv, sea_config(args))
+        make_inputs = model_inputs if args.model else walk_inputs
+        inputs = make_inputs(args, args.profile or max(args.lengths))
+        layer = trained_layer(args, *inputs)
     inputs = [x.to(args.dtype) for x in inputs]
     if args.profile:
         profile(args, layer, inputs)

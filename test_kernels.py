@@ -1647,8 +1647,10 @@ assert not {"sea", "bin_kernels", "estimator_kernels", "sea_kernels"} & sys.modu
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("options", [[], ["--break-even", "--sea", "bin=0"], ["--profile", "64"], ["--distill", "--layers", "1"], ["--decode"],
-                                     ["--prefill", "--layers", "1"]])
+@pytest.mark.parametrize("options", [[], ["--kv-heads", "1"], ["--sea", "cnn=false"], ["--break-even", "--sea", "bin=0"],
+                                     ["--profile", "64", "--sea", "cnn=false"], ["--distill", "--layers", "1", "--kv-heads", "1"],
+                                     ["--decode"], ["--decode", "--kv-heads", "1", "--sea", "cnn=false"], ["--prefill", "--layers", "1"],
+                                     ["--prefill", "--layers", "1", "--kv-heads", "1", "--sea", "cnn=false"]])
 def test_bench_measures(tmp_path, capsys, options):
     import bench
 
@@ -1664,19 +1666,21 @@ def test_bench_measures(tmp_path, capsys, options):
             assert report["results"].keys() == {64, 128}
             assert all(len(row) == names and all("ms" in r for r in row.values()) for row in report["results"].values())
             assert all((tmp_path / f"bench_{mode}.{kind}").exists() for kind in ("json", "png"))
-    if options:
+    if not (tmp_path / "bench.json").exists():
         assert "stride 4" in printed or "T 128 T x T: " in printed
         return
     assert report["results"].keys() == {64, 128} and all("ms" in r for row in report["results"].values() for r in row.values())
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "bench.json").exists()
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert printed.count(f" | no student, quality unknown: {report['sea']}\n") >= 2 * 2 * 3  # lengths, kinds of pass, rows of the table
 
 
-def test_bench_wants_a_text_with_a_model(capsys):
+@pytest.mark.parametrize("option", ["--model", "--student"])
+def test_bench_wants_a_text_with_a_model(option, capsys):
     import bench
 
     with pytest.raises(SystemExit):
-        bench.main(["--model", "somewhere"])
-    assert "--data: expected a text file with --model, got none" in capsys.readouterr().err
+        bench.main([option, "somewhere"])
+    assert f"--data: expected a text file with {option}, got none" in capsys.readouterr().err
 
 
 def bench_of(*options):
@@ -1695,8 +1699,9 @@ def test_bench_says_how_much_faster_or_slower():
     import bench
 
     named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, bench.RANDOM: 0.1}
-    table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms) for name, ms in named.items()}}, "forward")
-    assert "SEA stride 1: 4.00x the speed of the fastest dense" in table and table.count("fastest dense") == 1
+    table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms, student="a", topk=8, sea="topk=8") for name, ms in named.items()}},
+                        "forward")
+    assert "SEA stride 1: 4.00x the speed of the fastest dense | a: topk=8" in table and table.count("fastest dense") == 1
     _, heads, cells = table.strip().splitlines()[:3]
     columns = [heads.index(name[:24]) + len(name[:24]) for name in named]
     assert all(cells[:end].endswith(f"{ms:.3f} ({10 * ms:8,.0f})") for end, ms in zip(columns, named.values()))
@@ -1725,6 +1730,7 @@ def test_bench_finds_where_sea_begins_to_win(longest, found, monkeypatch, capsys
 def test_bench_stretches_positions_and_keeps_the_rest():
     bench, args, layer, _ = bench_of()
     layer.requires_grad_(False)
+    assert torch.equal(bench.stretched(args, layer, bench.TRAINED // 2, 4).position, layer.position)
     for T in (bench.TRAINED, 2 * bench.TRAINED):
         long = bench.stretched(args, layer, T, 4)
         x = torch.arange(T) * (bench.TRAINED - 1) / (T - 1)
@@ -1741,14 +1747,22 @@ def test_bench_takes_inputs_as_the_model_scales_them():
     generator = torch.Generator().manual_seed(0)
     make = lambda heads: torch.randn(1, heads, 5, 4, generator=generator)
     records = [SimpleNamespace(q=make(2), k=make(1), v=make(1), scale=0.9) for _ in range(4)]
-    q, k, v = bench.heads_of(records, 3)
-    for i, r in enumerate(records[2:]):
-        heads = slice(2 * i, 2 * i + 2)
-        torch.testing.assert_close(q[:, heads] @ k[:, heads].mT * 4**-0.5, r.q @ r.k.mT * r.scale)
-        assert torch.equal(v[:, heads], r.v.expand(1, 2, 5, 4))
-    _, _, _, (q, k, v) = bench_of()
+    for group in (1, 2):  # heads that share keys, as in the model
+        q, k, v = bench.heads_of(records, 3, group)
+        assert k.shape == v.shape == (1, 4 // group, 5, 4)
+        for i, r in enumerate(records[2:]):
+            heads = slice(2 * i, 2 * i + 2)
+            torch.testing.assert_close(q[:, heads] @ sea.repeat_heads(k, 4)[:, heads].mT * 4**-0.5, r.q @ r.k.mT * r.scale)
+            assert torch.equal(sea.repeat_heads(v, 4)[:, heads], r.v.expand(1, 2, 5, 4))
+    with pytest.raises(SystemExit, match="^--kv-heads: expected a divisor of --model's 2 query heads a key/value head, got 3 of them$"):
+        bench.heads_of(records, 3, 3)
     like = lambda x, y: torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
-    assert like(q, k) > 0.25 and like(q, v).abs() < 0.15  # queries and keys of synthetic inputs share half
+    for options in ([], ["--kv-heads", "1"]):
+        _, args, layer, _ = bench_of(*options)
+        q, k, v = bench.walk_inputs(args, 512)
+        assert k.shape == v.shape == (1, args.kv_heads, 512, 8) and layer.config.kv_heads == args.kv_heads
+        k, v = (sea.repeat_heads(x, 2) for x in (k, v))
+        assert like(q, k) > 0.25 and like(q, v).abs() < 0.15  # queries and keys of synthetic inputs share half
 
 
 def test_bench_runs_what_its_options_say(monkeypatch):
@@ -1756,9 +1770,10 @@ def test_bench_runs_what_its_options_say(monkeypatch):
     monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
     given = dict(width=8, topk=24, bin=2, local=3, first=1, group="query", cell_keys=False)
     assert {name: getattr(layer.config, name) for name in given} == given
-    assert bench.configuration(args) == "width=8 topk=24 bin=2 local=3 first=1 candidates=16 group=query nbf=8 cell_keys=False"
-    assert bench.configuration(bench.parse(["--sea", "bin=0", "nbf=2"])) == (
-        "width=256 topk=64 bin=0 group=causal_batch nbf=2.0 cell_keys=True")
+    assert bench.configuration(layer.config) == "width=8 topk=24 bin=2 local=3 first=1 candidates=16 group=query nbf=8 cell_keys=False"
+    for fields, found in ((["bin=0", "nbf=2"], "width=256 topk=64 bin=0 group=causal_batch nbf=2.0 cell_keys=True"),
+                          (["bin=0", "cnn=false"], "width=256 topk=64 bin=0 group=causal_batch cnn=False")):
+        assert bench.configuration(bench.sea_config(bench.parse(["--sea", *fields]))) == found
     assert all(name.endswith("| forward") for name in bench.measure(args, layer, inputs, 64))
     with mock.patch.object(torch.autograd, "grad") as grad:
         bench.forward_backward(layer, *inputs)()
@@ -1781,6 +1796,10 @@ def test_bench_runs_what_its_options_say(monkeypatch):
     (["--sea", "query_stride=2", "topk=3"],
      ("--sea: expected other fields than width, topk, query_stride, max_positions, backend, which "
       "--width, --topk, --strides and what is measured set, got query_stride, topk")),
+    (["--topk", "22"], "--topk: expected at least 23, since on average as many first and last keys are always attended to, got 22"),
+    (["--heads", "4", "--kv-heads", "3"], "--kv-heads: expected a divisor of the 4 --heads, got 3"),
+    (["--student", "x", "--data", "y", "--heads", "12"], "--student: expected no --heads beside it, since it has its own, got 12"),
+    (["--student", "x", "--data", "y", "--decode"], "--student: expected no --decode beside it, since of a student only the attention is measured"),
 ])
 def test_bench_refuses_layers_that_cannot_be(options, message, capsys):
     import bench
@@ -1805,7 +1824,7 @@ def test_bench_trains_the_estimate_of_the_keys_in_cells(options):
         assert torch.equal(call.call_args.kwargs["in_cells"], in_cells)
 
 
-@pytest.mark.parametrize("options", [[], ["--topk", "22"], ["--sea", "bin=2", "local=3", "first=1", "group=query"]])
+@pytest.mark.parametrize("options", [[], ["--topk", "22", "--strides", "1"], ["--kv-heads", "1", "--sea", "group=query"], ["--sea", "bin=2", "local=3", "first=1", "group=query"]])
 def test_bench_draws_as_many_bins_as_a_layer_chooses(options):
     """First and last bins are those of every row, the others anywhere in its cells."""
     bench, args, layer, inputs = bench_of(*options)
@@ -1833,6 +1852,102 @@ def test_bench_decodes_the_last_of_all_tokens_of_the_context(monkeypatch):
     assert strides == [1, 2] and list(found) == ["SDPA", "SEA stride 1", "SEA stride 2"]
     assert set(lengths) == {(1, 64, 64, False)}
     assert seen == [[[65], [65]]] * 2  # the step after the one that was timed
+
+
+def test_bench_compares_heads_that_share_keys_with_dense_ones_that_do():
+    """Everywhere: dense attention is given the grouped keys as they are, and a model has heads that share theirs."""
+    bench, args, layer, inputs = bench_of("--heads", "4", "--kv-heads", "2")
+    q, k, v = inputs
+    with mock.patch.object(bench.F, "scaled_dot_product_attention", wraps=bench.F.scaled_dot_product_attention) as dense:
+        out = bench.contestants(args, layer, 64)["SDPA"](q, k, v)
+        bench.decode(args, layer, 64, 1)
+    assert {call.args[1].shape[1] for call in dense.call_args_list} == {2} and all(call.kwargs["enable_gqa"] for call in dense.call_args_list)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    config = bench.random_model(args, 32, "cpu").config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings) == (4, 2, 32)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["cnn", "no cnn"])
+def student(request, tmp_path_factory):
+    """A folder with a student of a Llama of 3 layers and 64 positions whose 4 heads share 2 of keys, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import convert
+
+    folder = tmp_path_factory.mktemp("student")
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(50)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                         num_key_value_heads=2, max_position_embeddings=64))
+    convert.attach(model, width=8, topk=16, bin=2, local=3, first=1, cnn=request.param)
+    convert.save(model, folder / "sea", PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0"))
+    (folder / "text.txt").write_text(" ".join(str(i * i % 50) for i in range(70)))
+    return folder
+
+
+def bench_student(folder, *options):
+    import bench
+
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return bench, ["--student", str(folder / "sea"), "--data", str(folder / "text.txt"), "--forward-only", *options]
+
+
+def test_bench_measures_a_student_as_it_is(student, tmp_path, monkeypatch, capsys):
+    """Its middle layer, with its own weights and configuration, on what that layer sees of the text."""
+    import convert
+
+    bench, argv = bench_student(student, "--out", str(tmp_path), "--topk", "20", "--sea", "bin=4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen = []
+    monkeypatch.setattr(bench.evaluate, "milliseconds", lambda run, **_: (run(), 1.0)[1])
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *x: seen.append(x[1:3]) or measure(*x))
+    report = bench.main(argv)
+    (layer, inputs), = seen
+    whole = convert.load(student / "sea")
+    convert.set_option(whole, topk=20, bin=4)
+    x = torch.tensor([[i * i % 50 for i in range(64)]])
+    with torch.no_grad(), convert.record(whole) as records:
+        whole(x, use_cache=False)
+    r, module = records[1], convert.attention_modules(whole)[1].sea
+    assert list(report["results"]) == [64]  # the positions that there are, and no length was given
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(inputs, (r.q * r.scale * 8**0.5, r.k, r.v)))
+    at_one = bench.stretched(bench.parse(argv), layer, 64, 1)
+    assert at_one.config == module.config and all(torch.equal(x, module.state_dict()[name]) for name, x in at_one.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(at_one(*inputs).out, r.out)
+    named = dict(student=str(student / "sea"), topk=20, sea=bench.configuration(module.config))
+    assert "topk=20 bin=4 local=3 first=1" in report["sea"] == named["sea"]
+    assert len(report["results"][64]) == 3
+    assert all({name: row[name] for name in named} == named and "ms" in row for row in report["results"][64].values())
+    assert capsys.readouterr().out.count(f" | {named['student']}: {named['sea']}\n") == 3
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--lengths", "32", "65"], "--lengths: expected at most the student's 64 positions, got 65"),
+    (["--profile", "65"], "--profile: expected at most the student's 64 positions, got 65"),
+    (["--sea", "nbf=2"], "--student: expected options that no weight depends on beside it, got nbf"),
+    (["--topk", "6"], "--student: expected options that it can have at all of --strides (topk: expected at least 7, since on average"),
+    (["--student", "nowhere"], "--student: expected a folder that distill.py saved a student of SEA in, got nowhere (no student)"),
+])
+def test_bench_refuses_what_a_student_cannot_be_measured_with(student, options, message, tmp_path):
+    bench, argv = bench_student(student, "--out", str(tmp_path), *options)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(argv)
+    assert str(stopped.value).startswith(message)
+
+
+def test_bench_changes_a_students_width_only_without_a_cnn(student):
+    bench, argv = bench_student(student, "--width", "4")
+    args = bench.parse(argv)
+    if bench.evaluate.saved_config(student / "sea")["sea"]["cnn"]:
+        with pytest.raises(SystemExit, match="^--student: expected options that no weight depends on beside it, got width$"):
+            bench.open_student(args)
+    else:
+        assert bench.student_inputs(args)[0].config.width == 4
 
 
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
