@@ -15,7 +15,9 @@
                                               call, against SDPA
 
 One run compares everything on the same inputs, with SEA as --topk, --width and --sea say (--sea bin=0:
-cells without bins) and with --kv-heads key/value heads. Writes OUT/bench.json and
+cells without bins) and with --kv-heads key/value heads. On a GPU it also measures what others made, where
+that runs: FlexAttention over the first and last keys, as many as SEA attends to, and forward alone `fla`'s
+native sparse attention, which wants at least 16 query heads a key/value head. Writes OUT/bench.json and
 OUT/bench.png, --decode, --prefill and --distill OUT/bench_decode.json and so on; --break-even and --profile
 only print. Without a GPU it measures the plain PyTorch path at small T and says so.
 
@@ -66,6 +68,8 @@ PROMPT = 8192  # tokens that --decode's state has seen
 REFERENCE = 16384  # longest T for plain PyTorch, which computes all scores
 PYTORCH = "plain PyTorch path of SEA"
 RANDOM = "random choice, sparse attention alone"
+FLEX = "FlexAttention, window"
+NSA = "NSA of fla, 16 blocks"
 DENSE = ("FlashAttention", "cuDNN", "SDPA")
 OTHERWISE = ("width", "topk", "query_stride", "max_positions", "backend")  # fields that --sea does not set
 
@@ -415,6 +419,50 @@ def contestants(args, layer, T: int) -> dict[str, Callable]:
     return found
 
 
+def flex_window(config: sea.SEAConfig, q, k, v) -> Callable:
+    """FlexAttention to the first and the last keys, as many as SEA attends to."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # at every T it is compiled anew, and after a few times it would run uncompiled
+    T, n_first = q.shape[2], config.n_first * config.unit
+    n_last = config.topk - n_first
+
+    def keep(b, h, query, key):
+        return (key <= query) & ((key < n_first) | (query - key < n_last))
+
+    mask = torch.compile(create_block_mask)(keep, None, None, T, T, device=q.device)  # else it is T x T
+    attention = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(attention, block_mask=mask, enable_gqa=True)
+
+
+def native_sparse_attention(config: sea.SEAConfig, q, k, v) -> Callable:
+    """fla's, of 16 chosen blocks of 64 keys and the means of all blocks, whatever the budget; of these inputs
+    alone, since it wants (B, T, H, D) in memory."""
+    from fla.ops.nsa.parallel import parallel_nsa
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    gate = q.new_ones(q.shape[:3])
+    options = dict(g_cmp=gate, g_slc=gate, g_swa=None, block_counts=16, block_size=64)
+    return lambda *_: parallel_nsa(q, k, v, **options)
+
+
+PEERS = {FLEX: flex_window, NSA: native_sparse_attention}
+
+
+@torch.no_grad()
+def peers(config: sea.SEAConfig, q, k, v) -> dict[str, Callable]:
+    """Sparse attention that others made. What does not run here is left out, with a sentence."""
+    found = {}
+    for name, make in PEERS.items():
+        try:
+            attention = make(config, q, k, v)
+            attention(q, k, v)
+            found[name] = attention
+        except Exception as error:  # of a compiler, or of a package that is not there
+            print(f"T {q.shape[2]:,}: {name} is left out ({evaluate.reason(error)})", flush=True)
+    return found
+
+
 def on_random_choice(args, config: sea.SEAConfig, T: int) -> Callable:
     """Sparse attention to random bins, or under random cells, as many as SEA keeps."""
     import kernels
@@ -456,8 +504,11 @@ def measure(args, layer, inputs, T: int) -> dict[str, dict]:
         run = make(attention, q, k, v)  # forward_backward needs memory for it already
         return dict(ms=evaluate.milliseconds(run, graph=graph), mib=evaluate.peak_mib(run))
 
-    for name, attention in contestants(args, layer, T).items():
+    found = contestants(args, layer, T) | (peers(layer.config, q, k, v) if args.device == "cuda" else {})
+    for name, attention in found.items():
         for kind, make in kinds.items():
+            if name == NSA and kind != "forward":
+                continue
             measure_one = functools.partial(time_and_memory, make, attention, graph=name != PYTORCH)
             results[f"{name} | {kind}"] = measured(measure_one)
     return results

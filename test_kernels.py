@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -1698,7 +1698,7 @@ def test_bench_says_how_much_faster_or_slower():
     """Above 1 is faster in speed, slower in time; against the fastest of the dense backends."""
     import bench
 
-    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, bench.RANDOM: 0.1}
+    named = {"cuDNN": 2.0, "FlashAttention": 4.0, "SEA stride 1": 0.5, bench.RANDOM: 0.1, bench.FLEX: 0.2, bench.NSA: 0.2}
     table = bench.table({64: {f"{name} | forward": dict(ms=ms, mib=10 * ms, student="a", topk=8, sea="topk=8") for name, ms in named.items()}},
                         "forward")
     assert "SEA stride 1: 4.00x the speed of the fastest dense | a: topk=8" in table and table.count("fastest dense") == 1
@@ -1948,6 +1948,40 @@ def test_bench_changes_a_students_width_only_without_a_cnn(student):
             bench.open_student(args)
     else:
         assert bench.student_inputs(args)[0].config.width == 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_bench_has_flex_attention_over_as_many_first_and_last_keys(monkeypatch):
+    """Compiled anew for each length, since it would run uncompiled after a few; here it is not compiled."""
+    bench, _, layer, (q, k, v) = bench_of("--kv-heads", "1", "--sea", "bin=4", "first=3", "local=8")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    with mock.patch.object(torch.compiler, "reset") as reset:
+        found = bench.flex_window(layer.config, q, k, v)(q, k, v)
+    reset.assert_called_once_with()
+    i, j = torch.arange(64)[:, None], torch.arange(64)
+    keep = (j <= i) & ((j < 4) | (j > i - 20))
+    assert keep.sum(-1).max() == layer.config.topk
+    torch.testing.assert_close(found, sea.attention_weights(q, k, keep[None, None]) @ v)
+
+
+def test_bench_has_native_sparse_attention_where_it_runs(monkeypatch, capsys):
+    """(B, T, H, D) in memory, with both gates and no window; what does not run is left out with a sentence."""
+    bench, args, layer, (q, k, v) = bench_of("--kv-heads", "1", "--forward-only")
+    module, calls = ModuleType("fla.ops.nsa.parallel"), []
+    module.parallel_nsa = lambda *qkv, **options: calls.append((qkv, options))
+    for name in ("fla", "fla.ops", "fla.ops.nsa"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.nsa.parallel", module)
+    monkeypatch.setitem(bench.PEERS, bench.FLEX, mock.Mock(side_effect=RuntimeError("no compiler\nat all")))
+    assert list(bench.peers(layer.config, q, k, v)) == [bench.NSA]
+    (qkv, options), = calls
+    assert all(x.is_contiguous() and torch.equal(x.transpose(1, 2), y) for x, y in zip(qkv, (q, k, v)))
+    assert {name: options.pop(name).shape for name in ("g_cmp", "g_slc")} == dict.fromkeys(("g_cmp", "g_slc"), (1, 64, 2))
+    assert options == dict(g_swa=None, block_counts=16, block_size=64)
+    monkeypatch.setitem(sys.modules, "fla.ops.nsa.parallel", None)
+    assert bench.peers(layer.config, q, k, v) == {}
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == lines[1] == f"T 64: {bench.FLEX} is left out (no compiler)" and lines[2].startswith(f"T 64: {bench.NSA} is left out (")
 
 
 # -- beside Hugging Face's package of the same name ----------------------------------------------------------------------
