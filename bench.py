@@ -332,9 +332,12 @@ def open_student(args) -> tuple[torch.nn.Module, object]:
 def student_inputs(args) -> tuple[sea.SEAttention, list[torch.Tensor]]:
     """The middle layer of --student, and q (1, H, T, D) and k, v (1, Hkv, T, D) that it sees of the first T
     tokens of the text, the most that are measured. --lengths become, if none are given, the usual ones that
-    the model has positions for."""
+    it has positions for."""
     student, tokenizer = open_student(args)
-    longest = student.config.get_text_config().max_position_embeddings
+    modules = convert.attention_modules(student)
+    middle, longest = modules[len(modules) // 2], student.config.get_text_config().max_position_embeddings
+    if middle.sea.config.cnn:  # which has positions of its own
+        longest = min(longest, middle.sea.config.max_positions)
     args.lengths = args.lengths or [T for T in default_lengths(args) if T <= longest] or [longest]
     option, T = ("--profile", args.profile) if args.profile else ("--lengths", max(args.lengths))
     if T > longest:
@@ -343,8 +346,6 @@ def student_inputs(args) -> tuple[sea.SEAttention, list[torch.Tensor]]:
     ids = evaluate.tokenize([text[: 16 * T]], tokenizer)[:T]
     if len(ids) < T:
         sys.exit(f"--data: expected a text of at least {T} tokens, got {len(ids)}")
-    modules = convert.attention_modules(student)
-    middle = modules[len(modules) // 2]
     with convert.record(middle) as records:
         student.base_model(ids[None].long().to(args.device), use_cache=False)
     (r,) = records

@@ -1870,7 +1870,7 @@ def test_bench_compares_heads_that_share_keys_with_dense_ones_that_do():
 
 @pytest.fixture(scope="module", params=[True, False], ids=["cnn", "no cnn"])
 def student(request, tmp_path_factory):
-    """A folder with a student of a Llama of 3 layers and 64 positions whose 4 heads share 2 of keys, and a text."""
+    """A folder with a student, of 64 positions, of a Llama of 3 layers whose 4 heads share 2 of keys, and a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -1881,8 +1881,8 @@ def student(request, tmp_path_factory):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-                                         num_key_value_heads=2, max_position_embeddings=64))
-    convert.attach(model, width=8, topk=16, bin=2, local=3, first=1, cnn=request.param)
+                                         num_key_value_heads=2, max_position_embeddings=96 if request.param else 64))
+    convert.attach(model, width=8, topk=16, bin=2, local=3, first=1, cnn=request.param, max_positions=64)
     convert.save(model, folder / "sea", PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0"))
     (folder / "text.txt").write_text(" ".join(str(i * i % 50) for i in range(70)))
     return folder
