@@ -3,14 +3,12 @@
 kernels.py re-exports bin_attention. What its docstring says of signatures, dtypes, programs and decoding
 steps holds here, too.
 
-A row is what queries share that use the same choice (query_stride of them), a chooser the query heads that
-share one. R rows of C choosers have a list of bins each, (B, C, R, n) int32, ascending, with NONE behind the
-last. In all kernels t is the number of keys that a query sees, j a key, s a place among the keys of a list:
-key number s stands at j = list[s // BIN] * BIN + s % BIN.
+A chooser is the query heads that share a choice. Each query has, for each of C choosers, a list of bins,
+(B, C, T, n) int32, ascending, with NONE behind the last. In all kernels t is the number of keys that a query
+sees, j a key, s a place among the keys of a list: key number s stands at j = list[s // BIN] * BIN + s % BIN.
 
-A tile holds the queries of a row and the heads of its chooser, which visit the same keys: QUERIES x HEADS of
-them, padded to BLOCK_M. Rows may have any number of queries and choosers any number of heads; where they have
-more than a tile holds, their list is walked several times.
+A tile holds the heads of a chooser, which visit the same keys: HEADS of them, padded to BLOCK_M. Where a
+chooser has more than a tile holds, its list is walked several times.
 """
 
 import torch
@@ -21,46 +19,45 @@ from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
     from .estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
-                                    _new, _next_power_of_2, _vector)
+                                    _new, _next_power_of_2, _program, _vector)
 else:
     from estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
-                                   _new, _next_power_of_2, _vector)
+                                   _new, _next_power_of_2, _program, _vector)
 
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants.
-VISITS_PER_PROGRAM = 64  # (bin, row) pairs that one program of the dk, dv kernel adds up, at least
-MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on bins that many rows visit
+VISITS = dict(QUERIES=128, most_chunks=256)  # whose visits a program lists; programs of a chooser, at most
+VISITS_PER_PROGRAM = 64  # (unit, query) pairs that one program of the dk, dv kernel adds up, at least
+MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on units that many queries visit
 
 
-def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> dict:
-    """For `heads` query heads of a chooser and rows of about `queries` queries. "ieee" dots in fp32 run
-    without tensor cores: small tiles keep them in registers. HEAD_TILES: tiles that the heads take."""
-    small = dtype == torch.float32
-    most = 16 if small else 32  # 64 rows would be a dot of another kind, with limits of its own
-    n_head = min(heads, most)
-    n_query = min(queries, most // n_head)
-    return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), QUERIES=n_query,
-                BLOCK_M=max(16, _next_power_of_2(n_head * n_query)),
+def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int) -> dict:
+    """For `heads` query heads of a chooser. "ieee" dots in fp32 run without tensor cores: small tiles keep
+    them in registers. HEAD_TILES: tiles that the heads take."""
+    n_head = min(heads, 16 if dtype == torch.float32 else 32)  # 64 rows would be a dot with limits of its own
+    return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), BLOCK_M=max(16, _next_power_of_2(n_head)),
                 BLOCK_D=max(16, _next_power_of_2(d_head)))
 
 
-def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int) -> dict:
+def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
     """Of the forward and dq kernels."""
-    tile = _tile_sizes(dtype, d_head, heads, queries)
+    tile = _tile_sizes(dtype, d_head, heads)
     if dtype == torch.float32:
         return dict(tile, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
     return dict(tile, BLOCK_N=32, num_warps=tile["BLOCK_M"] // 16 if d_head <= 128 else 4, num_stages=3)
 
 
-def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, queries: int, bin: int) -> dict:
-    """Of the dk, dv kernel: CHUNKS programs for BLOCK_N keys of a bin each, VISITS rows at a time."""
-    tile = _tile_sizes(dtype, d_head, heads, queries)
+def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, bin: int) -> dict:
+    """Of the dk, dv kernel: CHUNKS programs for BLOCK_N keys of a unit each, VISITS queries at a time. A unit
+    is UNIT bins, as many as a dot has keys."""
+    tile = _tile_sizes(dtype, d_head, heads)
     block_m = 16 if dtype == torch.float32 else 32
+    unit = max(1, 16 // bin)
     block_n = min(max(16, _next_power_of_2(bin)), 16 if dtype == torch.float32 else 32)
     num_warps = 4 if dtype == torch.float32 else max(2, tile["BLOCK_D"] // 64)
-    return dict(tile, BLOCK_M=block_m, BLOCK_N=block_n, VISITS=block_m // (tile["HEADS"] * tile["QUERIES"]),
-                CHUNKS=_cdiv(bin, block_n), num_warps=num_warps, num_stages=1)
+    return dict(tile, BLOCK_M=block_m, BLOCK_N=block_n, VISITS=block_m // tile["HEADS"], UNIT=unit,
+                CHUNKS=_cdiv(unit * bin, block_n), num_warps=num_warps, num_stages=1)
 
 
 def _step_tiles(n: int, d_head: int) -> dict:
@@ -70,18 +67,7 @@ def _step_tiles(n: int, d_head: int) -> dict:
                 num_warps=8)
 
 
-# -- rows, tiles and lists inside a kernel
-
-
-@triton.jit
-def _queries_of_row(begins_ptr, b, r, R, mask):
-    """The first query of row r and the one after its last. begins (B, R + 1), or None: query r alone."""
-    if begins_ptr is None:
-        begin, end = r, r + mask.to(tl.int32)
-    else:
-        begins_ptr += b * (R + 1) + r
-        begin, end = tl.load(begins_ptr, mask=mask, other=0), tl.load(begins_ptr + 1, mask=mask, other=0)
-    return begin, end
+# -- tiles and lists inside a kernel
 
 
 @triton.jit
@@ -107,108 +93,88 @@ def _rows_of(ptr, strides, b, h, i, offs_d):
 
 
 @triton.jit
-def _tile_of_row(pid, begins_ptr, bins_ptr, H, R, n, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
-                 CHOOSERS: tl.constexpr):
-    """b, c of a program's chooser, its first head, the queries of its row, and the row's list."""
-    r, pid_bch = pid % R, (pid // R).to(tl.int64)
+def _tile_of_query(seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr, HEADS: tl.constexpr,
+                   HEAD_TILES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """b, c of a program's chooser, its query and the query's list; t; and the tile's heads, queries, offsets
+    into (B, H, T) and mask, (BLOCK_M,) each."""
+    i, pid_bch = _program(T)
     pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
     b, c = pid_bc // CHOOSERS, pid_bc % CHOOSERS
-    begin, end = _queries_of_row(begins_ptr, b, r, R, pid >= 0)
-    return b, c, (pid_head * HEADS).to(tl.int32), begin, end, bins_ptr + (pid_bc * R + r) * n
-
-
-@triton.jit
-def _queries_of_tile(seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS: tl.constexpr,
-                     HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Heads, queries, t, offsets into (B, H, T) and mask of a tile, (BLOCK_M,) each."""
     offs_m = tl.arange(0, BLOCK_M)
-    i_head, query = first_head + offs_m % HEADS, start + offs_m // HEADS
-    mask_m = (offs_m < HEADS * QUERIES) & (i_head < H // CHOOSERS) & (query < end)
+    i_head = (pid_head * HEADS).to(tl.int32) + offs_m
+    mask_m = (offs_m < HEADS) & (i_head < H // CHOOSERS)
     h = c * (H // CHOOSERS) + i_head
-    t = tl.load(seen_ptr + b * T + query, mask=mask_m, other=0).to(tl.int32)
-    return h, query, t, (b * H + h) * T + query, mask_m
+    t = tl.minimum(tl.load(seen_ptr + b * T + i), n_key).to(tl.int32)
+    return b, c, bins_ptr + (pid_bc * T + i) * n, t, h, i + tl.zeros_like(h), (b * H + h) * T + i, mask_m
 
 
 # -- forward
 
 
-# o = softmax(q k^T * softmax_scale) v over the keys of the row's bins that a query sees;
+# o = softmax(q k^T * softmax_scale) v over the keys of a query's bins that it sees;
 # lse = log2 of the sum of 2^(scores * log2 e), +inf where there is no key.
-# One program: the queries of one row and HEADS heads of its chooser; grid (R * B * CHOOSERS * HEAD_TILES,).
-#   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, R, n) int32; seen (B, T) int
-#   begins (B, R + 1) int32: the first query of each row, or None: row i is query i
+# One program: one query and HEADS heads of its chooser; grid (T * B * CHOOSERS * HEAD_TILES,).
+#   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, T, n) int32; seen (B, T) int
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
 # fp32: scores, m_i, l_i, acc; p until the dot, whose operands have the dtype of v. Reads the listed keys
-# once for all queries of a tile, where eager writes T x S scores. Keys that no query of the row sees are
-# not read. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
+# once for all heads of a tile, where eager writes T x S scores. Keys that the query does not see are not
+# read. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, begins_ptr, o_ptr, lse_ptr,
-                              q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
-                              CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
-                              D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
-                              QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, o_ptr, lse_ptr, q_strides, k_strides,
+                              v_strides, H, T, n, n_key, qk_scale, CHOOSERS: tl.constexpr,
+                              GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                              HEAD_TILES: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr,
                               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    b, c, first_head, begin, end, bins_ptr = _tile_of_row(
-        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
-        CHOOSERS=CHOOSERS)
+    b, c, bins_ptr, t, h, query, offs_bhm, mask_m = _tile_of_query(
+        seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        BLOCK_M=BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    mask_md = mask_m[:, None] & mask_d[None, :]
     kv = c * (H // CHOOSERS) // GROUP
     k_ptr += b * k_strides[0] + kv * k_strides[1] + offs_d[None, :] * k_strides[3]
     v_ptr += b * v_strides[0] + kv * v_strides[1] + offs_d[None, :] * v_strides[3]
-    for start in range(begin, end, QUERIES):
-        h, query, t, offs_bhm, mask_m = _queries_of_tile(
-            seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS=CHOOSERS, HEADS=HEADS, QUERIES=QUERIES,
-            BLOCK_M=BLOCK_M)
-        mask_md = mask_m[:, None] & mask_d[None, :]
-        # (BLOCK_M, BLOCK_D)
-        q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
-        m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        t_max = tl.minimum(tl.max(t, axis=0), n_key)
-        n_slot = _n_slot(bins_ptr, n, t_max, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
-        for start_s in range(0, n_slot, BLOCK_N):
-            j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
-            mask_s &= j < t_max
-            mask_sd = mask_s[:, None] & mask_d[None, :]
-            # -- scores, (BLOCK_M, BLOCK_N)
-            k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-            s = tl.where(mask_s[None, :] & (j[None, :] < t[:, None]), s, -float("inf"))
-            # -- online softmax
-            m_new = tl.maximum(m_i, tl.max(s, axis=1))
-            p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
-            l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
-            v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
-            acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        # -- write back
-        mask_empty = l_i == 0
-        l_i = tl.where(mask_empty, 1.0, l_i)
-        o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
-        lse = tl.where(mask_empty, float("inf"), m_i + tl.log2(l_i))
-        tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], o, mask=mask_md)
-        tl.store(lse_ptr + offs_bhm, lse, mask=mask_m)
+    # (BLOCK_M, BLOCK_D)
+    q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+    m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+    for start_s in range(0, n_slot, BLOCK_N):
+        j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
+        mask_s &= j < t
+        mask_sd = mask_s[:, None] & mask_d[None, :]
+        # -- scores, (BLOCK_M, BLOCK_N)
+        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        s = tl.where(mask_s[None, :], s, -float("inf"))
+        # -- online softmax
+        m_new = tl.maximum(m_i, tl.max(s, axis=1))
+        p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
+        l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
+        v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+        acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    # -- write back
+    mask_empty = l_i == 0
+    l_i = tl.where(mask_empty, 1.0, l_i)
+    o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
+    lse = tl.where(mask_empty, float("inf"), m_i + tl.log2(l_i))
+    tl.store(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], o, mask=mask_md)
+    tl.store(lse_ptr + offs_bhm, lse, mask=mask_m)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, softmax_scale: float, bin: int) -> dict:
-    """Keywords that the forward, dq and dk, dv kernels have in common."""
-    (_, H, T, D), (Hkv, S), (C, R) = q.shape, k.shape[1:3], bins.shape[1:3]
-    return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, T=T, R=R, n_key=S,
+    """Keywords that the kernels have in common."""
+    (_, H, T, D), (Hkv, S), C = q.shape, k.shape[1:3], bins.shape[1]
+    return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, T=T, n_key=S,
                 qk_scale=softmax_scale * LOG2_E.value, CHOOSERS=C, GROUP=H // Hkv, BIN=bin, D=D)
 
 
-def _tile_arguments(q: Tensor, bins: Tensor) -> tuple[torch.dtype, int, int, int]:
-    """dtype, D, heads of a chooser and, as far as shapes tell, queries of a row."""
-    (_, H, T, D), (C, R) = q.shape, bins.shape[1:3]
-    return q.dtype, D, H // C, _cdiv(T, R)
-
-
-def _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin):
-    (B, H, T, D), (C, R, n) = q.shape, bins.shape[1:]
-    tiles = _walk_tiles(*_tile_arguments(q, bins))
+def _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin):
+    (B, H, T, D), (C, _, n) = q.shape, bins.shape[1:]
+    tiles = _walk_tiles(q.dtype, D, H // C)
     o, lse = _new(q, B, H, T, D), _new(q, B, H, T, dtype=torch.float32)
-    _bin_attention_fwd_kernel[(R * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, bins, seen, begins, o, lse, n=n, BLOCK_LIST=_next_power_of_2(n),
+    _bin_attention_fwd_kernel[(T * B * C * tiles["HEAD_TILES"],)](
+        q, k, v, bins, seen, o, lse, n=n, BLOCK_LIST=_next_power_of_2(n),
         **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     return o, lse
 
@@ -218,6 +184,12 @@ def _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin):
 # With p = 2^(scores - lse), dp = do v^T, delta = rowsum(o do) and ds = p (dp - delta):
 #
 #     dq = ds k * softmax_scale      dk = ds^T q * softmax_scale      dv = p^T do
+#
+# dk and dv are summed over the queries that visit a unit, UNIT neighbouring bins: where bins are narrow, a
+# query often has several of a unit, and reads its q and do once for them. Which queries visit a unit is
+# found by counting: each program counts the visits of a chunk of neighbouring queries to all units, a running
+# sum says where each chunk's visits to each unit begin, and each program then lists its own there, in the
+# order of queries. Nothing depends on which program is first.
 
 
 # dq, and delta.
@@ -227,61 +199,95 @@ def _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin):
 # fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
 # Reference: autograd through sea.bin_attention.
 @triton.jit
-def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_ptr, begins_ptr, lse_ptr,
-                             delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n,
-                             n_key, qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
-                             BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                             HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_LIST: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    b, c, first_head, begin, end, bins_ptr = _tile_of_row(
-        tl.program_id(0), begins_ptr, bins_ptr, H, R, n, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
-        CHOOSERS=CHOOSERS)
+def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_ptr, lse_ptr, delta_ptr,
+                             dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, n, n_key, qk_scale,
+                             softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                             D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                             BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                             BLOCK_D: tl.constexpr):
+    b, c, bins_ptr, t, h, query, offs_bhm, mask_m = _tile_of_query(
+        seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
+        BLOCK_M=BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    mask_md = mask_m[:, None] & mask_d[None, :]
     kv = c * (H // CHOOSERS) // GROUP
     k_ptr += b * k_strides[0] + kv * k_strides[1] + offs_d[None, :] * k_strides[3]
     v_ptr += b * v_strides[0] + kv * v_strides[1] + offs_d[None, :] * v_strides[3]
-    for start in range(begin, end, QUERIES):
-        h, query, t, offs_bhm, mask_m = _queries_of_tile(
-            seen_ptr, b, c, first_head, start, end, H, T, CHOOSERS=CHOOSERS, HEADS=HEADS, QUERIES=QUERIES,
-            BLOCK_M=BLOCK_M)
-        mask_md = mask_m[:, None] & mask_d[None, :]
-        # (BLOCK_M, BLOCK_D)
-        q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
-        do = tl.load(_rows_of(do_ptr, do_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
-        o = tl.load(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
-        lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-        tl.store(delta_ptr + offs_bhm, delta, mask=mask_m)
-        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        t_max = tl.minimum(tl.max(t, axis=0), n_key)
-        n_slot = _n_slot(bins_ptr, n, t_max, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
-        for start_s in range(0, n_slot, BLOCK_N):
-            j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
-            mask_s &= j < t_max
-            mask_sd = mask_s[:, None] & mask_d[None, :]
-            # -- probabilities again, (BLOCK_M, BLOCK_N)
-            k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
-            v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-            p = tl.where(mask_s[None, :] & (j[None, :] < t[:, None]), tl.exp2(s - lse[:, None]), 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = (p * (dp - delta[:, None])).to(k.dtype)
-            dq += tl.dot(ds, k, input_precision="ieee")
-        dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
-        tl.store(dq_ptr + offs_bhm[:, None] * D + offs_d[None, :], dq, mask=mask_md)
+    # (BLOCK_M, BLOCK_D)
+    q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+    do = tl.load(_rows_of(do_ptr, do_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
+    o = tl.load(o_ptr + offs_bhm[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
+    lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    tl.store(delta_ptr + offs_bhm, delta, mask=mask_m)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+    for start_s in range(0, n_slot, BLOCK_N):
+        j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
+        mask_s &= j < t
+        mask_sd = mask_s[:, None] & mask_d[None, :]
+        # -- probabilities again, (BLOCK_M, BLOCK_N)
+        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
+        v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        p = tl.where(mask_s[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq += tl.dot(ds, k, input_precision="ieee")
+    dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + offs_bhm[:, None] * D + offs_d[None, :], dq, mask=mask_md)
 
 
-# dk = ds^T q * softmax_scale, dv = p^T do, summed over the rows that visit a bin, in their order.
-# One program: BLOCK_N keys of one bin of one key/value head, and at most `per_program` of its visits; grid
-# (n_program * CHUNKS,); surplus programs return. A bin with few visits has one program, which writes dk and
-# dv. One with many (every row visits the first) has several: they write to `part`, and _sum_bin_parts_kernel
-# adds up.
-#   q, do (B, H, T, D), k, v (B, Hkv, S, D), any strides; lse, delta (B, H, T) fp32 contiguous
-#   seen, begins as in the forward kernel
-#   visitors (B * CHOOSERS * R * n,) int32: rows, numbered (b * CHOOSERS + c) * R + r, sorted by the bins that
-#   they visit; those of list number (b * Hkv + kv) * n_bin + bin stand from firsts[list] to before
-#   firsts[list + 1]; firsts (n_list + 1,) int64
+@triton.jit
+def _units_of_list(bins_ptr, n, n_bin, UNIT: tl.constexpr, BLOCK_LIST: tl.constexpr):
+    """The unit of each entry of a list, whether it is the unit's first there, and, for that, which of its
+    bins are on the list, a bit each: (BLOCK_LIST,)."""
+    offs = tl.arange(0, BLOCK_LIST)
+    bins = tl.load(bins_ptr + offs, mask=offs < n, other=NONE)
+    before = tl.load(bins_ptr + offs - 1, mask=(offs > 0) & (offs < n), other=NONE)
+    unit, mask_first = bins // UNIT, (bins < n_bin) & (bins // UNIT != before // UNIT)
+    bits = tl.zeros((BLOCK_LIST,), tl.int32)
+    for i in tl.static_range(UNIT):
+        after = tl.load(bins_ptr + offs + i, mask=mask_first & (offs + i < n), other=NONE)
+        bits |= tl.where((after // UNIT == unit) & (after < n_bin), 1 << after % UNIT, 0)
+    return unit, mask_first, bits
+
+
+# The visits of each chunk of QUERIES neighbouring queries of a chooser to the units: how many they are, or,
+# WRITE, which.
+# One program: one chunk; grid (n_chunk * B * C,).
+#   bins (B, C, T, n) int32
+#   places (B * C * n_chunk, n_unit) int32: the number of visits is added to it; or, WRITE, where the chunk's
+#   first visit to each unit stands, which moves on to the next chunk's
+#   visitors, bits (B * C * T * n,) int32, WRITE: queries, numbered (b * C + c) * T + i, and which bins of the
+#   unit they visit
+# Reads the lists, and for each visit one number of its chunk's row of places, once.
+@triton.jit
+def _visits_kernel(bins_ptr, places_ptr, visitors_ptr, bits_ptr, T, n, n_bin, n_unit, n_chunk, queries,
+                   UNIT: tl.constexpr, WRITE: tl.constexpr, BLOCK_LIST: tl.constexpr):
+    pid_chunk, pid_bc = _program(n_chunk)
+    places_ptr += (pid_bc * n_chunk + pid_chunk) * n_unit
+    for i in range(pid_chunk * queries, tl.minimum((pid_chunk + 1) * queries, T)):
+        unit, mask_first, bits = _units_of_list(bins_ptr + (pid_bc * T + i) * n, n, n_bin, UNIT=UNIT,
+                                                BLOCK_LIST=BLOCK_LIST)
+        place = tl.load(places_ptr + unit, mask=mask_first, other=0)
+        if WRITE:
+            visitor = (pid_bc * T + i).to(tl.int32)
+            tl.store(visitors_ptr + place, visitor + tl.zeros_like(bits), mask=mask_first)
+            tl.store(bits_ptr + place, bits, mask=mask_first)
+        tl.store(places_ptr + unit, place + 1, mask=mask_first)
+        tl.debug_barrier()  # before other threads read them for the next query
+
+
+# dk = ds^T q * softmax_scale, dv = p^T do, summed over the queries that visit a unit, in their order.
+# One program: BLOCK_N keys of one unit of one key/value head, and at most `per_program` of its visits; grid
+# (n_program * CHUNKS,); surplus programs return. A unit with few visits has one program, which writes dk and
+# dv. One with many (every query visits the first) has several: they write to `part`, and
+# _sum_bin_parts_kernel adds up.
+#   q, do (B, H, T, D), k, v (B, Hkv, S, D), any strides; lse, delta (B, H, T) fp32 contiguous; seen (B, T)
+#   visitors, bits as above; those of list number (b * Hkv + kv) * n_unit + unit stand from firsts[list] to
+#   before firsts[list + 1]; firsts (n_list + 1,) int64
 #   list_of (n_program,) int64: the list that a program works on
 #   part_ends (n_list,) int64: running sum of the programs of each list; slots (n_list,) int64: the same, of
 #   lists shared by several
@@ -290,19 +296,19 @@ def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_
 # count has to reach the CPU, so a CUDA graph can hold it.
 # Reference: autograd through sea.bin_attention.
 @triton.jit
-def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr, lse_ptr, delta_ptr,
-                               visitors_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, part_ptr,
-                               dk_ptr, dv_ptr, q_strides, k_strides, v_strides, do_strides, H, T, R, n_key,
-                               n_bin, n_list, per_program, qk_scale, softmax_scale, CHOOSERS: tl.constexpr,
-                               GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                               HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, VISITS: tl.constexpr,
+def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, lse_ptr, delta_ptr, visitors_ptr,
+                               bits_ptr, firsts_ptr, list_of_ptr, part_ends_ptr, slots_ptr, part_ptr, dk_ptr,
+                               dv_ptr, q_strides, k_strides, v_strides, do_strides, H, T, n_key, n_unit,
+                               n_list, per_program, qk_scale, softmax_scale, CHOOSERS: tl.constexpr,
+                               GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+                               HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, VISITS: tl.constexpr,
                                CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                                BLOCK_D: tl.constexpr):
     pid, pid_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     i_list = tl.load(list_of_ptr + pid)
     if i_list >= n_list:  # the grid is an upper bound
         return
-    pid_bkv, i_bin = i_list // n_bin, (i_list % n_bin).to(tl.int32)
+    pid_bkv, i_unit = i_list // n_unit, (i_list % n_unit).to(tl.int32)
     b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
     # -- visits begin ... end - 1 are this program's, which is number pid_part of n_part
     first, last = tl.load(firsts_ptr + i_list), tl.load(firsts_ptr + i_list + 1)
@@ -310,13 +316,12 @@ def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr
     pid_part = pid - (tl.load(part_ends_ptr + i_list) - n_part)
     begin = first + pid_part * per_program
     n_visit = tl.minimum(last - begin, per_program).to(tl.int32)
-    visitors_ptr += begin
 
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    i_visit, i_query, i_head = offs_m // (HEADS * QUERIES), offs_m // HEADS % QUERIES, offs_m % HEADS
-    offs_bin = pid_chunk * BLOCK_N + offs_n
-    j = i_bin * BIN + offs_bin
-    mask_n, mask_d = (offs_bin < BIN) & (j < n_key), offs_d < D
+    i_visit, i_head = offs_m // HEADS, offs_m % HEADS
+    offs_unit = pid_chunk * BLOCK_N + offs_n
+    j = i_unit * (UNIT * BIN) + offs_unit
+    mask_n, mask_d = (offs_unit < UNIT * BIN) & (j < n_key), offs_d < D
     mask_nd = mask_n[:, None] & mask_d[None, :]
     # (BLOCK_N, BLOCK_D)
     offs_kv = j[:, None].to(tl.int64) * k_strides[2] + offs_d[None, :] * k_strides[3]
@@ -326,31 +331,28 @@ def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start_visit in range(0, n_visit, VISITS):
         mask_visit = (i_visit < VISITS) & (start_visit + i_visit < n_visit)
-        visitor = tl.load(visitors_ptr + start_visit + i_visit, mask=mask_visit, other=0)
-        c, r = visitor // R % CHOOSERS, visitor % R
-        query, end_query = _queries_of_row(begins_ptr, b, r, R, mask_visit)
-        longest = tl.max(end_query - query, axis=0)  # a row may have more queries than a tile holds
-        for start in range(0, longest, QUERIES):
-            for pid_head in tl.static_range(HEAD_TILES):
-                offs_head = pid_head * HEADS + i_head
-                h, i = c * (H // CHOOSERS) + offs_head, query + start + i_query
-                mask_m = mask_visit & (offs_head < H // CHOOSERS) & (i < end_query)
-                mask_md = mask_m[:, None] & mask_d[None, :]
-                offs_bhm = (b * H + h) * T + i
-                t = tl.load(seen_ptr + b * T + i, mask=mask_m, other=0).to(tl.int32)
-                # (BLOCK_M, BLOCK_D)
-                q = tl.load(_rows_of(q_ptr, q_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
-                do = tl.load(_rows_of(do_ptr, do_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
-                lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
-                delta = tl.load(delta_ptr + offs_bhm, mask=mask_m, other=0.0)
-                # -- probabilities again, (BLOCK_N, BLOCK_M)
-                s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
-                mask_nm = mask_n[:, None] & (j[:, None] < t[None, :])
-                p = tl.where(mask_nm, tl.exp2(s - lse[None, :]), 0.0)
-                dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-                ds = (p * (dp - delta[None, :])).to(q.dtype)
-                dk += tl.dot(ds, q, input_precision="ieee")
+        visitor = tl.load(visitors_ptr + begin + start_visit + i_visit, mask=mask_visit, other=0)
+        bits = tl.load(bits_ptr + begin + start_visit + i_visit, mask=mask_visit, other=0)
+        c, i = visitor // T % CHOOSERS, visitor % T
+        t = tl.load(seen_ptr + b * T + i, mask=mask_visit, other=0).to(tl.int32)
+        mask_nm = ((bits[None, :] >> (offs_unit // BIN)[:, None]) & 1) != 0
+        mask_nm &= mask_n[:, None] & (j[:, None] < t[None, :])
+        for pid_head in tl.static_range(HEAD_TILES):
+            offs_head = pid_head * HEADS + i_head
+            h, mask_m = c * (H // CHOOSERS) + offs_head, mask_visit & (offs_head < H // CHOOSERS)
+            mask_md, offs_bhm = mask_m[:, None] & mask_d[None, :], (b * H + h) * T + i
+            # (BLOCK_M, BLOCK_D)
+            q = tl.load(_rows_of(q_ptr, q_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
+            do = tl.load(_rows_of(do_ptr, do_strides, b, h, i, offs_d), mask=mask_md, other=0.0)
+            lse = tl.load(lse_ptr + offs_bhm, mask=mask_m, other=float("inf"))
+            delta = tl.load(delta_ptr + offs_bhm, mask=mask_m, other=0.0)
+            # -- probabilities again, (BLOCK_N, BLOCK_M)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+            p = tl.where(mask_nm, tl.exp2(s - lse[None, :]), 0.0)
+            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            dk += tl.dot(ds, q, input_precision="ieee")
     # -- write back
     dk *= softmax_scale
     if n_part == 1:
@@ -365,12 +367,12 @@ def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, begins_ptr
         tl.store(part_ptr + BLOCK_N * BLOCK_D + offs_nd, dv)
 
 
-# dk, dv of the bins that several programs share: the sum of their parts, in order.
-# One program: BLOCK_N keys of one bin; grid (n_list * CHUNKS,). Pointers as above.
+# dk, dv of the units that several programs share: the sum of their parts, in order.
+# One program: BLOCK_N keys of one unit; grid (n_list * CHUNKS,). Pointers as above.
 @triton.jit
-def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_bin, per_program,
-                          BIN: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
-                          BLOCK_D: tl.constexpr):
+def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_unit, per_program,
+                          UNIT_KEYS: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     i_list, pid_chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
     n_visit = tl.load(firsts_ptr + i_list + 1) - tl.load(firsts_ptr + i_list)
     n_part = (n_visit + per_program - 1) // per_program
@@ -383,30 +385,40 @@ def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key
     for i in range(0, n_part.to(tl.int32)):
         dk += tl.load(part_ptr + (i * CHUNKS + pid_chunk) * 2 * BLOCK_N * BLOCK_D)
         dv += tl.load(part_ptr + (i * CHUNKS + pid_chunk) * 2 * BLOCK_N * BLOCK_D + BLOCK_N * BLOCK_D)
-    offs_bin = pid_chunk * BLOCK_N + offs_n
-    j = i_list % n_bin * BIN + offs_bin
-    mask_nd = ((offs_bin < BIN) & (j < n_key))[:, None] & (offs_d < D)[None, :]
-    offs_kv = (i_list // n_bin * n_key + j[:, None]) * D + offs_d[None, :]
+    offs_unit = pid_chunk * BLOCK_N + offs_n
+    j = i_list % n_unit * UNIT_KEYS + offs_unit
+    mask_nd = ((offs_unit < UNIT_KEYS) & (j < n_key))[:, None] & (offs_d < D)[None, :]
+    offs_kv = (i_list // n_unit * n_key + j[:, None]) * D + offs_d[None, :]
     tl.store(dk_ptr + offs_kv, dk.to(dk_ptr.dtype.element_ty), mask=mask_nd)
     tl.store(dv_ptr + offs_kv, dv.to(dv_ptr.dtype.element_ty), mask=mask_nd)
 
 
-def _visits(bins: Tensor, Hkv: int, n_bin: int) -> tuple[Tensor, Tensor]:
-    """visitors and firsts, as above: which rows visit each bin of each key/value head, by a stable sort."""
-    B, C, R, n = bins.shape
-    n_list = B * Hkv * n_bin
-    head = torch.arange(B * Hkv, dtype=torch.int32, device=bins.device).view(B, Hkv, 1, 1, 1)
-    bins = bins.view(B, Hkv, C // Hkv, R, n)
-    visited = (bins + head * n_bin).masked_fill(bins >= n_bin, n_list)
-    visited, index = visited.flatten().sort(stable=True)
-    lists = torch.arange(n_list + 1, dtype=torch.int32, device=bins.device)
-    return index.div(n, rounding_mode="floor").int(), torch.searchsorted(visited, lists)
+def _visits(bins: Tensor, Hkv: int, n_bin: int, n_unit: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """visitors, bits and firsts, as above."""
+    B, C, T, n = bins.shape
+    queries = max(VISITS["QUERIES"], _cdiv(T, VISITS["most_chunks"]))
+    n_chunk = _cdiv(T, queries)
+    arguments = dict(T=T, n=n, n_bin=n_bin, n_unit=n_unit, n_chunk=n_chunk, queries=queries, UNIT=unit,
+                     BLOCK_LIST=_next_power_of_2(n), num_warps=max(1, min(_next_power_of_2(n) // 128, 4)))
+    places = torch.zeros(B, Hkv, C // Hkv * n_chunk, n_unit, dtype=torch.int32, device=bins.device)
+    visitors, bits = _new(bins, bins.numel()), _new(bins, bins.numel())
+    _visits_kernel[(n_chunk * B * C,)](bins, places, visitors, bits, WRITE=False, **arguments)
+    # -- where they begin: lists one after the other, in each the chunks
+    counts = places.transpose(2, 3)  # (B, Hkv, n_unit, chunks)
+    ends = counts.flatten().cumsum(0)
+    begins = (ends - counts.flatten()).view(counts.shape)
+    firsts = torch.cat([begins[..., 0].flatten(), ends[-1:]])
+    places = begins.transpose(2, 3).int().contiguous()
+    _visits_kernel[(n_chunk * B * C,)](bins, places, visitors, bits, WRITE=True, **arguments)
+    return visitors, bits, firsts
 
 
-def _bin_attention_dkdv(q, k, v, do, bins, seen, begins, lse, delta, softmax_scale, bin):
-    (B, Hkv, S, D), n_bin = k.shape, _cdiv(k.shape[2], bin)
-    n_list, tiles = B * Hkv * n_bin, _dkdv_tiles(*_tile_arguments(q, bins), bin)
-    visitors, firsts = _visits(bins, Hkv, n_bin)
+def _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin):
+    (B, Hkv, S, D), (H, C), n_bin = k.shape, (q.shape[1], bins.shape[1]), _cdiv(k.shape[2], bin)
+    tiles = _dkdv_tiles(q.dtype, D, H // C, bin)
+    n_unit = _cdiv(n_bin, tiles["UNIT"])
+    n_list = B * Hkv * n_unit
+    visitors, bits, firsts = _visits(bins, Hkv, n_bin, n_unit, tiles["UNIT"])
     # -- a program per list, and up to n_extra more for lists with many visits, in at most 2 n_extra parts
     per_program = max(VISITS_PER_PROGRAM, _cdiv(bins.numel(), MAX_EXTRA_PROGRAMS))
     n_extra = bins.numel() // per_program
@@ -418,24 +430,24 @@ def _bin_attention_dkdv(q, k, v, do, bins, seen, begins, lse, delta, softmax_sca
     part = _new(q, 2 * n_extra, tiles["CHUNKS"], 2, tiles["BLOCK_N"], tiles["BLOCK_D"], dtype=torch.float32)
     dk, dv = (_new(k, *k.shape) for _ in range(2))
     _bin_attention_dkdv_kernel[(n_program * tiles["CHUNKS"],)](
-        q, k, v, do, seen, begins, lse, delta, visitors, firsts, list_of, part_ends, slots, part, dk, dv,
-        do_strides=do.stride(), n_bin=n_bin, n_list=n_list, per_program=per_program,
+        q, k, v, do, seen, lse, delta, visitors, bits, firsts, list_of, part_ends, slots, part, dk, dv,
+        do_strides=do.stride(), n_unit=n_unit, n_list=n_list, per_program=per_program,
         softmax_scale=softmax_scale, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     _sum_bin_parts_kernel[(n_list * tiles["CHUNKS"],)](
-        firsts, slots, part, dk, dv, n_key=S, n_bin=n_bin, per_program=per_program, BIN=bin, D=D,
-        **{name: tiles[name] for name in ("CHUNKS", "BLOCK_N", "BLOCK_D")})
+        firsts, slots, part, dk, dv, n_key=S, n_unit=n_unit, per_program=per_program,
+        UNIT_KEYS=tiles["UNIT"] * bin, D=D, **{name: tiles[name] for name in ("CHUNKS", "BLOCK_N", "BLOCK_D")})
     return dk, dv
 
 
-def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, softmax_scale, bin):
-    B, C, R, n = bins.shape
-    tiles = _walk_tiles(*_tile_arguments(q, bins))
+def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
+    (B, H, T, D), (C, _, n) = q.shape, bins.shape[1:]
+    tiles = _walk_tiles(q.dtype, D, H // C)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
-    _bin_attention_dq_kernel[(R * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, o, do, bins, seen, begins, lse, delta, dq, do_strides=do.stride(), n=n,
+    _bin_attention_dq_kernel[(T * B * C * tiles["HEAD_TILES"],)](
+        q, k, v, o, do, bins, seen, lse, delta, dq, do_strides=do.stride(), n=n,
         softmax_scale=softmax_scale, BLOCK_LIST=_next_power_of_2(n),
         **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
-    dk, dv = _bin_attention_dkdv(q, k, v, do, bins, seen, begins, lse, delta, softmax_scale, bin)
+    dk, dv = _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
     return dq, dk, dv
 
 
@@ -444,22 +456,21 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, softmax_scale, b
 
 # o as above, for one query per sequence.
 # One program: one head; grid (B * H,).
-#   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, R, n) int32
-#   seen (B, 1) int; row (B, 1) int or None for 0; order (B, S) int or None: the place of the key of each rank
+#   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, 1, n) int32
+#   seen (B, 1) int; order (B, S) int or None: the place of the key of each rank
 #   o (B, H, 1, D) contiguous
 # fp32: everything, and no dots: a tile of rows would hold a single query. Reads each listed key once, and
 # no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr, order_ptr, o_ptr,
-                               q_strides, k_strides, v_strides, H, T, R, n, n_key, qk_scale,
+def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, order_ptr, o_ptr, q_strides,
+                               k_strides, v_strides, H, T, n, n_key, qk_scale,
                                CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
                                D: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr,
                                BLOCK_D: tl.constexpr):
     pid_bh = tl.program_id(0).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     t = tl.minimum(tl.load(seen_ptr + b), n_key).to(tl.int32)
-    row = 0 if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
-    bins_ptr += ((b * CHOOSERS + h // (H // CHOOSERS)) * R + row) * n
+    bins_ptr += (b * CHOOSERS + h // (H // CHOOSERS)) * n
     n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
 
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -489,56 +500,52 @@ def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, row_ptr,
     tl.store(o_ptr + pid_bh * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=mask_d)
 
 
-def _bin_attention_step(q, k, v, bins, seen, row, order, softmax_scale, bin):
+def _bin_attention_step(q, k, v, bins, seen, order, softmax_scale, bin):
     (B, H, _, D), n = q.shape, bins.shape[3]
     o = _new(q, B, H, 1, D)
     _bin_attention_step_kernel[(B * H,)](
-        q, k, v, bins, seen, row, order, o, n=n, **_sizes(q, k, v, bins, softmax_scale, bin),
+        q, k, v, bins, seen, order, o, n=n, **_sizes(q, k, v, bins, softmax_scale, bin),
         **_step_tiles(n, D))
     return o
 
 
 class _BinAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bins, seen, begins, softmax_scale, bin):
-        o, lse = _bin_attention_fwd(q, k, v, bins, seen, begins, softmax_scale, bin)
-        ctx.save_for_backward(q, k, v, o, lse, bins, seen, begins)
+    def forward(ctx, q, k, v, bins, seen, softmax_scale, bin):
+        o, lse = _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin)
+        ctx.save_for_backward(q, k, v, o, lse, bins, seen)
         ctx.constants = softmax_scale, bin
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, bins, seen, begins = ctx.saved_tensors
-        return *_bin_attention_bwd(q, k, v, o, lse, do, bins, seen, begins, *ctx.constants), *[None] * 5
+        q, k, v, o, lse, bins, seen = ctx.saved_tensors
+        return *_bin_attention_bwd(q, k, v, o, lse, do, bins, seen, *ctx.constants), *[None] * 4
 
 
 def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
-                  softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
+                  softmax_scale: float | None = None, *, bin: int,
                   order: Tensor | None = None) -> Tensor:
-    """sea.bin_attention. Any number of queries may share a row; it is fast if about as many share each.
+    """sea.bin_attention.
 
     Gradients reach q, k and v and are summed in a fixed order: bit-equal from run to run.
     """
-    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
+    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, T, n)",
             f"{bins.dtype} {tuple(bins.shape)}")
-    _check_attention(q, k, v, seen, row, order, "bins", bins.shape[2])
-    (B, H, _, D), Hkv, (C, R, n) = q.shape, k.shape[1], bins.shape[1:]
-    _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
-            f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the {Hkv} "
-            "key/value heads", tuple(bins.shape))
-    _expect(R >= 1 and n >= 1, "bins", "at least one row and one bin", tuple(bins.shape))
+    _check_attention(q, k, v, seen, order)
+    (B, H, T, D), Hkv, (C, _, n) = q.shape, k.shape[1], bins.shape[1:]
+    _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
+            f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a multiple of the "
+            f"{Hkv} key/value heads", tuple(bins.shape))
+    _expect(n >= 1, "bins", "at least one bin", tuple(bins.shape))
     _expect(isinstance(bin, int) and bin >= 1, "bin", "an integer >= 1", bin)
     bins, seen = bins.contiguous(), seen.contiguous()
-    row, order = (None if x is None else x.contiguous() for x in (row, order))
+    order = None if order is None else order.contiguous()
     scale = float(D**-0.5 if softmax_scale is None else softmax_scale)
     with torch.cuda.device_of(q):
         if _is_step(q):
-            return _bin_attention_step(q, k, v, bins, seen, row, order, scale, bin)
+            return _bin_attention_step(q, k, v, bins, seen, order, scale, bin)
         if order is not None:
             k, v = _in_order(k, v, seen, order)
-        begins = None
-        if row is not None:
-            rows = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
-            begins = torch.searchsorted(row, rows, out_int32=True)
-        return _BinAttention.apply(q, k, v, bins, seen, begins, scale, bin)
+        return _BinAttention.apply(q, k, v, bins, seen, scale, bin)

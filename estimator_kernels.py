@@ -59,21 +59,18 @@ def _check_qk(q: Tensor, k: Tensor, seen: Tensor) -> None:
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, row: Tensor | None, order: Tensor | None,
-                     name: str, n_rows: int) -> None:
-    """What sparse_attention and bin_attention ask of their arguments; `name` has n_rows rows."""
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, order: Tensor | None) -> None:
+    """What sparse_attention and bin_attention ask of their arguments."""
     for x_name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(x_name, x, 4, "(B, heads, tokens, D)")
         _expect(x.dtype == q.dtype, x_name, f"dtype {q.dtype} as q", x.dtype)
         _expect(x.device == q.device, x_name, f"device {q.device} as q", x.device)
         _expect(x.shape[2] >= 1, x_name, "at least one token", tuple(x.shape))
     _check_qk(q, k, seen)
-    (B, _, T, _), S = q.shape, k.shape[2]
     _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
-    _expect(row is not None or n_rows == T, name, f"{T} rows, or `row` to say which is whose", n_rows)
-    for x_name, x, words, shape in (("row", row, "(B, T)", (B, T)), ("order", order, "(B, S)", (B, S))):
-        if x is not None:
-            _expect(x.shape == shape, x_name, f"shape {words} = {shape}", tuple(x.shape))
+    in_order = len(k), k.shape[2]
+    _expect(order is None or order.shape == in_order, "order", f"shape (B, S) = {in_order}",
+            None if order is None else tuple(order.shape))
 
 
 def _in_order(k: Tensor, v: Tensor, seen: Tensor, order: Tensor) -> list[Tensor]:

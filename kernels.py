@@ -1317,8 +1317,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, s
     Gradients reach q, k and v and are summed in a fixed order: bit-equal from run to run.
     """
     _expect(len(mask.shape) == 4, "mask", "shape (B, H, R, width)", tuple(mask.shape))
-    _check_attention(q, k, v, seen, row, order, "mask", mask.shape[2])
-    B, H, _, D = q.shape
+    _check_attention(q, k, v, seen, order)
+    B, H, T, D = q.shape
+    _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
+    _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}", None if row is None else tuple(row.shape))
     _expect(mask.shape[:2] == (B, H), "mask", f"shape (B, H, R, width) with B, H = {(B, H)}",
             tuple(mask.shape))
     _expect(mask.shape[3] <= MAX_WIDTH, "mask", f"a width of at most {MAX_WIDTH}", mask.shape[3])

@@ -895,26 +895,23 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
 
 
 def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
-                  softmax_scale: float | None = None, *, bin: int, row: Tensor | None = None,
-                  order: Tensor | None = None, block: int = 1024) -> Tensor:
+                  softmax_scale: float | None = None, *, bin: int, order: Tensor | None = None,
+                  block: int = 1024) -> Tensor:
     """sparse_attention over the keys in the chosen bins, of `bin` keys each: (B, H, T, D).
 
-    bins (B, C, R, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser. The
-    other arguments as in sparse_attention; row ascending.
+    bins (B, C, T, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser. The
+    other arguments as in sparse_attention.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
     _expect(is_integer(bin) and bin >= 1, "bin", "an integer >= 1", repr(bin))
-    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, R, n)",
+    _expect(bins.ndim == 4 and bins.dtype == torch.int32, "bins", "int32 of shape (B, C, T, n)",
             f"{bins.dtype} {tuple(bins.shape)}")
     C, Hkv = bins.shape[1], k.shape[1]
-    _expect(bins.shape[0] == B and C >= 1 and H % C == C % Hkv == 0, "bins",
-            f"shape (B, C, R, n) with B = {B} and C a divisor of the {H} heads and a multiple of the "
-            f"{Hkv} key/value heads", tuple(bins.shape))
+    _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
+            f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a multiple of "
+            f"the {Hkv} key/value heads", tuple(bins.shape))
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
-    _expect(row is not None or bins.shape[2] == T, "bins",
-            f"{T} rows, or `row` to say which is whose", bins.shape[2])
-    bins = bins if row is None else take(bins, row)
 
     def expand(bins, seen, n_keys):
         return repeat_heads(expand_bins(bins, seen, n_keys, bin), H)

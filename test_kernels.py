@@ -662,7 +662,7 @@ def test_arguments_that_do_not_fit_are_named(argument, change):
 @dataclass
 class Bins:
     """A call of bin_attention, as numbers. `density` of the bins is listed, those behind the last key included; `padded`: some
-    queries see nothing; `uneven`: rows have any number of queries, not `stride` of them."""
+    queries see nothing."""
 
     dtype: torch.dtype
     T: int
@@ -671,17 +671,15 @@ class Bins:
     D: int
     bin: int
     density: float
-    stride: int
-    uneven: bool
     padded: bool
     layout: str
     per_program: int  # visits of a dk, dv program, at least: 1 splits the work on every bin where there are few
     seed: int
 
-    def lists(self, R, S, generator):
+    def lists(self, S, generator):
         (B, Hkv, choosers, _), n_bin = self.heads, -(-S // self.bin)
-        keep = torch.rand(B, Hkv * choosers, R, n_bin + 1, generator=generator) < self.density
-        keep[:, :, torch.rand(R, generator=generator) < 0.1] = False
+        keep = torch.rand(B, Hkv * choosers, self.T, n_bin + 1, generator=generator) < self.density
+        keep[:, :, torch.rand(self.T, generator=generator) < 0.1] = False
         bins = torch.where(keep, torch.arange(n_bin + 1), sea.NONE).sort(-1).values
         return bins[..., : max(1, int(keep.sum(-1).max()) + self.seed % 2)].int()  # a NONE behind all, or none
 
@@ -691,16 +689,10 @@ class Bins:
         make = lambda h, n, layout: lay_out(torch.randn(B, h, n, self.D, generator=generator).to(self.dtype), layout)
         q = make(Hkv * choosers * group, T, self.layout)
         k, v = make(Hkv, S, self.layout), make(Hkv, S, LAYOUT_OF_V[self.layout])
-        R = -(-T // self.stride) + 1
-        seen, row = (torch.arange(T) + 1 + self.extra).repeat(B, 1), None
+        seen = (torch.arange(T) + 1 + self.extra).repeat(B, 1)
         if self.padded:
             seen[torch.rand(B, T, generator=generator) < 0.3] = 0
-        if self.uneven:
-            row = torch.randint(R, (B, T), generator=generator).sort(-1).values
-        elif self.stride > 1:
-            row = (torch.arange(T) + torch.randint(self.stride, (B, 1), generator=generator)) // self.stride
-        bins = self.lists(T if row is None else R, S, generator).to(DEVICE)
-        return q, k, v, bins, by_column(seen), None if row is None else by_column(row)
+        return q, k, v, self.lists(S, generator).to(DEVICE), by_column(seen)
 
 
 @st.composite
@@ -710,23 +702,24 @@ def bin_cases(draw, size=2 * BLOCK + 3):
         dtype=draw(st.sampled_from(DTYPES)), T=draw(st.integers(1, size)), extra=draw(st.integers(0, size) | st.integers(100, 300)),
         heads=draw(st.sampled_from(heads[1::2] if CUDA else heads)), D=draw(sizes(1, 2 * BLOCK + 3, 7, 35)),
         bin=draw(st.sampled_from([8, 5] if CUDA else [8, 1, 4, 5, 16, 32, 33])), density=draw(st.sampled_from([0.3, 1.0, 0.1, 0.0])),
-        stride=draw(st.sampled_from([1, 4] if CUDA else [1, 2, 3, 4, 5])), uneven=draw(st.booleans()), padded=draw(st.booleans()),
+        padded=draw(st.booleans()),
         layout=draw(LAYOUTS), per_program=draw(st.sampled_from([64, 1])), seed=draw(st.integers(0, 99)))
 
 
 def check_bin_attention(case, change=lambda seen: seen):
-    q, k, v, bins, seen, row = case.tensors()
+    q, k, v, bins, seen = case.tensors()
     seen = change(seen)
     few = mock.patch.multiple(bin_kernels, VISITS_PER_PROGRAM=case.per_program, MAX_EXTRA_PROGRAMS=99)
     with few if case.T <= 99 else contextlib.nullcontext():
-        as_accurate_as_eager(case, lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row),
-                             lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row), [q, k, v])
+        as_accurate_as_eager(case, lambda q, k, v: kernels.bin_attention(q, k, v, bins, seen, bin=case.bin),
+                             lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin), [q, k, v])
 
 
 @given(bin_cases())
-@example(Bins(torch.float32, 35, 0, (1, 2, 1, 3), 8, 8, 0.3, 4, False, False, "contiguous", 1, 0))
-@example(Bins(torch.float32, 5, 9, (1, 1, 1, 35), 8, 8, 0.3, 2, False, False, "gaps", 1, 0))  # more heads than a tile holds
-@example(Bins(torch.float16, 70, 9, (1, 1, 1, 3), 16, 100, 0.5, 35, True, True, "contiguous", 1, 1))  # and queries; wide bins
+@example(Bins(torch.float32, 35, 0, (1, 2, 1, 3), 8, 8, 0.3, False, "contiguous", 1, 0))
+@example(Bins(torch.float32, 5, 9, (1, 1, 1, 35), 8, 8, 0.3, False, "gaps", 1, 0))  # more heads than a tile holds
+@example(Bins(torch.float16, 70, 9, (1, 1, 1, 3), 16, 100, 0.5, True, "contiguous", 1, 1))  # wide bins
+@example(Bins(torch.float32, 300, 9, (2, 1, 2, 1), 8, 2, 0.3, True, "gaps", 1, 1))  # several chunks of queries, bins of a unit
 @settings(FEW)
 @in_parts("dtype", *DTYPES)
 def test_bin_attention_matches_reference(dtype, case):
@@ -734,19 +727,19 @@ def test_bin_attention_matches_reference(dtype, case):
 
 
 def test_bins_and_seen_in_any_order():
-    case = Bins(torch.float32, 33, 120, (1, 1, 1, 2), 16, 8, 0.3, 3, False, True, "contiguous", 64, 3)
+    case = Bins(torch.float32, 33, 120, (1, 1, 1, 2), 16, 8, 0.3, True, "contiguous", 64, 3)
     check_bin_attention(case, lambda seen: (seen * 37 % 153).clamp(min=0))
 
 
 def test_all_bins_are_dense_attention():
-    q, k, v, bins, seen, _ = Bins(torch.float32, 35, 0, (1, 2, 1, 2), 8, 4, 1.0, 1, False, False, "contiguous", 64, 0).tensors()
+    q, k, v, bins, seen = Bins(torch.float32, 35, 0, (1, 2, 1, 2), 8, 4, 1.0, False, "contiguous", 64, 0).tensors()
     bins = torch.arange(9, dtype=torch.int32, device=DEVICE).expand(1, 2, 35, 9)
     dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
     torch.testing.assert_close(kernels.bin_attention(q, k, v, bins, seen, bin=4), dense, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_no_query_of_a_row_sees_are_not_read():
-    q, k, v, bins, seen, _ = Bins(torch.float32, 35, 20, (1, 1, 1, 2), 8, 8, 0.6, 1, False, False, "contiguous", 64, 0).tensors()
+def test_keys_that_a_query_does_not_see_are_not_read():
+    q, k, v, bins, seen = Bins(torch.float32, 35, 20, (1, 1, 1, 2), 8, 8, 0.6, False, "contiguous", 64, 0).tensors()
     before = kernels.bin_attention(q, k, v, bins, seen, bin=8)
     k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf
     after = kernels.bin_attention(q, k, v, bins, seen, bin=8)
@@ -754,21 +747,20 @@ def test_keys_that_no_query_of_a_row_sees_are_not_read():
 
 
 def test_bins_of_keys_in_any_order():
-    q, k, v, bins, seen, row = Bins(torch.float32, 33, 20, (2, 1, 1, 2), 16, 8, 0.5, 3, False, True, "gaps", 64, 3).tensors()
+    q, k, v, bins, seen = Bins(torch.float32, 33, 20, (2, 1, 1, 2), 16, 8, 0.5, True, "gaps", 64, 3).tensors()
     order = torch.stack([torch.randperm(53, generator=torch.Generator().manual_seed(b)) for b in range(2)]).to(DEVICE)
     seen = seen.clamp(max=50)
-    expected = kernels.bin_attention(q, sea.take(k, order), sea.take(v, order), bins, seen, bin=8, row=row)
+    expected = kernels.bin_attention(q, sea.take(k, order), sea.take(v, order), bins, seen, bin=8)
     for b in range(2):  # the last in order are padding, which may hold anything
         k[b, :, order[b, 50:]] = v[b, :, order[b, 50:]] = torch.nan
-    assert torch.equal(kernels.bin_attention(q, k, v, bins, seen, bin=8, row=row, order=order), expected)
+    assert torch.equal(kernels.bin_attention(q, k, v, bins, seen, bin=8, order=order), expected)
 
 
-@pytest.mark.parametrize("stride", [1, 4])
-def test_memory_of_bin_attention_is_linear_in_the_number_of_tokens(stride):
+def test_memory_of_bin_attention_is_linear_in_the_number_of_tokens():
     """What is kept and what the backward pass needs: no launch is asked for T x T numbers."""
     def numbers(T):
-        case = Bins(torch.float32, T, 0, (1, 1, 1, 2), 4, 8, 0.0, stride, False, False, "contiguous", 64, 0)
-        q, k, v, bins, seen, row = case.tensors()
+        case = Bins(torch.float32, T, 0, (1, 1, 1, 2), 4, 8, 0.0, False, "contiguous", 64, 0)
+        q, k, v, bins, seen = case.tensors()
         bins, allocated, real = bins.new_full((*bins.shape[:3], 3), sea.NONE), [], torch.Tensor.numel
 
         class Count(torch.utils._python_dispatch.TorchDispatchMode):
@@ -779,8 +771,8 @@ def test_memory_of_bin_attention_is_linear_in_the_number_of_tokens(stride):
 
         with Count(), mock.patch.multiple(bin_kernels, **{name: mock.MagicMock() for name in dir(bin_kernels)
                                                           if name.startswith("_bin_attention") and name.endswith("_kernel")},
-                                          _sum_bin_parts_kernel=mock.MagicMock()):
-            kernels.bin_attention(q.requires_grad_(), k, v, bins, seen, bin=8, row=row).sum().backward()
+                                          _sum_bin_parts_kernel=mock.MagicMock(), _visits_kernel=mock.MagicMock()):
+            kernels.bin_attention(q.requires_grad_(), k, v, bins, seen, bin=8).sum().backward()
         return max(allocated)
 
     assert numbers(4096) <= 4.1 * numbers(1024)
@@ -791,7 +783,7 @@ def test_memory_of_bin_attention_is_linear_in_the_number_of_tokens(stride):
     ("bins", dict(bins=torch.zeros(1, 2, 4, 5).int())), ("bins", dict(bins=torch.zeros(1, 2, 8, 5).long())),
     ("bins", dict(bins=torch.zeros(1, 3, 8, 5).int())), ("bins", dict(bins=torch.zeros(2, 2, 8, 5).int())),
     ("bins", dict(bins=torch.zeros(1, 2, 8, 0).int())), ("bin", dict(bin=0)), ("bin", dict(bin=8.0)),
-    ("row", dict(row=torch.zeros(1, 7).long())), ("order", dict(order=torch.zeros(1, 7).long())),
+    ("order", dict(order=torch.zeros(1, 7).long())),
     ("q", dict(q=torch.zeros(1, 2, 8))), ("q", dict(q=torch.zeros(1, 2, 8, 4).double())),
     ("k", dict(k=torch.zeros(1, 1, 8, 4).half())), ("q", dict(q=torch.zeros(1, 2, 8, 257), k=torch.zeros(1, 1, 8, 257))),
 ])
@@ -1439,11 +1431,10 @@ def test_a_step_of_sparse_attention_matches_reference(case):
 
 def check_bin_step(case):
     """Keys from `seen` on hold NaN or inf: a static buffer goes on behind them. With `padded`, keys stand in any order."""
-    case = replace(case, T=1, uneven=False)
-    q, k, v, bins, seen, row = case.tensors()
+    case = replace(case, T=1)
+    q, k, v, bins, seen = case.tensors()
     generator, n = torch.Generator().manual_seed(case.seed), k.shape[2]
     seen = torch.randint(n // 2, n + 1, (len(q), 1), generator=generator).to(DEVICE) * (seen > 0)
-    row = torch.randint(2, (len(q), 1), generator=generator).to(DEVICE) if case.stride > 1 else None  # of two
     order = by_column(torch.stack([torch.randperm(n, generator=generator) for _ in q])) if case.padded else None
 
     def kernel(q, k, v):
@@ -1451,15 +1442,15 @@ def check_bin_step(case):
         later = later if order is None else torch.zeros_like(later).scatter(1, order, later)  # by place
         k, v = (x.masked_fill(later[:, None, :, None], bad) for x, bad in ((k, torch.nan), (v, torch.inf)))
         with no_tiles():
-            return kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row, order=order)
+            return kernels.bin_attention(q, k, v, bins, seen, bin=case.bin, order=order)
 
-    reference = torch.no_grad()(lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, row=row, order=order))
+    reference = torch.no_grad()(lambda q, k, v: sea.bin_attention(q, k, v, bins, seen, bin=case.bin, order=order))
     as_accurate_as_eager(case, torch.no_grad()(kernel), reference, [q, k, v])
 
 
 @given(bin_cases())
-@example(Bins(torch.float32, 1, 600, (2, 2, 1, 3), 17, 8, 0.5, 1, False, False, "gaps", 64, 1))  # several blocks
-@example(Bins(torch.float32, 1, 40, (2, 1, 1, 2), 8, 8, 0.5, 4, False, True, "contiguous", 64, 0))  # keys in orders that differ
+@example(Bins(torch.float32, 1, 600, (2, 2, 1, 3), 17, 8, 0.5, False, "gaps", 64, 1))  # several blocks
+@example(Bins(torch.float32, 1, 40, (2, 1, 1, 2), 8, 8, 0.5, True, "contiguous", 64, 0))  # keys in orders that differ
 @settings(FEW)
 def test_a_step_of_bin_attention_matches_reference(case):
     check_bin_step(case)
@@ -1796,7 +1787,7 @@ def test_bench_runs_what_its_options_say(monkeypatch):
     (["--sea", "query_stride=2", "topk=3"],
      ("--sea: expected other fields than width, topk, query_stride, max_positions, backend, which "
       "--width, --topk, --strides and what is measured set, got query_stride, topk")),
-    (["--topk", "22"], "--topk: expected at least 23, since on average as many first and last keys are always attended to, got 22"),
+    (["--topk", "11"], "--topk: expected at least 13, since on average as many first and last keys are always attended to, got 11"),
     (["--heads", "4", "--kv-heads", "3"], "--kv-heads: expected a divisor of the 4 --heads, got 3"),
     (["--student", "x", "--data", "y", "--heads", "12"], "--student: expected no --heads beside it, since it has its own, got 12"),
     (["--student", "x", "--data", "y", "--decode"], "--student: expected no --decode beside it, since of a student only the attention is measured"),
@@ -2112,14 +2103,14 @@ def test_gradients_are_bit_equal_from_run_to_run(dtype):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stride", [1, 4])
-def test_gradients_of_bin_attention_are_bit_equal_from_run_to_run(dtype, stride):
-    q, k, v, bins, seen, row = Bins(dtype, 4096, 0, (1, 2, 1, 3), 64, 8, 0.05, stride, False, False, "contiguous", 64, 0).tensors()
+@pytest.mark.parametrize("bin", [8, 2])
+def test_gradients_of_bin_attention_are_bit_equal_from_run_to_run(dtype, bin):
+    q, k, v, bins, seen = Bins(dtype, 4096, 0, (1, 2, 1, 3), 64, bin, 0.05, False, "contiguous", 64, 0).tensors()
     bins[..., 0] = 0  # keys that every query visits
 
     def run():
         xs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = kernels.bin_attention(*xs, bins, seen, bin=8, row=row)
+        out = kernels.bin_attention(*xs, bins, seen, bin=bin)
         return [out, *torch.autograd.grad(out, xs, torch.ones_like(out))]
 
     first = run()
@@ -2129,17 +2120,17 @@ def test_gradients_of_bin_attention_are_bit_equal_from_run_to_run(dtype, stride)
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, extra, heads, D, bin, stride", [(2048, 0, (1, 2, 1, 7), 64, 8, 1), (2048, 99, (1, 1, 2, 3), 128, 16, 4),
-                                                             (1, 4999, (1, 2, 1, 3), 64, 8, 1), (999, 0, (1, 1, 1, 1), 256, 1, 2)])
-def test_large_bin_attention_matches_reference(dtype, T, extra, heads, D, bin, stride):
-    check_bin_attention(Bins(dtype, T, extra, heads, D, bin, 0.05, stride, False, True, "heads last", 64, 0))
+@pytest.mark.parametrize("T, extra, heads, D, bin", [(2048, 0, (1, 2, 1, 7), 64, 2), (2048, 99, (1, 1, 2, 3), 128, 16),
+                                                             (1, 4999, (1, 2, 1, 3), 64, 8), (999, 0, (1, 1, 1, 1), 256, 1)])
+def test_large_bin_attention_matches_reference(dtype, T, extra, heads, D, bin):
+    check_bin_attention(Bins(dtype, T, extra, heads, D, bin, 0.05, True, "heads last", 64, 0))
 
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra, D", [(4999, 64), (131071, 64), (3000, 80)])
 def test_large_step_of_bin_attention_matches_reference(dtype, extra, D):
-    check_bin_step(Bins(dtype, 1, extra, (2, 2, 1, 3), D, 8, 0.02, 1, False, False, "heads last", 64, 0))
+    check_bin_step(Bins(dtype, 1, extra, (2, 2, 1, 3), D, 8, 0.02, False, "heads last", 64, 0))
 
 
 @gpu
@@ -2272,14 +2263,19 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
             kv = (torch.ones(B, Hkv, S + 1, D, dtype=dtype) for _ in range(2))
             layer(new, *kv, state=result.state, kv_cached=True, valid=longer)
     yield kernels.sparse_attention(q, k, v, cells, seen, row=row)
-    bins = torch.arange(S // 8, dtype=torch.int32).repeat(B, Hkv, R, 1)
-    for size in (8, 5, 64) if D == 64 and dtype == torch.bfloat16 else (8,):
-        yield kernels.bin_attention(q, k, v, bins, seen, bin=size, row=row)
+    bins = torch.arange(S // 8, dtype=torch.int32).repeat(B, Hkv, T, 1)
+    for size in (8, 5, 2, 64) if D == 64 and dtype == torch.bfloat16 else (8,):
+        yield kernels.bin_attention(q, k, v, bins, seen, bin=size)
     many = torch.ones(B, 48 * Hkv, T, D, dtype=dtype, requires_grad=True)  # heads of a chooser, in several tiles
-    yield kernels.bin_attention(many, k, v, bins, seen, bin=8, row=row)
+    yield kernels.bin_attention(many, k, v, bins, seen, bin=8)
+    config = replace(config, bin=2, cnn=False, cell_keys=True, group="kv")
+    layer = sea.SEAttention(config).to(dtype)
+    result = layer(q, k[:, :, :T], v[:, :, :T])
+    yield result.scores
     with torch.no_grad():
+        layer(q[:, :, :1], k[:, :, :1], v[:, :, :1], state=result.state)
         kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8)
-        kernels.bin_attention(q[:, :, :1], k, v, bins, seen[:, :1], bin=8, row=seen[:, :1], order=torch.arange(S)[None])
+        kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8, order=torch.arange(S)[None])
     for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
         cnn = sea.CausalCNN(heads, n_cells).to(dtype)
         image = torch.ones(1, 2 * heads, 8, n_cells // 4, dtype=dtype, requires_grad=True)
