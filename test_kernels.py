@@ -2268,12 +2268,12 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
         yield kernels.bin_attention(q, k, v, bins, seen, bin=size)
     many = torch.ones(B, 48 * Hkv, T, D, dtype=dtype, requires_grad=True)  # heads of a chooser, in several tiles
     yield kernels.bin_attention(many, k, v, bins, seen, bin=8)
-    config = replace(config, bin=2, cnn=False, cell_keys=True, group="kv")
-    layer = sea.SEAttention(config).to(dtype)
-    result = layer(q, k[:, :, :T], v[:, :, :T])
-    yield result.scores
     with torch.no_grad():
-        layer(q[:, :, :1], k[:, :, :1], v[:, :, :1], state=result.state)
+        for n in T, 1:  # cell keys with bounds, of a call and of a step
+            count, past = seen[:, 0] - n, torch.zeros(B, Hkv, 2 * width, 3 * D)
+            x = scores.detach()[:, :, :n].clone()
+            kernels.add_cell_keys(x, torch.ones(H), q[:, :, : x.shape[2]], k[:, :, :n], seen[:, : x.shape[2]], 0.1, count, 0 * count + n,
+                                  past, seen[:, : x.shape[2]], bounds=True)
         kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8)
         kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8, order=torch.arange(S)[None])
     for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads

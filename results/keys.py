@@ -1,9 +1,10 @@
 """Draw perplexity against the number of keys, a panel a length, from what evaluate.py wrote.
 
     python results/keys.py FIGURE.png TITLE=OUT/evaluate.json[,OUT2/evaluate.json ...] [TITLE=... ...]
+    python results/keys.py --time FIGURE.png ...     against the time of attention in all layers
 
 Perplexity over that of the model named dense, or else of the teacher, of each student at its own number of
-keys and at each of --topk; models without such a number are horizontal lines.
+keys and at each of --topk. Models without such a number are horizontal lines, against time points.
 """
 
 import json
@@ -14,36 +15,41 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 
 
-def lines(models: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (keys a query, perplexity over dense), by keys; one point for models without a choice."""
+AXES = {"keys": "keys per query and head", "attention_ms": "ms for attention in all layers"}
+
+
+def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (x, perplexity over dense), by x; one point for models without a choice."""
     base = models.get("dense", models["teacher"])["ppl"]
     found = {}
     for name, row in models.items():
-        found.setdefault(row.get("student", name), []).append((row["keys"], row["ppl"] / base))
+        found.setdefault(row.get("student", name), []).append((row[x], row["ppl"] / base))
     return {name: sorted(points) for name, points in found.items()}
 
 
-def draw(path: str, files: dict[str, str]) -> None:
+def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
     plt = evaluate.pyplot()
     figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 4), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], files.items()):
         models = {}
         for name in names.split(","):
             models |= json.loads(Path(name).read_text())["models"]
-        found = lines(models)
-        flat = {name: points[0][1] for name, points in found.items() if len(points) == 1}
+        found = lines(models, x)
+        flat = {name: points[0] for name, points in found.items() if len(points) == 1}
         curves = {name: points for name, points in found.items() if len(points) > 1}
         for name, points in curves.items():
             axis.plot(*zip(*points), marker="o", label=name)
         highest = max(y for points in curves.values() for _, y in points)
-        for style, (name, y) in zip(("--", ":", "-.") * len(flat), flat.items()):
-            if y <= 1.1 * highest:
+        for style, (name, (place, y)) in zip(("--", ":", "-.") * len(flat), flat.items()):
+            if y <= 1.1 * highest and x == "attention_ms":
+                axis.plot(place, y, "s", label=name)
+            elif y <= 1.1 * highest:
                 axis.axhline(y, linestyle=style, color="gray", label=name)
             else:  # far above all others: a number says more than a line
                 axis.plot([], [], " ", label=f"{name}: {y:.2f}")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(title=title, xlabel="keys per query and head", ylabel="perplexity over dense")
+        axis.set(title=title, xlabel=AXES[x], ylabel="perplexity over dense")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
@@ -51,4 +57,6 @@ def draw(path: str, files: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    draw(sys.argv[1], dict(x.split("=", 1) for x in sys.argv[2:]))
+    by_time = sys.argv[1] == "--time"
+    path, *files = sys.argv[1 + by_time :]
+    draw(path, dict(file.split("=", 1) for file in files), "attention_ms" if by_time else "keys")
