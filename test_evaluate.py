@@ -9,12 +9,14 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -944,3 +946,23 @@ def test_all_processes_have_all_tokens_of_the_first(monkeypatch):
     assert torch.equal(evaluate.from_first_process(ids, args, part=3), ids) and len(sent) == 3
     rank = 1
     assert torch.equal(evaluate.from_first_process(None, args, part=3), ids) and not sent
+
+
+@pytest.mark.parametrize("option, x", [([], "keys"), (["--time"], "attention_ms")])
+def test_the_figure_of_keys_is_of_what_was_measured(option, x, tmp_path):
+    """Each student at its own number of keys and at each of --topk, over dense; models of several reports in one panel."""
+    row = lambda ppl, keys, **more: dict(ppl=ppl, keys=keys, attention_ms=keys / 2, **more)
+    reports = (dict(teacher=row(11.0, 64.0), dense=row(10.0, 64.0), performer=row(90.0, 64.0)),
+               {"teacher": row(11.0, 64.0), "sea": row(12.0, 16.0), "sea, topk 8": row(14.0, 8.0, student="sea")})
+    for i, models in enumerate(reports):
+        (tmp_path / f"{i}.json").write_text(json.dumps(dict(models=models)))
+    names = runpy.run_path(str(Path(evaluate.__file__).parent / "results/keys.py"))
+    scale = 1 if x == "keys" else 0.5
+    assert names["lines"](reports[0] | reports[1], x) == dict(
+        teacher=[(64 * scale, 1.1)], dense=[(64 * scale, 1.0)], performer=[(64 * scale, 9.0)], sea=[(8 * scale, 1.4), (16 * scale, 1.2)])
+    pytest.importorskip("matplotlib", reason="draws the figure")
+    figure = tmp_path / "figure.png"
+    argv = ["keys.py", *option, str(figure), f"a title={tmp_path}/0.json,{tmp_path}/1.json"]
+    with mock.patch.object(sys, "argv", argv):
+        runpy.run_path(str(Path(evaluate.__file__).parent / "results/keys.py"), run_name="__main__")
+    assert figure.read_bytes().startswith(b"\x89PNG")
