@@ -1233,7 +1233,7 @@ def test_bad_input_names_the_argument(argument, expected, got, call):
     ("topk", "integer", "'20'", lambda a, *qkv: a(*qkv, topk="20")),
     ("topk", "at least 11, since on average", "10", lambda a, *qkv: WindowAttention(a.config)(*qkv, topk=10)),
     ("bins", "int32", "float32", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, 3))),
-    ("bins", "(B, C, R, n)", "(2, 2, 5)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, dtype=torch.int32))),
+    ("bins", "(B, C, T, n)", "(2, 2, 5)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, dtype=torch.int32))),
     ("bins", "a multiple of the 2", "(2, 0, 5, 3)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 0, 5, 3, dtype=torch.int32))),
     ("bins", "a multiple of the 2", "(2, 1, 5, 3)", lambda a, *qkv: attend(*qkv, torch.zeros(2, 1, 5, 3, dtype=torch.int32))),
     ("bin", ">= 1", "0", lambda a, *qkv: attend(*qkv, torch.zeros(2, 2, 5, 3, dtype=torch.int32), bin=0)),
