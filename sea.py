@@ -36,8 +36,10 @@ same operations in Triton and takes over on a GPU.
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       what stands for the keys of a cell; ours
     bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a query attends to
-    chooser, C -       heads with a choice of bins of their own: a query head, C = H, or those of a
-                       key/value head together, C = Hkv
+    E          -       heads with an estimate of their own: the query heads, E = H, or without a
+                       CNN the key/value heads, E = Hkv
+    chooser, C -       what chooses bins: each query head, C = H, or all that share a key/value head
+                       together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
                        R rows for T queries, or R + 1 with the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
@@ -123,13 +125,14 @@ class SEAConfig:
     bin: int = 2  # keys of a bin, step 7 (causal); 0: no bins, all keys in the best cells
     local: int = 8  # last keys that a query always attends to, with bins
     first: int = 2  # first keys of the sequence, likewise; rounded up to whole bins
-    candidates: int = 16  # bins that compete at most, as a multiple of those chosen
+    candidates: int = 16  # bins that compete for each that is chosen, at most
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
-    cnn: bool = True  # False: no steps 1 to 4, scores by cell keys alone, of the mean query of the heads
-    # that share keys, and constant gates (causal)
+    # False: no steps 1 to 4. Cell keys alone give the scores, one row for all heads that share keys, by
+    # their mean query; each head has gates of its own, the same for all queries (causal).
+    cnn: bool = True
     seed: int = 0  # of the random features
     backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
 
@@ -204,14 +207,15 @@ class SEAConfig:
 
     @property
     def n_last(self) -> float:
-        """Last keys of a query on average: local, those whose bin is not in cells yet, and those since
-        its row, which sees a multiple of the stride and one more."""
+        """Last keys that a query attends to, on average: the `local` last of its row; those before them
+        whose bin is not full, and so in no cell, yet; and those since the row, which sees a multiple of
+        the stride and one key more."""
         step = math.gcd(self.bin, self.query_stride)
         return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
     def n_chosen(self, topk: int) -> int:
-        """Bins to choose for a query and head, maybe 0, so that with its first and last keys it has on
-        average at most topk keys."""
+        """How many bins to choose for a query and head, so that with its first and last keys it attends
+        to at most topk keys on average; may be 0."""
         always = self.n_first * self.bin + self.n_last
         _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many first and "
@@ -219,12 +223,12 @@ class SEAConfig:
         return int((topk - always) // self.bin)
 
     def most_bins(self, n_keys: int) -> int:
-        """Those of max_positions keys, so that lists keep their length while a sequence grows, or of
-        n_keys, if they are more."""
+        """The bins of n_keys keys, or of max_positions if that is more: then lists of bins keep their
+        length while a sequence grows."""
         return -(-max(n_keys, self.max_positions) // self.bin)
 
     def n_listed(self, topk: int, n_keys: int) -> int:
-        """The most bins that a query of n_keys keys may have: first, chosen, and those of the last keys."""
+        """The most bins on a query's list, if it sees n_keys keys: the first, the chosen, the last."""
         n_listed = self.n_always + self.n_chosen(topk) * self.n_ranked_together
         return min(n_listed, self.most_bins(n_keys))
 
@@ -268,17 +272,17 @@ def no_autocast(x: Tensor):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Entries of x (B, C, N, E) at index (B, M), each sequence by its own: (B, C, M, E)."""
+    """Entries of x (B, heads, N, size) at index (B, M), each sequence by its own: (B, heads, M, size)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def extend(past: Tensor, x: Tensor) -> Tensor:
-    """x (B, C, N, E) after the entries of the past; x itself, not a copy, if there are none."""
+    """x (B, heads, N, size) after the past's entries; x itself, not a copy, if there are none."""
     return torch.cat([past.to(x.dtype), x], dim=2) if past.shape[2] else x
 
 
 def is_token(x: Tensor, n: Tensor) -> Tensor:
-    """Which entries of x (B, C, T, E) are among the first n (B,): (B, 1, T, 1)."""
+    """Which entries of x (B, heads, T, size) are among the first n (B,): (B, 1, T, 1)."""
     return (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
 
 
@@ -346,14 +350,14 @@ def scaled_qk(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tenso
 
 
 def _quotient(c: Tensor) -> Tensor:
-    """(..., E+1) -> (..., E): divided by the last column, 0 where that is 0."""
+    """(..., Dv+1) -> (..., Dv): divided by the last column, 0 where that is 0."""
     return c[..., :-1] / c[..., -1:].where(c[..., -1:] != 0, 1)
 
 
 def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor) -> Tensor:
-    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)), the sums over all keys: (B, H, T, E).
+    """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)), the sums over all keys: (B, H, T, Dv).
 
-    q_feat (B, H, T, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, E). A key whose features are 0 takes no
+    q_feat (B, H, T, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, Dv). A key whose features are 0 takes no
     part.
     """
     with no_autocast(v):
@@ -365,9 +369,9 @@ def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Ten
                             chunk: int = 128) -> tuple[Tensor, Tensor]:
     """The same with sums over the past and the keys up to place[b, i] for row i, in O(T).
 
-    q_feat (B, H, R, m), place (B, R) ascending; k_feat (B, Hkv, T, m), v (B, Hkv, T, E); past and the
-    second result (B, Hkv, m, E+1): sums of phi(k)^T [v ; 1] before the first key and after the last.
-    Returns (B, H, R, E), 0 for a row that sees nothing.
+    q_feat (B, H, R, m), place (B, R) ascending; k_feat (B, Hkv, T, m), v (B, Hkv, T, Dv); past and
+    the second result (B, Hkv, m, Dv+1): sums of phi(k)^T [v ; 1] before the first key and after the
+    last. Returns (B, H, R, Dv), 0 for a row that sees nothing.
 
     Keys of earlier chunks count through their sum, keys of the same chunk one by one.
     """
@@ -542,8 +546,12 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 # -- 5. cell keys, ours: each query's product with what stands for the keys of every cell ----------
 #
 # Random features do not tell single keys apart: without this step the estimate is little more than a
-# mean over all texts. It is linear attention too, with the identity for phi and one-hot numbers of
-# bins for values, q sum_j k_j onehot(bin(j))^T, so it is causal, linear in T and its state constant.
+# mean over all texts. The keys of a sequence are summed up in 2 * width bins, whatever its length, so
+# this step, too, is causal, linear in T and its state constant. (Sums alone are linear attention with
+# the identity for phi and one-hot numbers of bins for values: q sum_j k_j onehot(bin(j))^T.)
+#
+# These bins are not those of step 7: they get wider while the sequence grows. Whenever it is about to
+# outgrow all bins of 2**e keys, e, the level, rises by one, and bins 2b and 2b + 1 become bin b.
 
 
 def bin_level(seen, n_bins: int):
@@ -559,7 +567,8 @@ def bin_level(seen, n_bins: int):
 
 def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
              past: Tensor) -> Tensor:
-    """Sums of keys in bins of 2**level keys, bin b from rank b * 2**level on: (B, Hkv, n_bins, D).
+    """Sums of the keys in each bin of 2**level keys, bin b from rank b * 2**level on:
+    (B, Hkv, n_bins, D).
 
     k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_bins, D): the sums before the new
     keys, `rise` levels lower. Keys that no bin holds are left out.
@@ -574,18 +583,19 @@ def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
 
 
 def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
-    """x (B, C, N, E) added to sums (B, C, n_bins, E) at bins (B, N)."""
+    """x (B, heads, N, size) added to sums (B, heads, n_bins, size) at bins (B, N)."""
     return sums.scatter_add(2, bins[:, None, :, None].expand_as(x), x)
 
 
 def bin_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
              past: Tensor) -> Tensor:
-    """As bin_sums, with the largest number of each dimension instead of the sum; 0 where no key is."""
+    """As bin_sums, with the largest number in each dimension instead of the sum; 0 for a bin without
+    keys."""
     n_bins, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
     number = torch.arange(n_bins, device=x.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
     outside = (bins >= n_bins) | (i >= n_new[:, None])
-    was_empty = (number << level[:, None] - rise) >= count[:, None]  # (B, n_bins)
+    was_empty = (number << (level[:, None] - rise)) >= count[:, None]  # (B, n_bins)
     x = torch.cat([past.masked_fill(was_empty[:, None, :, None], -math.inf),
                    x.masked_fill(outside[:, None, :, None], -math.inf)], dim=2)
     bins = torch.cat([(number >> rise).expand(len(x), -1), bins.clamp(max=n_bins - 1)], dim=1)
@@ -598,14 +608,14 @@ def bin_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
 def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, width: int,
                     softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                     bounds: bool) -> tuple[Tensor, Tensor]:
-    """The term of add_cell_keys before its gain, at least fp32, and its second result."""
-    n_bins, D, t = 2 * width, k.shape[3], row_seen[..., None]
+    """max(s - s_max, -32) of add_cell_keys, at least fp32, and its second result."""
+    n_bins, D = 2 * width, k.shape[3]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
-    cells, places = torch.arange(width, device=q.device), 2 if bounds else 1
-    # The keys in the middle of each half of a cell, or of the cell.
-    j = [(2 * places * cells + 2 * i + 1) * in_cells[..., None] // (2 * places * width)
-         for i in range(places)]
+    cells, n_parts = torch.arange(width, device=q.device), 2 if bounds else 1
+    # The key in the middle of each cell or, with bounds, those in the middle of its halves.
+    middles = [(2 * (n_parts * cells + i) + 1) * in_cells[..., None] // (2 * n_parts * width)
+               for i in range(n_parts)]  # (B, R, width) each
     row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
     first_level = bin_level(count, n_bins)  # that of past
     scores, totals = q.new_zeros(*q.shape[:3], width), past
@@ -621,8 +631,8 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
             queries, of_level = torch.cat([q, q.abs()], dim=-1), torch.cat([of_level, tops], dim=-1)
         products = queries @ repeat_heads(keys, q.shape[1]).mT
         e = level[:, None, None]
-        # The bins that these keys are in or, at the end of the row, the last full bin.
-        bins = [torch.minimum(x >> e, (t >> e) - 1).clamp(0, n_bins - 1) for x in j]  # (B, R, width)
+        last_full = (row_seen[..., None] >> e) - 1
+        bins = [torch.minimum(j >> e, last_full).clamp(0, n_bins - 1) for j in middles]
         best = torch.stack([products.gather(-1, x[:, None].expand_as(scores)) for x in bins]).amax(0)
         scores = torch.where((row_level == level[:, None])[:, None, :, None], best, scores)
         totals = torch.where((next_level == level)[:, None, None, None], of_level, totals)
@@ -632,20 +642,24 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
                   softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                   in_cells: Tensor | None = None, *, bounds: bool = False) -> tuple[Tensor, Tensor]:
-    """scores + gain * max(s - s_max, -32), s the scaled product of q with what stands for a cell's keys
-    and s_max the row's largest: (B, H, R, width). Differs: the paper has no such term.
+    """scores + gain * max(s - s_max, -32): (B, E, R, width). s is the scaled product of q with what
+    stands for a cell's keys, s_max the row's largest. Differs: the paper has no such term.
 
-    2 * width bins of 2**e keys hold the keys of a row, e as small as can be, so that a bin is at most
-    a cell wide, or one key. Without bounds s = softmax_scale * q . (mean key) of the bin in the middle
-    of the cell. With bounds a single key in a cell counts as well: s is the larger one of the bins in
-    the middle of its halves, and half an upper bound of their products (see boxes). Layers with bins
-    have bounds: their cells have to find the keys, not to sum up attention alone.
+    The keys of a row lie in 2 * width bins of 2**e, e as small as can be: a bin has one key, or at most
+    1 / width of those seen. A cell looks at the bin in its middle or, at the end of the row, at the last
+    full one:
 
-    scores (B, H, R, width), gain (H,); q (B, H, R, D) of the rows, which see row_seen (B, R) keys,
+        without bounds   s = softmax_scale * q . mean, of the bin's keys
+        with bounds      half that and half an upper bound of its keys' products with q (see boxes), so
+                         that a single key stands out; the larger one of the bins in the middle of the
+                         cell's halves
+
+    Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up attention.
+
+    scores (B, E, R, width), gain (E,); q (B, E, R, D) of the rows, which see row_seen (B, R) keys,
     in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and the
     second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count, and after
-    them; with bounds (B, Hkv, 2*width, 3D), followed by bin_tops of [k ; -k]. These bins grow with the
-    sequence, unlike those of step 7.
+    them; with bounds (B, Hkv, 2*width, 3D): the sums, then bin_tops of [k ; -k].
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
     trained mainly through this term. The limit of -32 keeps layers whose products lie thousands apart
@@ -713,8 +727,9 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 #
 # The longer a text, the more keys are in a cell, and few of them matter. So the best cells only name
 # candidates: bins of a fixed number of keys, which are ranked by the query's products with boxes
-# around their keys. A query attends to the best bins, and always to its last keys and to the first of
-# the sequence. The last keys are in no cell; the first are in cells, but are no candidates.
+# around their keys (heads that share a choice: by those of their mean query). A query attends to the
+# best bins, and always to its last keys and to the first of the sequence. The last keys are in no cell;
+# the first are in cells, but are no candidates.
 
 NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
@@ -737,16 +752,16 @@ def boxes(k: Tensor, bin: int) -> Tensor:
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config: SEAConfig, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last. Differs:
-    the paper attends to all keys of the best cells. No gradient flows through the choice.
+    """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last.
+    Differs: the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T), seen
-    (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. C = config.n_choosers:
-    H or, in group "kv", Hkv, where the heads of a key/value head share a choice, which the mean of their
-    queries makes. With a stride a query has the candidates of its row, and chooses by itself.
+    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T) and
+    seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There are
+    C = config.n_choosers choices: H or, in group "kv", Hkv, where q below is the mean query of the heads
+    that share keys. With a stride the queries of a row share its candidates, but each chooses for itself.
 
-        candidates   bins of the row's best cells, up to config.candidates times as many as are chosen
-        chosen       config.n_chosen(topk) of them, by softmax_scale * [q ; |q|] . boxes(k)
+        candidates   bins of the row's best cells, config.candidates for each to be chosen
+        chosen       the config.n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k)
         always       those of the first keys, and of all keys behind the row's cells
     """
     S, bin, C = k.shape[2], config.bin, config.n_choosers
@@ -765,7 +780,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         q = mean_of_heads(at_least_fp32(q), C) * softmax_scale  # (B, C, T, D)
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
         lowest = torch.finfo(products.dtype).min
-        # Of one choice, ranked as the products are; of several that are ranked together, comparable.
+        # Keeps a choice's ranking, and makes choices that are ranked together comparable.
         ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(ranked.masked_fill(~is_candidate, lowest), n, config.group)
@@ -778,9 +793,12 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
-    """The cells whose bins compete: bool (B, C, R, width). scores (B, E, R, width), E = config.n_estimates
-    or H; n_in_cells (B, R): the bins that cells share out. A cell without a bin does not compete; as many are taken as
-    never have more bins together than are wanted, and one at least."""
+    """The cells whose bins compete: bool (B, C, R, width), by the mean estimate of the heads that share
+    a choice.
+
+    scores (B, E, R, width); n_in_cells (B, R): how many bins the cells of a row share out. Cells without
+    a bin do not compete. As many are taken as never hold more bins than are wanted, but at least one.
+    """
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(repeat_heads(scores, max(C, scores.shape[1])))
@@ -793,8 +811,8 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
-    """The bins of the first keys that a query sees, at most n_keys, and from number `begin` on, NONE where
-    there is none: (B, T) -> (B, T, n)."""
+    """The bins of a query's first keys, and those from number `begin` (B, T) on, NONE where it sees none
+    of their keys: (B, T, n). seen (B, T), at most n_keys."""
     bin, most = config.bin, config.most_bins(n_keys)
     n_first, n = min(config.n_first, most), min(config.n_always, most)
     first, last = (torch.arange(i, device=seen.device) for i in (n_first, n - n_first))
@@ -1003,9 +1021,10 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows, with cell_keys Hkv*2*width*D in fp32, with bins three times as many, and with a stride
-    H*(width+2). At 12 heads of 64 and width 256, in bf16, 0.23 MB, with cell_keys 1.8, with bins 5.0. Of
-    the bins it holds nothing: what stands for their keys is computed from the KV cache in every call.
+    conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins three
+    times as many, and with a stride E*width + 2*H. At 12 heads of 64 and width 256, in bf16: 0.23 MB,
+    with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what stands for the keys of a bin is
+    computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1084,10 +1103,10 @@ class SEAOutput:
     state: SEAState | None  # None if bidirectional
     # None, all of these, if computed in chunks (rows_at_once), or what a layer does not have: cells
     # or bins, or what a control (baselines.py) lacks. R: with a row of the past, if there is one.
-    scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells, E = config.n_estimates
+    scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
-    in_cells: Tensor | None = None  # (B, T), how many of a query's keys its cells share out, see SEAConfig
+    in_cells: Tensor | None = None  # (B, T), keys that a query's cells share out, see SEAConfig
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
 
@@ -1183,7 +1202,7 @@ def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEASta
 
 
 def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
-    """x (B, C, T, D) written behind the first count (B,) entries of cache (B, C, S, D)."""
+    """x (B, Hkv, T, D) written behind the first count (B,) entries of cache (B, Hkv, S, D)."""
     if cache.shape[2] == 0:
         return x
     rank = (count[:, None] + torch.arange(x.shape[2], device=x.device))[:, None, :, None]
@@ -1208,7 +1227,7 @@ class Rows:
     aligned: bool  # rows stand at places 0, stride, 2 * stride, ... of every sequence
 
     def of(self, x: Tensor) -> Tensor:
-        """x (B, C, T, E) at the rows of this call: a view where it can be, (B, C, R, E)."""
+        """x (B, heads, T, D) at the rows of this call: a view where it can be, (B, heads, R, D)."""
         return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
 
 
@@ -1364,8 +1383,8 @@ class SEAttention(nn.Module):
         so the state carries none. For one query k and v may be a static buffer of up to max_positions,
         longer than the tokens so far: the new token of sequence b stands at state.count[b], and any
         finite numbers follow. rows_at_once: compute this many queries at a time, each chunk with the
-        state of the one before (causal only): the same output and state, less memory, no scores or
-        cells. Raises ValueError if arguments do not fit.
+        state of the one before (causal only): the same output and state, less memory, no scores, cells or
+        bins. Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
@@ -1415,9 +1434,9 @@ class SEAttention(nn.Module):
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
 
-        Returns, for the rows and before them that of the past, scores (B, E, R, width) and gates
-        (B, H, R, 2) before their sigmoid, and the state after the new tokens but for v_sum, k and v.
-        With query_stride > 1 the gates come per row as well, since they need its linear attention.
+        Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows, the one
+        kept from the past first, and the state after the new tokens but for v_sum, k and v. With
+        query_stride > 1 gates, too, are a row's, since they need its linear attention.
         """
         config, n_new = self.config, rows.n_new
         if not config.causal:
@@ -1499,8 +1518,8 @@ def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, vali
 
 def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
                  valid: Tensor | None = None, **options) -> SEAOutput:
-    """layer.forward of packed documents, each as if it were alone; the result has no state, scores or
-    cells.
+    """layer.forward of packed documents, each as if it were alone; the result has no state, scores,
+    cells or bins.
 
     documents (B, T), integers: tokens of a sequence that share a number are a document, in their order.
     q (B, H, T, D), k, v (B, Hkv, T, D), valid (B, T) and options as in SEAttention.forward. Raises
