@@ -2,8 +2,8 @@
 
 Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained
 transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
-keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all this
-by distilling the teacher's attention. One layer, SEAttention.forward, computes:
+keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all
+this by distilling the teacher's attention. One layer, SEAttention.forward, computes:
 
     tokens  valid tokens of q, k, v at the front, padding behind them                    border
     rows    the queries whose attention is estimated: all, or every stride-th            border
@@ -30,8 +30,8 @@ same operations in Triton and takes over on a GPU.
     S, D       T, d    keys (past and new tokens), head size
     width      K       cells of an estimated attention row
     topk       k       budget: keys per query and head, on average
-    cell       pixel   one of `width` equal slices of the keys that a query sees; with bins, of those
-                       before the last `local`
+    cell       pixel   one of `width` equal slices of the keys that a query sees; with bins, of
+                       those before the last `local`
     in_cells   -       number of these keys
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       what stands for the keys of a cell; ours
@@ -40,17 +40,18 @@ same operations in Triton and takes over on a GPU.
                        CNN the key/value heads, E = Hkv
     chooser, C -       what chooses bins: each query head, C = H, or all that share a key/value head
                        together, C = Hkv
-    row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride, ...;
-                       R rows for T queries, or R + 1 with the last one of the call before
+    row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride,
+                       ...; R rows for T queries, or R + 1 with the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
-    rank       -       number of a token in its sequence: count + place, after count (B,) earlier ones
-    m          -       random features of the linear attention
+    rank       -       number of a token in its sequence: count + place, after count (B,) earlier
+                       ones
+    m, Dv      -       random features of the linear attention; size of its values [position ; v], 2D
     P          -       columns of the CNN's image, about width / 4 (bidirectional: width / 2)
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
 whatever the input is. "Differs" marks where we leave the paper or its authors' code.
-Numbers that are not finite: padding may hold any. A key that is inf or nan changes no earlier row. A
-value does, as in any attention that multiplies by a mask's zeros, since 0 * inf is nan.
+Numbers that are not finite: padding may hold any. A key that is inf or nan changes no earlier row.
+A value does, as in any attention that multiplies by a mask's zeros, since 0 * inf is nan.
 
 Left out: attention dropout, cross-attention, sliding windows.
 """
@@ -130,11 +131,11 @@ class SEAConfig:
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
-    # False: no steps 1 to 4. Cell keys alone give the scores, one row for all heads that share keys, by
-    # their mean query; each head has gates of its own, the same for all queries (causal).
+    # False: no steps 1 to 4. Cell keys alone give the scores, one row for all heads that share
+    # keys, by their mean query; each head has gates of its own, the same for all queries (causal).
     cnn: bool = True
     seed: int = 0  # of the random features
-    backend: str = "auto"  # "triton": kernels.py, "torch": this file, "auto": kernels.py where it can
+    backend: str = "auto"  # "triton": kernels.py; "torch": this file; "auto": the former if it can
 
     def __post_init__(self):
         for name in ("n_head", "d_head", "width", "topk", "query_stride", "max_positions",
@@ -157,15 +158,15 @@ class SEAConfig:
         if self.group is None:
             object.__setattr__(self, "group", "kv" if self.has_bins else "causal_batch")
         _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
-        _expect(self.has_bins or not GROUPS[self.group].shared, "bin", f"bins for group {self.group}",
-                self.bin)
+        _expect(self.has_bins or not GROUPS[self.group].shared, "bin",
+                f"bins for group {self.group}", self.bin)
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         number = is_integer(self.nbf) or isinstance(self.nbf, float)
         _expect(number and 0 < self.nbf < math.inf, "nbf", "a number > 0", repr(self.nbf))
         causal_groups = tuple(name for name, group in GROUPS.items() if group.causal)
         _expect(not self.causal or self.group in causal_groups, "group",
-                f"one of {causal_groups} when causal, since the others rank a query's cells against "
-                "later queries'", repr(self.group))
+                f"one of {causal_groups} when causal, since the others rank a query's cells "
+                "against later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
         _expect(self.cnn or self.causal and self.cell_keys, "cnn",
@@ -207,28 +208,28 @@ class SEAConfig:
 
     @property
     def n_last(self) -> float:
-        """Last keys that a query attends to, on average: the `local` last of its row; those before them
-        whose bin is not full, and so in no cell, yet; and those since the row, which sees a multiple of
-        the stride and one key more."""
+        """Last keys that a query attends to, on average: the `local` last of its row; those before
+        them whose bin is not full, and so in no cell, yet; and those since the row, which sees a
+        multiple of the stride and one key more."""
         step = math.gcd(self.bin, self.query_stride)
         return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
     def n_chosen(self, topk: int) -> int:
-        """How many bins to choose for a query and head, so that with its first and last keys it attends
-        to at most topk keys on average; may be 0."""
+        """How many bins to choose for a query and head, so that with its first and last keys it
+        attends to at most topk keys on average; may be 0."""
         always = self.n_first * self.bin + self.n_last
         _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
-        _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many first and "
-                "last keys are always attended to", topk)
+        _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many "
+                "first and last keys are always attended to", topk)
         return int((topk - always) // self.bin)
 
     def most_bins(self, n_keys: int) -> int:
-        """The bins of n_keys keys, or of max_positions if that is more: then lists of bins keep their
-        length while a sequence grows."""
+        """The bins of n_keys keys, or of max_positions if that is more: then lists of bins keep
+        their length while a sequence grows."""
         return -(-max(n_keys, self.max_positions) // self.bin)
 
     def n_listed(self, topk: int, n_keys: int) -> int:
-        """The most bins on a query's list, if it sees n_keys keys: the first, the chosen, the last."""
+        """The most bins on the list of a query that sees n_keys keys: first, chosen, last."""
         n_listed = self.n_always + self.n_chosen(topk) * self.n_ranked_together
         return min(n_listed, self.most_bins(n_keys))
 
@@ -243,8 +244,8 @@ class SEAConfig:
         return self.n_first + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
 
     def in_cells(self, seen: Tensor) -> Tensor:
-        """How many keys the cells of a row that sees `seen` share out: all, or with bins those before
-        the last `local`, rounded down to whole bins."""
+        """How many keys the cells of a row that sees `seen` share out: all, or with bins those
+        before the last `local`, rounded down to whole bins."""
         if not self.has_bins:
             return seen
         return (seen - self.local).clamp(min=0) // self.bin * self.bin
@@ -272,7 +273,7 @@ def no_autocast(x: Tensor):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Entries of x (B, heads, N, size) at index (B, M), each sequence by its own: (B, heads, M, size)."""
+    """Entries of x (B, heads, N, size) at each sequence's index (B, M): (B, heads, M, size)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
@@ -357,8 +358,8 @@ def _quotient(c: Tensor) -> Tensor:
 def linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor) -> Tensor:
     """c = phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k)), the sums over all keys: (B, H, T, Dv).
 
-    q_feat (B, H, T, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, Dv). A key whose features are 0 takes no
-    part.
+    q_feat (B, H, T, m), k_feat (B, Hkv, S, m), v (B, Hkv, S, Dv). A key whose features are 0 takes
+    no part.
     """
     with no_autocast(v):
         sums = k_feat.mT @ F.pad(v, (0, 1), value=1.0)  # a last column of ones: the denominator
@@ -376,7 +377,8 @@ def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Ten
     Keys of earlier chunks count through their sum, keys of the same chunk one by one.
     """
     n_group, T = q_feat.shape[1] // k_feat.shape[1], k_feat.shape[2]
-    chunk = T if isinstance(T, torch.SymInt) else chunk  # torch.export: any T, not a number of chunks
+    if isinstance(T, torch.SymInt):  # torch.export: any T, not a number of chunks
+        chunk = T
     # Each row to its token's place, so that rows and keys are cut into the same chunks.
     slots = q_feat.new_zeros(*q_feat.shape[:2], T, q_feat.shape[3])
     slots = slots.scatter(2, place[:, None, :, None].expand_as(q_feat), q_feat)
@@ -386,7 +388,7 @@ def causal_linear_attention(q_feat: Tensor, k_feat: Tensor, v: Tensor, past: Ten
         q = rearrange(F.pad(slots, pad), "b (h g) (n c) m -> b h n g c m", g=n_group, c=chunk)
         k = rearrange(F.pad(k_feat, pad), "b h (n c) m -> b h n 1 c m", c=chunk)
         v = rearrange(F.pad(v, pad), "b h (n c) e -> b h n 1 c e", c=chunk)
-        sums = torch.cat([past[:, :, None, None], k.mT @ v], dim=2).cumsum(2)  # (b, h, n+1, 1, m, e)
+        sums = torch.cat([past[:, :, None, None], k.mT @ v], dim=2).cumsum(2)  # b h n+1 1 m e
         c = q @ sums[:, :, :-1] + (q @ k.mT).tril() @ v  # earlier chunks, same chunk
     c = take(rearrange(c, "b h n g c e -> b (h g) (n c) e"), place)
     return _quotient(c), sums[:, :, -1, 0]
@@ -401,8 +403,8 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
     """Causal linear attention over [position ; v] with ReLU features, for the rows of a call.
 
     q (B, H, R, D) of the rows, k, v (B, Hkv, T, D), position (max_positions, D), the learned table,
-    since a causal sequence grows; count, n_new (B,); past and the second result (B, Hkv, m, 2D+1) as
-    in causal_linear_attention. Returns (B, H, R, 2D).
+    since a causal sequence grows; count, n_new (B,); past and the second result (B, Hkv, m, 2D+1)
+    as in causal_linear_attention. Returns (B, H, R, 2D).
     """
     T = k.shape[2]
     rank = count[:, None] + torch.arange(T, device=k.device)
@@ -418,8 +420,8 @@ def causal_context(q: Tensor, k: Tensor, v: Tensor, position: Tensor, projection
 
 
 def row_places(count: Tensor, T: int, stride: int) -> Tensor:
-    """The places of the tokens of rank 0, stride, 2 * stride, ... in a call of T queries after count
-    (B,) tokens: (B, R), R = ceil(T / stride), the last of which may lie behind the call's end."""
+    """The places of the tokens of rank 0, stride, 2 * stride, ... in a call of T queries after
+    count (B,) tokens: (B, R), R = ceil(T / stride). The last may lie behind the call's end."""
     first = -count % stride
     return first[:, None] + stride * torch.arange((T - 1) // stride + 1, device=count.device)
 
@@ -450,11 +452,11 @@ def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
 
 def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear,
                 cnn: nn.Module, gate: nn.Linear) -> tuple[Tensor, Tensor]:
-    """z = GELU(LayerNorm(Linear([c ; v]))), shared by all heads; of z the CNN's image and the gates.
+    """z = GELU(LayerNorm(Linear([c ; v]))), shared by all heads; from it the CNN's image and gates.
 
-    context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, H * channels, R, P), all
-    channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob and
-    s_mix before their sigmoid.
+    context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, H * channels, R, P),
+    all channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob
+    and s_mix before their sigmoid.
     """
     dtype = v.dtype if is_autocast(v) else gate.weight.dtype
     x = torch.cat([context, repeat_heads(v, context.shape[1])], dim=-1)  # (B, H, R, 3D)
@@ -474,9 +476,9 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
 class CausalCNN(nn.Module):
     """Image (B, 2H, R, P), P = width / 4, -> scores (B, H, R, width).
 
-    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the authors
-    upsample by nearest, which gives four neighbouring cells one score; a 1x1 convolution to 4 cells
-    costs the same.
+    3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the
+    authors upsample by nearest, which gives four neighbouring cells one score; a 1x1 convolution to
+    4 cells costs the same.
     """
 
     channels = 2  # of a head
@@ -496,8 +498,8 @@ class CausalCNN(nn.Module):
 
     def forward(self, image: Tensor, past: tuple[Tensor, Tensor],
                 n_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """past: the rows that entered each convolution before, (B, 2H, n, P), n = 0 at the start of a
-        sequence, else HISTORY; the second result: the HISTORY rows before row n_rows (B,)."""
+        """past: the rows that entered each convolution before, (B, 2H, n, P), n = 0 at the start of
+        a sequence, else HISTORY; the second result: the HISTORY rows before row n_rows (B,)."""
         x, last_rows = image, []
         for conv, before in zip((self.conv1, self.conv2), past):
             before = F.pad(before.to(x.dtype), (0, 0, HISTORY - before.shape[2], 0))
@@ -545,17 +547,18 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 
 # -- 5. cell keys, ours: each query's product with what stands for the keys of every cell ----------
 #
-# Random features do not tell single keys apart: without this step the estimate is little more than a
-# mean over all texts. The keys of a sequence are summed up in 2 * width bins, whatever its length, so
-# this step, too, is causal, linear in T and its state constant. (Sums alone are linear attention with
-# the identity for phi and one-hot numbers of bins for values: q sum_j k_j onehot(bin(j))^T.)
+# Random features do not tell single keys apart: without this step the estimate is little more than
+# a mean over all texts. The keys of a sequence are summed up in 2 * width bins, whatever its
+# length, so this step, too, is causal, linear in T and its state constant. (With sums alone it is
+# linear attention, q sum_j k_j onehot(bin(j))^T, with the identity for phi and one-hot numbers of
+# bins for values.)
 #
-# These bins are not those of step 7: they get wider while the sequence grows. Whenever it is about to
-# outgrow all bins of 2**e keys, e, the level, rises by one, and bins 2b and 2b + 1 become bin b.
+# These bins are not those of step 7: they get wider while the sequence grows. Whenever it is about
+# to outgrow all bins of 2**e keys, e, the level, rises by one, and bins 2b and 2b + 1 become bin b.
 
 
 def bin_level(seen, n_bins: int):
-    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` keys: an int or a tensor."""
+    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` (int or tensor) keys."""
     if isinstance(seen, int):
         return (max(0, seen - 1) // n_bins).bit_length()
     if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
@@ -589,8 +592,7 @@ def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
 
 def bin_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
              past: Tensor) -> Tensor:
-    """As bin_sums, with the largest number in each dimension instead of the sum; 0 for a bin without
-    keys."""
+    """As bin_sums, the largest number in each dimension instead of the sum; 0 for an empty bin."""
     n_bins, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
     number = torch.arange(n_bins, device=x.device)
     bins = (count[:, None] + i) >> level[:, None]  # (B, T)
@@ -633,7 +635,8 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
         e = level[:, None, None]
         last_full = (row_seen[..., None] >> e) - 1
         bins = [torch.minimum(j >> e, last_full).clamp(0, n_bins - 1) for j in middles]
-        best = torch.stack([products.gather(-1, x[:, None].expand_as(scores)) for x in bins]).amax(0)
+        of_parts = [products.gather(-1, x[:, None].expand_as(scores)) for x in bins]
+        best = torch.stack(of_parts).amax(0)
         scores = torch.where((row_level == level[:, None])[:, None, :, None], best, scores)
         totals = torch.where((next_level == level)[:, None, None, None], of_level, totals)
     return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), totals
@@ -645,30 +648,31 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """scores + gain * max(s - s_max, -32): (B, E, R, width). s is the scaled product of q with what
     stands for a cell's keys, s_max the row's largest. Differs: the paper has no such term.
 
-    The keys of a row lie in 2 * width bins of 2**e, e as small as can be: a bin has one key, or at most
-    1 / width of those seen. A cell looks at the bin in its middle or, at the end of the row, at the last
-    full one:
+    The keys of a row lie in 2 * width bins of 2**e, e as small as can be: a bin has one key, or at
+    most 1 / width of those seen. A cell looks at the bin in its middle or, where that is not full
+    yet, at the last full one:
 
-        without bounds   s = softmax_scale * q . mean, of the bin's keys
-        with bounds      half that and half an upper bound of its keys' products with q (see boxes), so
-                         that a single key stands out; the larger one of the bins in the middle of the
-                         cell's halves
+        without bounds   s = softmax_scale * q . mean of the bin's keys
+        with bounds      half that and half an upper bound of q's products with its keys (boxes),
+                         in which a single key stands out; of two bins, those in the middle of the
+                         cell's halves, the larger s
 
-    Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up attention.
+    Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up
+    attention.
 
     scores (B, E, R, width), gain (E,); q (B, E, R, D) of the rows, which see row_seen (B, R) keys,
-    in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and the
-    second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count, and after
-    them; with bounds (B, Hkv, 2*width, 3D): the sums, then bin_tops of [k ; -k].
+    in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and
+    the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count, and
+    after them; with bounds (B, Hkv, 2*width, 3D): the sums, then bin_tops of [k ; -k].
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
-    trained mainly through this term. The limit of -32 keeps layers whose products lie thousands apart
-    from drowning the loss of all others.
+    trained mainly through this term. The limit of -32 keeps layers whose products lie thousands
+    apart from drowning the loss of all others.
     """
     with torch.no_grad(), no_autocast(q):
         in_cells = row_seen if in_cells is None else in_cells
-        products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1], softmax_scale,
-                                           count, n_new, past, bounds)
+        products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
+                                           softmax_scale, count, n_new, past, bounds)
     gain = gain[:, None, None].to(scores.dtype)
     return torch.addcmul(scores, gain, products).to(scores.dtype), totals
 
@@ -685,14 +689,14 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     """The cells to keep, bool (B, H, T, width). Section 3.2 of the paper; no gradient flows through
     the choice.
 
-    probs (B, H, T, width); seen (B, T) keys that each query may see. Cells are ranked inside a group
-    and the first n are kept, ties going to the lower (head, row, cell); a query that sees no key
-    keeps no cell:
+    probs (B, H, T, width); seen (B, T) keys that each query may see. Cells are ranked inside a
+    group and the first n are kept, ties going to the lower (head, row, cell); a query that sees no
+    key keeps no cell:
 
-        causal_batch   H x width cells of one query            n = round(H*topk*width / seen)
-        query          width cells of one head and query       n = round(topk*width / seen)
-        head           T x width cells of one head             n = topk*width    (bidirectional only)
-        batch          H x T x width cells of one sequence     n = H*topk*width  (bidirectional only)
+        causal_batch   H x width cells of one query          n = round(H*topk*width / seen)
+        query          width cells of one head and query     n = round(topk*width / seen)
+        head           T x width cells of one head           n = topk*width    (bidirectional only)
+        batch          H x T x width cells of one sequence   n = H*topk*width  (bidirectional only)
 
     n is rounded half up, at least 1, at most all, so early causal queries keep every cell and are
     exactly dense. Raises ValueError if shapes do not fit.
@@ -710,8 +714,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 
 def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
-    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together, ties
-    to the lower: bool. n: a number, or (B, T)."""
+    """The n largest, at least 1, of those entries of x (B, H, T, P) that a group ranks together,
+    ties to the lower: bool. n: a number, or (B, T)."""
     (_, H, T, P), layout = x.shape, GROUPS[group].layout
     ranked = rearrange(x, f"b h t p -> {layout}")
     n = torch.as_tensor(n, device=x.device).clamp(min=1)
@@ -725,11 +729,11 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 
 # -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
-# The longer a text, the more keys are in a cell, and few of them matter. So the best cells only name
-# candidates: bins of a fixed number of keys, which are ranked by the query's products with boxes
-# around their keys (heads that share a choice: by those of their mean query). A query attends to the
-# best bins, and always to its last keys and to the first of the sequence. The last keys are in no cell;
-# the first are in cells, but are no candidates.
+# The longer a text, the more keys are in a cell, and few of them matter. So the best cells only
+# name candidates: bins of a fixed number of keys, which are ranked by the query's products with
+# boxes around their keys (heads that share a choice: by those of their mean query). A query attends
+# to the best bins, and always to its last keys and to the first of the sequence. The last keys are
+# in no cell; the first are in cells, but are no candidates.
 
 NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
@@ -737,11 +741,11 @@ NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 def boxes(k: Tensor, bin: int) -> Tensor:
     """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k.
 
-    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A query's
-    product with one of them is at most q . middle + |q| . radius, an upper bound (Quest; Tang et al.,
-    ICML 2024), and on average q . mean. A single key stands out in the bound but is lost in the mean;
-    many similar keys count in the mean. Bins are ranked by half of each, which is the product of
-    [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
+    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A
+    query's product with one of them is at most q . middle + |q| . radius, an upper bound (Quest;
+    Tang et al., ICML 2024), and on average q . mean. A single key stands out in the bound but is
+    lost in the mean; many similar keys count in the mean. Bins are ranked by half of each, which is
+    the product of [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
     """
     keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
     highest, lowest = keys.amax(3), keys.amin(3)
@@ -750,15 +754,17 @@ def boxes(k: Tensor, bin: int) -> Tensor:
 
 
 @torch.no_grad()
-def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
-                config: SEAConfig, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor,
+                topk: int, config: SEAConfig, softmax_scale: float, *,
+                order: Tensor | None = None) -> Tensor:
     """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last.
     Differs: the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T) and
-    seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There are
-    C = config.n_choosers choices: H or, in group "kv", Hkv, where q below is the mean query of the heads
-    that share keys. With a stride the queries of a row share its candidates, but each chooses for itself.
+    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T)
+    and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
+    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q below is the mean query of
+    the heads that share keys. With a stride the queries of a row share its candidates, but each
+    chooses for itself.
 
         candidates   bins of the row's best cells, config.candidates for each to be chosen
         chosen       the config.n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k)
@@ -774,8 +780,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     keys = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
     number = torch.arange(keys.shape[2], device=k.device)  # of each bin
     best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
-    of_rows = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False) & (number >= config.n_first)
-    is_candidate = take(of_rows, row)  # (B, C, T, bins)
+    in_best_cells = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False)  # bins for keys
+    is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
         q = mean_of_heads(at_least_fp32(q), C) * softmax_scale  # (B, C, T, D)
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
@@ -793,26 +799,28 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
-    """The cells whose bins compete: bool (B, C, R, width), by the mean estimate of the heads that share
-    a choice.
+    """The cells whose bins compete: bool (B, C, R, width), by the mean estimate of the heads that
+    share a choice.
 
-    scores (B, E, R, width); n_in_cells (B, R): how many bins the cells of a row share out. Cells without
-    a bin do not compete. As many are taken as never hold more bins than are wanted, but at least one.
+    scores (B, E, R, width); n_in_cells (B, R): how many bins the cells of a row share out. Cells
+    without a bin do not compete. As many are taken as never hold more bins than are wanted, but at
+    least one.
     """
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
     scores = at_least_fp32(repeat_heads(scores, max(C, scores.shape[1])))
     probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
     probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
-    n_wanted, widest = min(config.candidates * n_chosen, 2**31), -(-n_in_cells // width)  # as in topk_mask
-    n_cells = (n_wanted // widest.clamp(min=1)).clamp(min=1)
+    n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
+    most_in_cell = -(-n_in_cells // width)
+    n_cells = (n_wanted // most_in_cell.clamp(min=1)).clamp(min=1)
     n_cells = torch.where(n_in_cells <= n_wanted, width, n_cells)
     return keep_best(probs, n_cells, "query") & holds
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
-    """The bins of a query's first keys, and those from number `begin` (B, T) on, NONE where it sees none
-    of their keys: (B, T, n). seen (B, T), at most n_keys."""
+    """The bins of a query's first keys, and those from number `begin` (B, T) on, NONE where it sees
+    none of their keys: (B, T, n). seen (B, T), at most n_keys."""
     bin, most = config.bin, config.most_bins(n_keys)
     n_first, n = min(config.n_first, most), min(config.n_always, most)
     first, last = (torch.arange(i, device=seen.device) for i in (n_first, n - n_first))
@@ -850,7 +858,8 @@ def keys_per_cell(in_cells: Tensor, width: int, unit: int = 1, first: int = 0) -
     return edges.clamp(min=first).diff(dim=-1)
 
 
-def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> tuple[Tensor, Tensor]:
+def cells_of_keys(in_cells: Tensor, n_keys: int, width: int,
+                  unit: int = 1) -> tuple[Tensor, Tensor]:
     """The cell of each key and whether it is in one: (..., n_keys), of rows whose first in_cells
     (...) keys are in cells, `unit` neighbours always in the same."""
     j = torch.arange(n_keys, device=in_cells.device)
@@ -859,8 +868,8 @@ def cells_of_keys(in_cells: Tensor, n_keys: int, width: int, unit: int = 1) -> t
 
 
 def spread_to_keys(cells: Tensor, in_cells: Tensor, n_keys: int, fill, unit: int = 1) -> Tensor:
-    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that are
-    in none; arguments as in cells_of_keys."""
+    """Give each key its cell's value: (B, H, T, width) -> (B, H, T, n_keys), `fill` for keys that
+    are in none; arguments as in cells_of_keys."""
     cell, is_in = cells_of_keys(in_cells, n_keys, cells.shape[-1], unit)  # (B, T, n_keys)
     values = cells.gather(-1, cell[:, None].expand(-1, cells.shape[1], -1, -1))
     return values.masked_fill(~is_in[:, None], fill)
@@ -873,7 +882,7 @@ def expand_mask(mask: Tensor, seen: Tensor, n_keys: int) -> Tensor:
 
 
 def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
-    """Which keys the chosen bins stand for, as expand_mask: (B, C, T, n) -> bool (B, C, T, n_keys)."""
+    """As expand_mask, of the chosen bins: (B, C, T, n) -> bool (B, C, T, n_keys)."""
     n_bin = -(-n_keys // bin)
     keep = torch.zeros(*bins.shape[:3], n_bin + 1, dtype=torch.bool, device=bins.device)
     keep = keep.scatter(-1, bins.long().clamp(max=n_bin), True)
@@ -887,18 +896,18 @@ def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
                      softmax_scale: float | None = None, *, row: Tensor | None = None,
                      order: Tensor | None = None, block: int = 1024) -> Tensor:
-    """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query with
-    no key gives 0.
+    """softmax(q k^T * softmax_scale) v over the keys under the kept cells: (B, H, T, D). A query
+    with no key gives 0.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen (B, T);
-    row (B, T): the row of `mask` that each query uses, its own (R = T) by default; order (B, S): where
-    in k and v the key of each rank stands, at its rank by default; softmax_scale D**-0.5 by default.
-    Raises ValueError if shapes do not fit.
+    q (B, H, T, D); k, v (B, Hkv, S, D), the valid keys first; mask (B, H, R, width) bool; seen
+    (B, T); row (B, T): the row of `mask` that each query uses, its own (R = T) by default; order
+    (B, S): where in k and v the key of each rank stands, at its rank by default; softmax_scale
+    D**-0.5 by default. Raises ValueError if shapes do not fit.
 
     This reference computes all T x S scores, `block` queries at a time (and again in the backward
     pass, if there are several blocks), so its memory is linear in T but its time is not; kernels.py
-    visits the selected keys only. Differs: the paper expands the cells to a CSR matrix with one index
-    per key.
+    visits the selected keys only. Differs: the paper expands the cells to a CSR matrix with one
+    index per key.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
@@ -917,8 +926,8 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
                   block: int = 1024) -> Tensor:
     """sparse_attention over the keys in the chosen bins, of `bin` keys each: (B, H, T, D).
 
-    bins (B, C, T, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser. The
-    other arguments as in sparse_attention.
+    bins (B, C, T, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser.
+    The other arguments as in sparse_attention.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
@@ -927,8 +936,8 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
             f"{bins.dtype} {tuple(bins.shape)}")
     C, Hkv = bins.shape[1], k.shape[1]
     _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
-            f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a multiple of "
-            f"the {Hkv} key/value heads", tuple(bins.shape))
+            f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a "
+            f"multiple of the {Hkv} key/value heads", tuple(bins.shape))
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
 
     def expand(bins, seen, n_keys):
@@ -961,8 +970,9 @@ def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
 
 def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
                       softmax_scale: float | None = None) -> Tensor:
-    """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with no
-    key. keep (B, H, T, S) bool: which keys each query attends to, of expand_mask or expand_bins."""
+    """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with
+    no key. keep (B, H, T, S) bool: which keys each query attends to, of expand_mask or
+    expand_bins."""
     scale = scale_or_default(softmax_scale, q.shape[-1])
     with no_autocast(q):
         scores = (at_least_fp32(q) * scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -974,15 +984,16 @@ def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
 
 
 def running_mean(v: Tensor, seen: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of v over the keys up to each query, the causal average: (B, Hkv, T, D), and the sum after
-    the last (B, Hkv, D). v (B, Hkv, T, D); seen (B, T), 0 where v is padding; past (B, Hkv, D)."""
+    """Mean of v over the keys up to each query, the causal average: (B, Hkv, T, D), and the sum
+    after the last (B, Hkv, D). v (B, Hkv, T, D); seen (B, T), 0 where v is padding; past
+    (B, Hkv, D)."""
     sums = (at_least_fp32(v) * (seen > 0)[:, None, :, None]).cumsum(2) + past[:, :, None]
     return sums / seen[:, None, :, None].clamp(min=1), sums[:, :, -1]
 
 
 def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
-    """sum_j w_j v_j, the bidirectional average: (B, H, 1, D). w: the mean estimated row, each cell's
-    value copied to its keys, and normalised.
+    """sum_j w_j v_j, the bidirectional average: (B, H, 1, D). w: the mean estimated row, each
+    cell's value copied to its keys, and normalised.
 
     probs (B, H, R, width) of rows that see row_seen (B, R) keys, all of them or, in a padded row,
     none. Differs: the authors do not normalise w to sum 1.
@@ -997,9 +1008,9 @@ def estimated_mean(probs: Tensor, v: Tensor, row_seen: Tensor) -> Tensor:
 
 
 def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tensor) -> Tensor:
-    """out = s_mix * s_prob * sparse + (1 - s_mix) * average, (B, H, T, D), 0 for a query that sees no
-    key. average broadcastable to sparse; gates (B, H, R, 2), before their sigmoid; row (B, T): the
-    row that each query uses."""
+    """out = s_mix * s_prob * sparse + (1 - s_mix) * average, (B, H, T, D), 0 for a query that sees
+    no key. average broadcastable to sparse; gates (B, H, R, 2), before their sigmoid; row (B, T):
+    the row that each query uses."""
     s_prob, s_mix = take(at_least_fp32(gates).sigmoid(), row).split(1, dim=-1)  # (B, H, T, 1)
     out = s_mix * s_prob * sparse + (1 - s_mix) * average
     return (out * (seen > 0)[:, None, :, None]).to(sparse.dtype)
@@ -1007,7 +1018,7 @@ def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tenso
 
 def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
                 past: Tensor) -> tuple[Tensor, Tensor]:
-    """mix with the running mean of v, and the sum of v after the last token; arguments as in both."""
+    """mix with the running_mean of v, and the sum of v after the last token; arguments as there."""
     average, v_sum = running_mean(v, seen, past)
     return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
 
@@ -1021,10 +1032,10 @@ class SEAState:
     caller keeps it).
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins three
-    times as many, and with a stride E*width + 2*H. At 12 heads of 64 and width 256, in bf16: 0.23 MB,
-    with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what stands for the keys of a bin is
-    computed from the KV cache in every call.
+    conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins
+    three times as many, and with a stride E*width + 2*H. At 12 heads of 64 and width 256, in bf16:
+    0.23 MB, with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what stands for the keys
+    of a bin is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1076,9 +1087,9 @@ class SEAState:
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
-        """Copy `other` into this state in place: the last thing in a CUDA graph of one decoding step,
-        whose replay then goes on from there. Only for states without a KV cache, since that grows. It
-        also changes those tensors of the SEAOutput that this state came with."""
+        """Copy `other` into this state in place: the last thing in a CUDA graph of one decoding
+        step, whose replay then goes on from there. Only for states without a KV cache, since that
+        grows. It also changes those tensors of the SEAOutput that this state came with."""
         _expect(self.k is None and other.k is None, "state",
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         by_dtype = {}
@@ -1115,7 +1126,8 @@ class SEAOutput:
         """Estimated attention (B, H, T, width)."""
         if self.scores is None:
             return None
-        return repeat_heads(take(at_least_fp32(self.scores).softmax(-1), self.row), self.out.shape[1])
+        probs = take(at_least_fp32(self.scores).softmax(-1), self.row)
+        return repeat_heads(probs, self.out.shape[1])
 
     @property
     def mask(self) -> Tensor | None:
@@ -1212,7 +1224,8 @@ def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
 @dataclass
 class Rows:
     """Which queries are estimated, and where every query finds its row: rank // stride, counted
-    from the start of the sequence. Row 0 may be one of the past, for the queries that still use it."""
+    from the start of the sequence. Row 0 may be one of the past, for the queries that still use
+    it."""
 
     seen: Tensor  # (B, T) keys that each query sees, 0 behind the last token
     row: Tensor  # (B, T) the row of each query
@@ -1231,7 +1244,8 @@ class Rows:
         return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
 
 
-def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
+def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int,
+                n_before: int) -> tuple[Tensor, ...]:
     """The first seven fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
     2 * stride, ...
 
@@ -1266,8 +1280,8 @@ torch_operations = sys.modules[__name__]
 
 
 def load_kernels():
-    """kernels.py beside this file, in the same package if there is one; by its path if Hugging Face's
-    package of the same name is imported already."""
+    """kernels.py beside this file, in the same package if there is one; by its path if Hugging
+    Face's package of the same name is imported already."""
     if __package__:
         return importlib.import_module(".kernels", __package__)
     try:
@@ -1309,9 +1323,9 @@ PLAIN_WEIGHTS = frozenset((nn.Parameter, Tensor))
 
 
 def is_plain(module: nn.Module, q: Tensor) -> bool:
-    """Whether a module's weights say all that it computes, and stand where q does, in fp32 or the dtype
-    of q: no LoRA around a layer, no hook, no parametrization, nothing quantized or offloaded, norms and
-    GELUs as SEAttention makes them."""
+    """Whether a module's weights say all that it computes, and stand where q does, in fp32 or the
+    dtype of q: no LoRA around a layer, no hook, no parametrization, nothing quantized or offloaded,
+    norms and GELUs as SEAttention makes them."""
     fields = vars(module)
     if (type(module) not in PLAIN_MODULES or module._forward_hooks or module._forward_pre_hooks
             or module._backward_hooks or module._backward_pre_hooks or "forward" in fields
@@ -1328,19 +1342,22 @@ def is_plain(module: nn.Module, q: Tensor) -> bool:
 
 
 def operations_reading(ops, q: Tensor, *modules: nn.Module):
-    """`ops`, or this file, which calls the modules, where kernels that only read weights would not do
-    what the modules do. 9 us on a CPU for all modules of a layer."""
-    return ops if ops is torch_operations or all(is_plain(m, q) for m in modules) else torch_operations
+    """`ops`, or this file, which calls the modules, where kernels that only read weights would not
+    do what the modules do. 9 us on a CPU for all modules of a layer."""
+    if ops is torch_operations or all(is_plain(m, q) for m in modules):
+        return ops
+    return torch_operations
 
 
-OPEN = 4.0  # gates before their sigmoid: a student that begins as half an average needs hundreds of steps
+# Gates before their sigmoid: a student that begins as half an average needs hundreds of steps.
+OPEN = 4.0
 
 
 class SEAttention(nn.Module):
-    """One SEA attention layer: everything between the q, k, v projections and the output projection.
+    """One SEA attention layer: all between the q, k, v projections and the output projection.
 
-    forward(q, k, v, state=...) is one function for training, chunked prefill and decoding: feeding a
-    sequence in any chunks, each with the state of the one before, gives what one call gives.
+    forward(q, k, v, state=...) is one function for training, chunked prefill and decoding: feeding
+    a sequence in any chunks, each with the state of the one before, gives what one call gives.
     """
 
     def __init__(self, config: SEAConfig):
@@ -1374,17 +1391,17 @@ class SEAttention(nn.Module):
                 softmax_scale: float | None = None, state: SEAState | None = None,
                 topk: int | None = None, kv_cached: bool = False,
                 rows_at_once: int | None = None) -> SEAOutput:
-        """q (B, H, T, D); k, v (B, Hkv, T, D), or, with kv_cached, (B, Hkv, S, D) with the past first.
+        """q (B, H, T, D); k, v (B, Hkv, T, D) or, with kv_cached, (B, Hkv, S, D), the past first.
 
-        valid: bool, as long as k, False where a token is padding (either side, or between); the output
-        there is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state:
-        SEAOutput.state of the call before. topk: keys per query and head, the config's by default; it
-        may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV cache,
-        so the state carries none. For one query k and v may be a static buffer of up to max_positions,
-        longer than the tokens so far: the new token of sequence b stands at state.count[b], and any
-        finite numbers follow. rows_at_once: compute this many queries at a time, each chunk with the
-        state of the one before (causal only): the same output and state, less memory, no scores, cells or
-        bins. Raises ValueError if arguments do not fit.
+        valid: bool, as long as k, False where a token is padding (either side, or between); the
+        output there is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state:
+        SEAOutput.state of the call before. topk: keys per query and head, the config's by default;
+        it may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV
+        cache, so the state carries none. For one query k and v may be a static buffer of up to
+        max_positions, longer than the tokens so far: the new token of sequence b stands at
+        state.count[b], and any finite numbers follow. rows_at_once: compute this many queries at a
+        time, each chunk with the state of the one before (causal only): the same output and state,
+        less memory, no scores, cells or bins. Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
@@ -1397,20 +1414,21 @@ class SEAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached)
         rows = self.choose_rows(ops, tokens, past)
-        scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows, scale,
-                                                       past)
+        scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
+                                                       scale, past)
         result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells)
         if config.has_bins:
             result.bin = config.bin
-            result.bins = ops.choose_bins(scores, tokens.q, tokens.keys, rows.seen, rows.row, rows.row_seen,
-                                          topk, config, scale, order=tokens.key_order)
-            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen, scale,
-                                       bin=config.bin, order=tokens.key_order)
+            result.bins = ops.choose_bins(scores, tokens.q, tokens.keys, rows.seen, rows.row,
+                                          rows.row_seen, topk, config, scale,
+                                          order=tokens.key_order)
+            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
+                                       scale, bin=config.bin, order=tokens.key_order)
         else:
             scores_of_heads = repeat_heads(scores, config.n_head)
             result.cells = ops.select_cells(scores_of_heads, rows.row_seen, topk, config.group)
-            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, rows.seen,
-                                          scale, row=rows.row, order=tokens.key_order)
+            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells,
+                                          rows.seen, scale, row=rows.row, order=tokens.key_order)
         result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         result.state = state if config.causal else None
@@ -1434,9 +1452,9 @@ class SEAttention(nn.Module):
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
 
-        Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows, the one
-        kept from the past first, and the state after the new tokens but for v_sum, k and v. With
-        query_stride > 1 gates, too, are a row's, since they need its linear attention.
+        Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
+        the one kept from the past first, and the state after the new tokens but for v_sum, k and v.
+        With query_stride > 1 gates, too, are a row's, since they need its linear attention.
         """
         config, n_new = self.config, rows.n_new
         if not config.causal:
@@ -1453,11 +1471,11 @@ class SEAttention(nn.Module):
             gates = self.gates[None, :, None].repeat(len(q), 1, q_row.shape[2], 1)
         key_sums = past.key_sums
         if config.cell_keys:
-            row_seen = rows.row_seen[:, -q_row.shape[2] :]
+            row_seen = rows.row_seen[:, -q_row.shape[2] :]  # without the row of the past
             key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
-            scores, key_sums = key_ops.add_cell_keys(scores, self.key_gain, q_row, k, row_seen,
-                                                     softmax_scale, past.count, n_new, key_sums,
-                                                     config.in_cells(row_seen), bounds=config.has_bins)
+            scores, key_sums = key_ops.add_cell_keys(
+                scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
+                key_sums, config.in_cells(row_seen), bounds=config.has_bins)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
                         key_sums=key_sums, last_scores=take(scores, rows.last),
@@ -1468,12 +1486,12 @@ class SEAttention(nn.Module):
                 past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 4 of a causal layer: scores, gates, and the state with its sums and rows."""
         stride = self.config.query_stride
-        context, sums = ops.causal_context(q_row, k, v, self.position, self.projection, softmax_scale,
-                                           stride, past.count, rows.n_new, past.sums)
+        context, sums = ops.causal_context(q_row, k, v, self.position, self.projection,
+                                           softmax_scale, stride, past.count, rows.n_new, past.sums)
         cnn_ops = operations_reading(ops, q_row, self.cnn)
         row_ops = operations_reading(cnn_ops, q_row, self.encoder, self.decoder, self.gate)
-        image, gates = row_ops.encode_rows(context, rows.of(v), self.encoder, self.decoder, self.cnn,
-                                           self.gate)
+        image, gates = row_ops.encode_rows(context, rows.of(v), self.encoder, self.decoder,
+                                           self.cnn, self.gate)
         scores, conv_rows = cnn_ops.causal_cnn(image, self.cnn, past.conv_rows, rows.n_rows)
         return scores, gates, replace(past, sums=sums, conv_rows=conv_rows)
 
@@ -1499,11 +1517,12 @@ class SEAttention(nn.Module):
 
 def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None,
               state: SEAState | None, kv_cached: bool, **options) -> SEAOutput:
-    """layer.forward, about `size` queries at a time, each chunk with the state of the one before."""
+    """layer.forward, about `size` queries at a time, each chunk with the state of the last."""
     (B, H, T, D), stride = q.shape, layer.config.query_stride
     size = max(size // stride, 1) * stride  # a chunk begins with a row where the first one does
     before = k.shape[2] - T
-    out, seen = q.new_empty(B, T, H, D).transpose(1, 2), []  # (B, T, H, D) in memory, as models read it
+    out = q.new_empty(B, T, H, D).transpose(1, 2)  # (B, T, H, D) in memory, as models read it
+    seen = []
     for i in range(0, T, size):
         end = min(i + size, T)
         keys = slice(0, before + end) if kv_cached else slice(i, end)
@@ -1521,10 +1540,10 @@ def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: T
     """layer.forward of packed documents, each as if it were alone; the result has no state, scores,
     cells or bins.
 
-    documents (B, T), integers: tokens of a sequence that share a number are a document, in their order.
-    q (B, H, T, D), k, v (B, Hkv, T, D), valid (B, T) and options as in SEAttention.forward. Raises
-    ValueError if they do not fit. Documents become the sequences of a batch, one batch for each power
-    of two of their lengths, so that less than half of it is padding.
+    documents (B, T), integers: tokens of a sequence that share a number are a document, in their
+    order. q (B, H, T, D), k, v (B, Hkv, T, D), valid (B, T) and options as in SEAttention.forward.
+    Raises ValueError if they do not fit. Documents become the sequences of a batch, one batch for
+    each power of two of their lengths, so that less than half of it is padding.
     """
     check_qkv(q, k, v)
     B, _, T, _ = q.shape
@@ -1558,7 +1577,8 @@ def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: T
 
 
 def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
-    """Raises ValueError for arguments of a layer's forward that do not fit the config or each other."""
+    """Raises ValueError for arguments of a layer's forward that do not fit the config or each
+    other."""
     check_qkv(q, k, v)
     (B, H, T, D), S = q.shape, k.shape[2]
     _expect(H == config.n_head, "q", f"{config.n_head} heads", H)
@@ -1573,14 +1593,16 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
                 "one that carries the KV cache (or kv_cached=True)", "one without")
     if kv_cached:
         _expect(S >= T, "k", f"at least the {T} tokens of q", S)
-        _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before", None)
+        _expect(S == T or state is not None, "state", f"the state of the {S - T} tokens before",
+                None)
         static_buffer = T == 1 and state is not None and valid is None and S > n_past
-        _expect(S == n_past + T or static_buffer, "k", f"{n_past} tokens of the state and {T} of q", S)
+        _expect(S == n_past + T or static_buffer, "k",
+                f"{n_past} tokens of the state and {T} of q", S)
     else:
         _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
     if valid is not None:
-        _expect(valid.dtype == torch.bool and valid.shape == (B, S), "valid", f"bool of shape {(B, S)}",
-                f"{valid.dtype} {tuple(valid.shape)}")
+        _expect(valid.dtype == torch.bool and valid.shape == (B, S), "valid",
+                f"bool of shape {(B, S)}", f"{valid.dtype} {tuple(valid.shape)}")
     if rows_at_once is not None:
         ok = isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal
         _expect(ok, "rows_at_once", "an integer >= 1, and a causal layer, or None", rows_at_once)
@@ -1606,7 +1628,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 @dataclass
 class PooledAttention:
-    """All that the estimate loss needs of a teacher's attention A: O(T*width) numbers, not O(T*S)."""
+    """All that the estimate loss needs of a teacher's attention A: O(T*width) numbers, not
+    O(T*S)."""
 
     cells: Tensor  # (B, H, T, width), sum of A over the keys of each cell
     a_log_a: Tensor  # (B, H, T), sum of A log A
@@ -1615,8 +1638,8 @@ class PooledAttention:
 
 
 def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S), and
-    which are seen."""
+    """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S),
+    and which are seen."""
     visible = (torch.arange(k.shape[2], device=k.device) < seen[..., None])[:, None]  # (B, 1, T, S)
     with no_autocast(q):
         scores = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -1628,12 +1651,12 @@ def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tu
 def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
                    softmax_scale: float | None = None, *, in_cells: Tensor | None = None,
                    unit: int = 1, first: int = 0, block: int = 256) -> PooledAttention:
-    """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at a
-    time.
+    """Teacher attention softmax(q k^T * softmax_scale) pooled to `width` cells, `block` queries at
+    a time.
 
-    q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). in_cells (B, T), unit: as in
-    cells_of_keys, all keys seen by default. The first keys are in no sum, nor are those in no cell.
-    Memory O(T*width + block*S).
+    q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). in_cells (B, T), unit: as
+    in cells_of_keys, all keys seen by default. The first keys are in no sum, nor are those in no
+    cell. Memory O(T*width + block*S).
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
@@ -1654,17 +1677,18 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
     """L_estimate = kl_weight * KL(A || m a) + MSE(m a, A), exactly, without a T x S tensor.
 
     a: the cell scores given to each key, softmax over the keys in cells but the first. scores
-    (B, H, R, width), or fewer that heads share, row (B, T) which of its rows each query uses (its own by
-    default); pooled a PooledAttention, also of kernels.py; in_cells (B, T), unit, first as in
-    pool_attention. With n_p keys and teacher mass A_p in cell p, m = sum of A_p, 1 if cells hold all
-    keys, and a_p the value of each key of a cell:
+    (B, H, R, width), or fewer that heads share, row (B, T) which of its rows each query uses (its
+    own by default); pooled a PooledAttention, also of kernels.py; in_cells (B, T), unit, first as
+    in pool_attention. With n_p keys and teacher mass A_p in cell p, m = sum of A_p, 1 if cells hold
+    all keys, and a_p the value of each key of a cell:
 
         log Z = log sum_p n_p exp(s_p),   a_p = exp(s_p) / Z
         KL = sum A log A - sum_p A_p s_p + m log Z - m log m
         sum_j (m a_j - A_j)^2 = sum_p (n_p m^2 a_p^2 - 2 m a_p A_p) + sum A^2
 
-    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads that
-    have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left out.
+    So a row counts by what its cells have to hold. KL is averaged over the queries of all heads
+    that have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left
+    out.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
@@ -1711,6 +1735,7 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
 
     total = 0.0
     for i in range(0, T, block):
-        x = q[:, :, i : i + block], k, teacher_q[:, :, i : i + block], teacher_k, seen[:, i : i + block]
+        rows = slice(i, i + block)
+        x = q[:, :, rows], k, teacher_q[:, :, rows], teacher_k, seen[:, rows]
         total = total + (part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)
