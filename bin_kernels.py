@@ -27,7 +27,7 @@ else:
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants.
-VISITS = dict(QUERIES=128, most_chunks=256)  # whose visits a program lists; programs of a chooser, at most
+VISITS = dict(QUERIES=128, most_chunks=256)  # queries whose visits a program lists; programs of a chooser
 VISITS_PER_PROGRAM = 64  # (unit, query) pairs that one program of the dk, dv kernel adds up, at least
 MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on units that many queries visit
 
@@ -71,16 +71,16 @@ def _step_tiles(n: int, d_head: int) -> dict:
 
 
 @triton.jit
-def _n_slot(bins_ptr, n, n_key, BIN: tl.constexpr, BLOCK_LIST: tl.constexpr):
-    """Keys of the bins of a list that begin before key n_key, the last bin as if it were full."""
+def _n_slot(bins_ptr, n, t, BIN: tl.constexpr, BLOCK_LIST: tl.constexpr):
+    """How many keys a list's bins that begin before key t have, the last bin as if it were full."""
     offs = tl.arange(0, BLOCK_LIST)
     bins = tl.load(bins_ptr + offs, mask=offs < n, other=NONE)
-    return tl.sum((bins < (n_key + BIN - 1) // BIN).to(tl.int32), axis=0) * BIN
+    return tl.sum((bins < (t + BIN - 1) // BIN).to(tl.int32), axis=0) * BIN
 
 
 @triton.jit
 def _key_of_slot(bins_ptr, offs_s, n_slot, BIN: tl.constexpr):
-    """Keys number offs_s of a list; which of them are on it, if their bins are full."""
+    """Keys at places offs_s of a list, and which of these the list has, its bins as if they were full."""
     mask_s = offs_s < n_slot
     return tl.load(bins_ptr + offs_s // BIN, mask=mask_s, other=0) * BIN + offs_s % BIN, mask_s
 
@@ -95,8 +95,8 @@ def _rows_of(ptr, strides, b, h, i, offs_d):
 @triton.jit
 def _tile_of_query(seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr, HEADS: tl.constexpr,
                    HEAD_TILES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """b, c of a program's chooser, its query and the query's list; t; and the tile's heads, queries, offsets
-    into (B, H, T) and mask, (BLOCK_M,) each."""
+    """b and c of a program's chooser, its query's list and t; and the tile's heads, queries (the same one for
+    all), offsets into (B, H, T) and mask, (BLOCK_M,) each."""
     i, pid_bch = _program(T)
     pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
     b, c = pid_bc // CHOOSERS, pid_bc % CHOOSERS
@@ -241,8 +241,8 @@ def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_
 
 @triton.jit
 def _units_of_list(bins_ptr, n, n_bin, UNIT: tl.constexpr, BLOCK_LIST: tl.constexpr):
-    """The unit of each entry of a list, whether it is the unit's first there, and, for that, which of its
-    bins are on the list, a bit each: (BLOCK_LIST,)."""
+    """Of each entry of a list, (BLOCK_LIST,): its unit; whether it is the unit's first entry; and, for that,
+    which of the unit's bins are on the list, a bit each."""
     offs = tl.arange(0, BLOCK_LIST)
     bins = tl.load(bins_ptr + offs, mask=offs < n, other=NONE)
     before = tl.load(bins_ptr + offs - 1, mask=(offs > 0) & (offs < n), other=NONE)
@@ -435,7 +435,8 @@ def _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
         softmax_scale=softmax_scale, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     _sum_bin_parts_kernel[(n_list * tiles["CHUNKS"],)](
         firsts, slots, part, dk, dv, n_key=S, n_unit=n_unit, per_program=per_program,
-        UNIT_KEYS=tiles["UNIT"] * bin, D=D, **{name: tiles[name] for name in ("CHUNKS", "BLOCK_N", "BLOCK_D")})
+        UNIT_KEYS=tiles["UNIT"] * bin, D=D, CHUNKS=tiles["CHUNKS"], BLOCK_N=tiles["BLOCK_N"],
+        BLOCK_D=tiles["BLOCK_D"])
     return dk, dv
 
 

@@ -1541,8 +1541,8 @@ def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constexpr,
     return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
-# What the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1 add up to, and what stands for them, for the levels e
-# from that of count to that of count + n_new.
+# What the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1 add up to, and what stands for them, for the levels
+# e from that of count to that of count + n_new.
 # One program: BLOCK_B bins of one level of one key/value head; grid (cdiv(N_BINS, BLOCK_B) * n_level * B *
 # Hkv,). It reads BLOCK_N keys of each at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
@@ -1571,8 +1571,8 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr
     offs_bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
     mask_b, mask_d = offs_bin < N_BINS, offs_d < D
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    top = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)
-    low = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)  # of -k
+    top = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)  # of k and, below, of -k
+    top_neg = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)
     # -- the new keys of these bins
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bin
@@ -1587,7 +1587,7 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr
         acc += tl.sum(k, axis=1)
         if BOUNDS:
             top = tl.maximum(top, tl.max(tl.where(mask, k, -float("inf")), axis=1))
-            low = tl.maximum(low, tl.max(tl.where(mask, -k, -float("inf")), axis=1))
+            top_neg = tl.maximum(top_neg, tl.max(tl.where(mask, -k, -float("inf")), axis=1))
     # -- the past's bins that lie in these; from n_past_bin on they are empty
     n_past_bin = tl.minimum((count + (1 << lowest) - 1) >> lowest, N_BINS)
     for i in range(0, tl.minimum(1 << pid_e, n_past_bin - (pid_b * BLOCK_B << pid_e))):
@@ -1597,28 +1597,28 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr
         acc += tl.load(past_ptrs, mask=mask, other=0.0)
         if BOUNDS:
             top = tl.maximum(top, tl.load(past_ptrs + D, mask=mask, other=-float("inf")))
-            low = tl.maximum(low, tl.load(past_ptrs + 2 * D, mask=mask, other=-float("inf")))
+            top_neg = tl.maximum(top_neg, tl.load(past_ptrs + 2 * D, mask=mask, other=-float("inf")))
     # -- write back
     mask = mask_b[:, None] & mask_d[None, :]
     keys_ptrs = keys_ptr + ((pid_bkv * n_level + pid_e) * N_BINS + offs_bin)[:, None] * KEYS + offs_d[None, :]
     totals_ptrs = totals_ptr + (pid_bkv * N_BINS + offs_bin)[:, None] * TOTALS + offs_d[None, :]
-    mean = acc * tl.exp2(-e.to(tl.float32))
+    centre = acc * tl.exp2(-e.to(tl.float32))  # the mean
     if BOUNDS:
         has_keys = ((offs_bin << e) < count + n_new)[:, None]
-        top, low = tl.where(has_keys, top, 0.0), tl.where(has_keys, low, 0.0)
-        tl.store(keys_ptrs + D, ((top + low) / 4).to(keys_ptr.dtype.element_ty), mask=mask)
-        mean = mean / 2 + (top - low) / 4
-    tl.store(keys_ptrs, mean.to(keys_ptr.dtype.element_ty), mask=mask)
+        top, top_neg = tl.where(has_keys, top, 0.0), tl.where(has_keys, top_neg, 0.0)
+        tl.store(keys_ptrs + D, ((top + top_neg) / 4).to(keys_ptr.dtype.element_ty), mask=mask)
+        centre = centre / 2 + (top - top_neg) / 4
+    tl.store(keys_ptrs, centre.to(keys_ptr.dtype.element_ty), mask=mask)
     if e == last:
         tl.store(totals_ptrs, acc, mask=mask)
         if BOUNDS:
             tl.store(totals_ptrs + D, top, mask=mask)
-            tl.store(totals_ptrs + 2 * D, low, mask=mask)
+            tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
 
 
-# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bin in the middle of cell p), or,
-# BOUNDS, the largest of [q ; |q|] . (keys of the bins in the middle of its halves); or, BACKWARD, the sum of
-# x[p] max(..), the gradient of gain from x, that of the result.
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bin in the middle of cell p), or
+# BOUNDS, softmax_scale * [q ; |q|] . (key of a bin), the larger one for the bins in the middle of its halves;
+# or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
 # always one, it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of
 # those of its row.
@@ -1673,11 +1673,11 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
                 tl.store(products_ptr + offs_bin[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
             mask = mask_e[:, None] & mask_p
-            bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 0, PLACES)
-            best = tl.load(products_ptr + bin_of_cell, mask=mask, other=0.0)
+            bin_0 = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 0, PLACES)
+            best = tl.load(products_ptr + bin_0, mask=mask, other=0.0)
             if BOUNDS:
-                bin_of_cell = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 1, PLACES)
-                best = tl.maximum(best, tl.load(products_ptr + bin_of_cell, mask=mask, other=0.0))
+                bin_1 = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 1, PLACES)
+                best = tl.maximum(best, tl.load(products_ptr + bin_1, mask=mask, other=0.0))
             s += best
             tl.debug_barrier()  # before other products come
         s = tl.where(mask_p, s * softmax_scale, -float("inf"))
@@ -1731,26 +1731,27 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr
         x += tl.load(past_ptrs + TOTALS, mask=mask_1, other=0.0)
         x += tl.where(mask_new, k[None, :], 0.0)
         tl.store(totals_ptrs, x, mask=mask)
-        mean = x * tl.exp2(-last.to(tl.float32))
-        radius = mean
+        centre = x * tl.exp2(-last.to(tl.float32))
+        radius = centre
         if BOUNDS:
             top = tl.load(past_ptrs + D, mask=mask_0, other=-float("inf"))
             top = tl.maximum(top, tl.load(past_ptrs + TOTALS + D, mask=mask_1, other=-float("inf")))
             top = tl.maximum(top, tl.where(mask_new, k[None, :], -float("inf")))
-            low = tl.load(past_ptrs + 2 * D, mask=mask_0, other=-float("inf"))
-            low = tl.maximum(low, tl.load(past_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf")))
-            low = tl.maximum(low, tl.where(mask_new, -k[None, :], -float("inf")))
+            top_neg = tl.load(past_ptrs + 2 * D, mask=mask_0, other=-float("inf"))
+            old_neg = tl.load(past_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf"))
+            top_neg = tl.maximum(top_neg, old_neg)
+            top_neg = tl.maximum(top_neg, tl.where(mask_new, -k[None, :], -float("inf")))
             has_keys = ((offs_bin << last) < count + n_new)[:, None] & mask_d[None, :]
-            top, low = tl.where(has_keys, top, 0.0), tl.where(has_keys, low, 0.0)
+            top, top_neg = tl.where(has_keys, top, 0.0), tl.where(has_keys, top_neg, 0.0)
             tl.store(totals_ptrs + D, top, mask=mask)
-            tl.store(totals_ptrs + 2 * D, low, mask=mask)
-            mean, radius = mean / 2 + (top - low) / 4, (top + low) / 4
+            tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
+            centre, radius = centre / 2 + (top - top_neg) / 4, (top + top_neg) / 4
             radius = radius.to(k_ptr.dtype.element_ty).to(tl.float32)
-        mean = mean.to(k_ptr.dtype.element_ty).to(tl.float32)
+        centre = centre.to(k_ptr.dtype.element_ty).to(tl.float32)
         for g in range(0, GROUP):
             q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3],
                         mask_d)
-            products = tl.sum(mean * q[None, :], axis=1)
+            products = tl.sum(centre * q[None, :], axis=1)
             if BOUNDS:
                 products += tl.sum(radius * tl.abs(q)[None, :], axis=1)
             tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products * softmax_scale,

@@ -273,11 +273,12 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 # -- candidates and bins -----------------------------------------------------------------------------
 #
-# A row's program finds the row's best cells and lists their bins, the candidates. Then it goes through the
-# queries that use the row: it multiplies the means of their heads with what stands for the candidates' keys, a
-# block at a time, so that all queries of a row share what is read, and lists for each query those that are
-# chosen behind the first bins and before the last. Between these steps numbers change threads through scratch
-# memory. Few warps have a program, so that little of ranking and listing waits for other warps.
+# One program for a row and chooser. It finds the row's best cells and lists their bins, the candidates. Then
+# it goes through the queries that use the row: it multiplies each (in group "kv" the mean over the heads)
+# with what stands for the candidates' keys, a block at a time, so that all queries of a row share what is
+# read, and lists for each query the first bins, the chosen ones and the last. Between these steps numbers
+# change threads through scratch memory. A program has few warps, so that little of ranking and listing waits
+# for other warps.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
@@ -288,7 +289,7 @@ CHOOSE = dict(  # programs: 16 on each of an H100's multiprocessors; scratch: nu
 
 def _choose_tiles(dtype: torch.dtype, d_head: int, width: int, n_candidate: int, stride: int,
                   is_step: bool) -> dict:
-    """Up to 16 candidates per thread and the queries of a row together. A single row has 8 warps at least."""
+    """Up to 16 candidates per thread and queries of a row together. A decoding step has 8 warps at least."""
     block_p, block_c = (max(32, _next_power_of_2(n)) for n in (width, n_candidate))
     is_half = dtype != torch.float32  # fp32 dots run without tensor cores
     block_d, num_warps = _dot_block(d_head, dtype), max(block_p // 1024, block_c // CHOOSE["per_warp"])
@@ -298,7 +299,8 @@ def _choose_tiles(dtype: torch.dtype, d_head: int, width: int, n_candidate: int,
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
-    """How many a row asks for and the most that it has, of n_key keys: one cell may have more."""
+    """How many candidates a row asks for, and the most that it gets, of n_key keys: a single cell may hold
+    more than it asks for."""
     n_bin = _cdiv(n_key, config.bin)
     n_wanted = min(config.candidates * config.n_chosen(topk), n_bin)
     return n_wanted, max(n_wanted, _cdiv(n_bin, width))
@@ -336,7 +338,7 @@ def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl
     mask_n = bins < n_bin
     order_ptr = None if order_ptr is None else order_ptr + b * n_key
     centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n,
-                               n_key, offs_d, D=D, BIN=BIN)
+                            n_key, offs_d, D=D, BIN=BIN)
     out_ptr += (pid_bkv * n_bin + bins[:, None]) * 2 * D + offs_d[None, :]
     mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr, centre.to(out_ptr.dtype.element_ty), mask=mask_nd)
@@ -362,16 +364,18 @@ def _softmax(x, axis: tl.constexpr):
 
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
 # behind the row's cells.
-# One program: every n-th row of one chooser, and the queries begins[r] ... begins[r + 1] - 1 that use it; grid
-# (n,).
-#   x (B, E, R, WIDTH), q (B, C, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int
+# One program: every n-th row of all choosers, and the queries begins[r] ... begins[r + 1] - 1 that use it;
+# grid (n,).
+#   x (B, E, R, WIDTH), q (B, C, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int; E is
+#   a divisor or a multiple of C
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
 #   candidates (n, BLOCK_C) int32, ranked (n, QUERIES, BLOCK_C) fp32: scratch, which stays in the L2 cache
 #   bins (B, C, T, n_listed) int32
 # fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
 # dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
-# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round differently.
+# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round
+# differently.
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
                         ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, C, E, HKV, T, R, n_key, n_row,
@@ -419,8 +423,8 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
             # -- products of the mean queries with the candidates, (BLOCK_M, BLOCK_N)
             query = (start_q + offs_m).to(tl.int64)
             mask_m = (offs_m < QUERIES) & (query < end_q)
-            q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query, offs_d, q_strides[2], q_strides[3],
-                           mask_m[:, None] & (offs_d < D)[None, :])
+            q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query, offs_d, q_strides[2],
+                           q_strides[3], mask_m[:, None] & (offs_d < D)[None, :])
             for start in range(0, n_candidate, BLOCK_N):
                 offs_slot = start + offs_n
                 mask_n = offs_slot < n_candidate
@@ -432,8 +436,9 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
                     centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
                     radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
                 else:
-                    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptrs,
-                                            candidate.to(tl.int64), mask_n, n_key, offs_d, D=D, BIN=BIN)
+                    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides,
+                                            order_ptrs, candidate.to(tl.int64), mask_n, n_key, offs_d, D=D,
+                                            BIN=BIN)
                     centre, radius = centre.to(q.dtype), radius.to(q.dtype)
                 s = tl.dot(q, tl.trans(centre), input_precision="ieee")
                 s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
@@ -471,8 +476,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
     (B, H, T, D), (Hkv, S), (E, R, width), bin = q.shape, k.shape[1:3], scores.shape[1:], config.bin
-    _expect(len(scores) == B and E in (H, Hkv), "scores", f"shape (B, E, R, width) with B = {B} and E = {H} or "
-            f"{Hkv}", tuple(scores.shape))
+    _expect(len(scores) == B and E in (H, Hkv), "scores",
+            f"shape (B, E, R, width) with B = {B} and E = {H} or {Hkv}", tuple(scores.shape))
     _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
     _expect(k.shape[0] == B and k.shape[3] == D and H % Hkv == 0, "k",
             f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
@@ -1319,8 +1324,10 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CellBits, s
     _expect(len(mask.shape) == 4, "mask", "shape (B, H, R, width)", tuple(mask.shape))
     _check_attention(q, k, v, seen, order)
     B, H, T, D = q.shape
-    _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose", mask.shape[2])
-    _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}", None if row is None else tuple(row.shape))
+    _expect(row is not None or mask.shape[2] == T, "mask", f"{T} rows, or `row` to say which is whose",
+            mask.shape[2])
+    _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}",
+            None if row is None else tuple(row.shape))
     _expect(mask.shape[:2] == (B, H), "mask", f"shape (B, H, R, width) with B, H = {(B, H)}",
             tuple(mask.shape))
     _expect(mask.shape[3] <= MAX_WIDTH, "mask", f"a width of at most {MAX_WIDTH}", mask.shape[3])

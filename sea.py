@@ -45,7 +45,7 @@ same operations in Triton and takes over on a GPU.
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
     rank       -       number of a token in its sequence: count + place, after count (B,) earlier
                        ones
-    m, Dv      -       random features of the linear attention; size of its values [position ; v], 2D
+    m, Dv      -       random features of linear attention; size of its values [position ; v], 2D
     P          -       columns of the CNN's image, about width / 4 (bidirectional: width / 2)
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
