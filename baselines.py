@@ -116,8 +116,8 @@ class WindowAttention(nn.Module):
         middle = config.in_cells(seen) // config.bin
         bins = always_bins(seen, middle, config, tokens.keys.shape[2])
         bins = bins[:, None].expand(-1, config.kv_heads, -1, -1).int()
-        out = operations(config, q).bin_attention(tokens.q, tokens.keys, tokens.values, bins, seen, scale,
-                                                  bin=config.bin, order=tokens.key_order)
+        out = operations(config, q).bin_attention(tokens.q, tokens.keys, tokens.values, bins, seen,
+                                                  scale, bin=config.bin, order=tokens.key_order)
         state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2])
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         return tokens.back(SEAOutput(out, seen, state, row=row, bins=bins, bin=config.bin))

@@ -270,8 +270,9 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
             student.q * student.scale, student.k, teacher.q * teacher.scale, teacher.k, seen, 1.0)
     if student.sea is not None and student.sea.scores is not None:
         config, result = student.config, student.sea
+        # With bins the queries of a row have its cells, so that the row itself stands for all of them.
         ops, every = sea.operations(config, teacher.q), config.query_stride if config.has_bins else 1
-        cells = config.cell_layout(result.in_cells[:, ::every])  # with bins a row's queries have its cells
+        cells = config.cell_layout(result.in_cells[:, ::every])
         pooled = ops.pool_attention(teacher.q[:, :, ::every], teacher.k, seen[:, ::every], config.width,
                                     teacher.scale, **cells)
         terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row[:, ::every], **cells)
@@ -567,17 +568,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, topk, "
-        "bin, local, first, candidates, query_stride, nbf, cell_keys and cnn (true or false), group, "
-        "backend, max_positions (rows of the position table of each layer: unless given the model's "
-        "positions, which may be far more than --seq-len trains); without --model, width=64 topk=16 bin=2 "
-        "local=4 first=2 unless given; with --load only what no weight depends on: topk, group, bin, "
-        "local, first, candidates, query_stride, backend, without a CNN width")
-    add("--loss", type=evaluate.settings(LossWeights), **groups, help="weights of terms: ce=0.1 hidden=5 kd=0.2 "
-        "score=0 unless given. Where a few hidden states are huge, as Llamas tend to have them at the "
-        "first token, they are most of the loss: hidden=0.005 is better there")
-    add("--optimizer", type=evaluate.settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 (of "
-        "pretrained weights) lr_new=1e-4 schedule=constant (linear and cosine fall to 0), without "
+    add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, "
+        "topk, bin, local, first, candidates, query_stride, nbf, cell_keys and cnn (true or false), "
+        "group, backend, max_positions (rows of the position table of each layer: unless given the model's "
+        "positions, which may be far more than --seq-len trains); without --model, width=64 topk=16 "
+        "bin=2 local=4 first=2 unless given; with --load only what no weight depends on: topk, group, "
+        "bin, local, first, candidates, query_stride, backend, without a CNN width")
+    add("--loss", type=evaluate.settings(LossWeights), **groups, help="weights of terms: ce=0.1 "
+        "hidden=5 kd=0.2 score=0 unless given. Where a few hidden states are huge, as Llamas tend to have "
+        "them at the first token, they are most of the loss: hidden=0.005 is better there")
+    add("--optimizer", type=evaluate.settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 "
+        "(of pretrained weights) lr_new=1e-4 schedule=constant (linear and cosine fall to 0), without "
         "--model 5e-4, 1e-2 and linear; warmup=0 (steps) weight_decay=0.01 clip=1 (gradient norm) "
         "redraw_every=1000 (steps between draws of random features)")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
@@ -616,8 +617,8 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.load:
         free = convert.free_options(evaluate.saved_config(args.load).get("sea", {}))
         if fixed := [name for name in given if name not in free]:
-            p.error(f"--sea: expected {', '.join(free)} only with --load, since the saved student has its own "
-                    f"of the others, got {', '.join(fixed)}")
+            p.error(f"--sea: expected {', '.join(free)} only with --load, since the saved student has "
+                    f"its own of the others, got {', '.join(fixed)}")
     args.sea = given if args.load else job["sea"] | given
     option = "--loss"
     try:
@@ -669,8 +670,8 @@ def distil(name: str, job: Job) -> list[Line]:
     if args.load:
         name, student = evaluate.load_student("--load", args.load, job.original, job.teacher, **args.sea)
         if (Path(args.out) / name).resolve() == Path(args.load).resolve():
-            sys.exit(f"--out: expected another folder than that of {args.load}, which would be lost, got "
-                     f"{args.out}")
+            sys.exit(f"--out: expected another folder than that of {args.load}, which would be lost, "
+                     f"got {args.out}")
     else:
         student = new_student(name, job.original, job.teacher, args)
     if name == "sea" and args.train == "sea":

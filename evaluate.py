@@ -12,9 +12,9 @@
 Of each model: validation perplexity, also by position in the window; keys per query, of one window;
 time of the attention alone; time and memory of a pass through the model; continuations of the prompts.
 Of a SEA student, by layer, of 8 windows: how near its estimate comes to the teacher's attention, and
-how much of that its cells keep. Prints tables; writes all of it to OUT/evaluate.json, pictures of heads to
-OUT/<student>.png, and with --topk the curves OUT/topk.png and the numbers in them, OUT/topk.json;
-of --retrieval, see retrieval.py, OUT/retrieval.json.
+how much of that attention is on the keys that the student keeps. Prints tables; writes all of it to
+OUT/evaluate.json, pictures of heads to OUT/<student>.png, and with --topk the curves OUT/topk.png and
+the numbers in them, OUT/topk.json; of --retrieval, see retrieval.py, OUT/retrieval.json.
 """
 
 import argparse
@@ -261,8 +261,8 @@ def from_hub(name: str, dtype: torch.dtype = torch.float32):
 
     if is_folder:
         return hub(f"the model {name}", "give another folder with --model DIR", load)
-    return hub(f"the model {name} from the Hugging Face hub", "give a local folder with --model DIR instead",
-               load)
+    return hub(f"the model {name} from the Hugging Face hub",
+               "give a local folder with --model DIR instead", load)
 
 
 def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -364,7 +364,7 @@ def follow_teacher(student, teacher) -> None:
 
 def best_scores(pooled: sea.PooledAttention, in_cells: Tensor, unit: int, first: int) -> Tensor:
     """The best estimate of the attention, scores (B, H, T, width): the log of its mean in each cell."""
-    n_keys = sea.keys_per_cell(in_cells, pooled.cells.shape[-1], unit, first)[:, None]  # (B, 1, T, width)
+    n_keys = sea.keys_per_cell(in_cells, pooled.cells.shape[-1], unit, first)[:, None]
     return (pooled.cells / n_keys.clamp(min=1)).clamp(min=1e-30).log()
 
 
@@ -605,8 +605,9 @@ def by_job(name: str, paper: dict = PAPER, tiny: dict = TINY) -> str:
 
 def settings(config: type) -> Callable[[str], tuple[str, object]]:
     """An argparse type: NAME=VALUE, for a field of the dataclass `config`, becomes (NAME, value)."""
+    no_options = (*convert.FROM_MODEL, "causal", "seed")
     kinds = {f.name: f.type if isinstance(f.type, type) else str  # str | None
-             for f in dataclasses.fields(config) if f.name not in (*convert.FROM_MODEL, "causal", "seed")}
+             for f in dataclasses.fields(config) if f.name not in no_options}
 
     def setting(text: str) -> tuple[str, object]:
         name, _, value = text.partition("=")
@@ -637,9 +638,9 @@ def add_common_options(p: argparse.ArgumentParser) -> None:
         + by_job("micro_batch"))
     add("--eval-windows", type=int, help="validation windows to use (none: all)")
     add("--shard", action="store_true", help="under torchrun: spread both models, and in training "
-        "gradients and the optimizer, over the processes (FSDP2), which otherwise hold all of them each. "
-        "For models that do not fit one GPU; in training with --gradient-checkpointing, without which "
-        "bf16 copies of all weights stay from the forward to the backward pass. Each process needs CPU "
+        "gradients and the optimizer, over the processes (FSDP2), which otherwise hold all of them "
+        "each. For models that do not fit one GPU; in training with --gradient-checkpointing, without "
+        "which bf16 copies of all weights stay from the forward to the backward pass. Each process needs CPU "
         "memory for both models in fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
         "autocast on cuda (default: %(default)s)")
@@ -843,11 +844,11 @@ def check_options(args) -> None:
         of_sea = args.sea if method == "sea" else {}
         free = convert.free_options(saved["sea"])
         if fixed := [name for name in of_sea if name not in free]:
-            sys.exit(f"--sea: expected {', '.join(free)} for the student in {folder}, which has its own of the "
-                     f"others, got {', '.join(fixed)}")
+            sys.exit(f"--sea: expected {', '.join(free)} for the student in {folder}, which has its own "
+                     f"of the others, got {', '.join(fixed)}")
         cases = [("--sea: expected fields that the student in {} can have", of_sea)]
-        cases += [(f"--topk: expected numbers of keys for the student in {{}}, got {k}", of_sea | dict(topk=k))
-                  for k in args.topk]
+        cases += [(f"--topk: expected numbers of keys for the student in {{}}, got {k}",
+                   of_sea | dict(topk=k)) for k in args.topk]
         for expected, changes in cases:
             try:
                 with_options(saved, **changes)
@@ -882,8 +883,8 @@ def check_against_model(args, teacher, tokenizer) -> None:
             sys.exit(f"--prompt: expected a text that the model's tokenizer takes, got {prompt[:40]!r} "
                      f"({reason(error)})")
         if not 0 < n <= most:
-            sys.exit(f"--prompt: expected 1 to {most} tokens, since the model has {longest} positions and "
-                     f"--new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
+            sys.exit(f"--prompt: expected 1 to {most} tokens, since the model has {longest} positions "
+                     f"and --new-tokens is {args.new_tokens}, got {n} in {prompt[:40]!r}")
 
 
 # -- of one model ----------------------------------------------------------------------------------
@@ -1072,7 +1073,8 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
     bin, shares = result.bin, []
     for i in range(0, teacher.q.shape[2], block):
         rows = slice(i, i + block)
-        log_a, seen = sea.dense_scores(teacher.q[:, :, rows], teacher.k, result.seen[:, rows], teacher.scale)
+        log_a, seen = sea.dense_scores(teacher.q[:, :, rows], teacher.k, result.seen[:, rows],
+                                       teacher.scale)
         a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
         bins = result.bins[:, :, rows].long()
         a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)
@@ -1193,15 +1195,16 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
         return attention.float().clamp(min=1e-4).log10().masked_fill(hidden, -torch.inf).cpu()
 
     images = {
-        f"the model's attention\n(layer {layer}, head {head})": log10(attention_of(teacher)[head], unseen),
+        f"the model's attention\n(layer {layer}, head {head})":
+            log10(attention_of(teacher)[head], unseen),
         f"SEA's estimate of it,\n{scores.shape[3]} cells a row":
             log10(estimate.softmax(-1), estimate == -torch.inf),
     }
     if config.has_bins:
         images["the keys under the best cells:\ncandidates"] = candidates(student, head).cpu()
     share = share_kept(student, teacher)[head].item()
-    images[f"the keys it keeps: {kept.sum(1).float().mean():.0f} of {(T + 1) / 2:,.0f} a query,\nwhich hold "
-           f"{share:.0%} of the model's attention"] = kept.cpu()
+    images[f"the keys it keeps: {kept.sum(1).float().mean():.0f} of {(T + 1) / 2:,.0f} a query,\n"
+           f"which hold {share:.0%} of the model's attention"] = kept.cpu()
     images["SEA's attention\nover these keys"] = log10(sparse, unseen | ~kept)
     return {f"{i}. {title}": image for i, (title, image) in enumerate(images.items(), 1)}
 
@@ -1291,7 +1294,8 @@ def print_models(rows: dict[str, dict]) -> None:
         line = f"{name:18} {row['ppl']:9.2f} {ratio:7.3f} {row['keys']:11.1f} "
         print((line + " ".join(f"{cell:>12}" for cell in cells)).rstrip())
     print(f"attention: of all layers, from q, k, v on, {rows['teacher'].get('clock', 'not timed')}\n"
-          "a pass: one sequence through the whole model, launched from Python, logits of its last token\n"
+          "a pass: one sequence through the whole model, launched from Python, logits of its last "
+          "token\n"
           "memory: of a pass, above the weights")
 
 
