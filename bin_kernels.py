@@ -164,8 +164,8 @@ def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, o_ptr, ls
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, softmax_scale: float, bin: int) -> dict:
     """Keywords that the kernels have in common."""
-    (_, H, T, D), (Hkv, S), C = q.shape, k.shape[1:3], bins.shape[1]
-    return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, T=T, n_key=S,
+    (_, H, _, D), (Hkv, S), C = q.shape, k.shape[1:3], bins.shape[1]
+    return dict(q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(), H=H, n_key=S,
                 qk_scale=softmax_scale * LOG2_E.value, CHOOSERS=C, GROUP=H // Hkv, BIN=bin, D=D)
 
 
@@ -174,7 +174,7 @@ def _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin):
     tiles = _walk_tiles(q.dtype, D, H // C)
     o, lse = _new(q, B, H, T, D), _new(q, B, H, T, dtype=torch.float32)
     _bin_attention_fwd_kernel[(T * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, bins, seen, o, lse, n=n, BLOCK_LIST=_next_power_of_2(n),
+        q, k, v, bins, seen, o, lse, T=T, n=n, BLOCK_LIST=_next_power_of_2(n),
         **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     return o, lse
 
@@ -431,7 +431,7 @@ def _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
     dk, dv = (_new(k, *k.shape) for _ in range(2))
     _bin_attention_dkdv_kernel[(n_program * tiles["CHUNKS"],)](
         q, k, v, do, seen, lse, delta, visitors, bits, firsts, list_of, part_ends, slots, part, dk, dv,
-        do_strides=do.stride(), n_unit=n_unit, n_list=n_list, per_program=per_program,
+        do_strides=do.stride(), T=q.shape[2], n_unit=n_unit, n_list=n_list, per_program=per_program,
         softmax_scale=softmax_scale, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     _sum_bin_parts_kernel[(n_list * tiles["CHUNKS"],)](
         firsts, slots, part, dk, dv, n_key=S, n_unit=n_unit, per_program=per_program,
@@ -445,7 +445,7 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
     tiles = _walk_tiles(q.dtype, D, H // C)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
     _bin_attention_dq_kernel[(T * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, o, do, bins, seen, lse, delta, dq, do_strides=do.stride(), n=n,
+        q, k, v, o, do, bins, seen, lse, delta, dq, do_strides=do.stride(), T=T, n=n,
         softmax_scale=softmax_scale, BLOCK_LIST=_next_power_of_2(n),
         **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     dk, dv = _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
@@ -464,7 +464,7 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
 # no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
 def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, order_ptr, o_ptr, q_strides,
-                               k_strides, v_strides, H, T, n, n_key, qk_scale,
+                               k_strides, v_strides, H, n, n_key, qk_scale,
                                CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
                                D: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr,
                                BLOCK_D: tl.constexpr):

@@ -640,8 +640,8 @@ def add_common_options(p: argparse.ArgumentParser) -> None:
     add("--shard", action="store_true", help="under torchrun: spread both models, and in training "
         "gradients and the optimizer, over the processes (FSDP2), which otherwise hold all of them "
         "each. For models that do not fit one GPU; in training with --gradient-checkpointing, without "
-        "which bf16 copies of all weights stay from the forward to the backward pass. Each process needs "
-        "CPU memory for both models in fp32")
+        "which bf16 copies of all weights stay from the forward to the backward pass. Each process "
+        "needs CPU memory for both models in fp32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
         "autocast on cuda (default: %(default)s)")
     add("--out", default="out", help="folder for what is written (default: %(default)s)")

@@ -356,10 +356,10 @@ def _keep_best_where(x, mask, n):
 
 
 @triton.jit
-def _softmax(x, axis: tl.constexpr):
-    """Along the last axis; 0 where x is -inf."""
-    x = tl.exp2((x - tl.expand_dims(tl.maximum(tl.max(x, axis=axis), LOWEST), axis)) * LOG2_E)
-    return x / tl.expand_dims(tl.maximum(tl.sum(x, axis=axis), 1.0), axis)
+def _softmax(x):
+    """Of one row; 0 where x is -inf."""
+    x = tl.exp2((x - tl.maximum(tl.max(x, axis=0), LOWEST)) * LOG2_E)
+    return x / tl.maximum(tl.sum(x, axis=0), 1.0)
 
 
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
@@ -402,7 +402,7 @@ def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, 
         probs = tl.zeros((BLOCK_P,), tl.float32)
         for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
             x = tl.load(x_ptrs + i * x_strides[1], mask=mask_p, other=-float("inf"))
-            probs += _softmax(x.to(tl.float32), axis=0)
+            probs += _softmax(x.to(tl.float32))
         n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
         n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
         mask_kept = _keep_best_where(probs, mask_p, n_cell)
