@@ -648,9 +648,9 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """scores + gain * max(s - s_max, -32): (B, E, R, width). s is the scaled product of q with what
     stands for a cell's keys, s_max the row's largest. Differs: the paper has no such term.
 
-    The keys of a row lie in 2 * width bins of 2**e, e as small as can be: a bin has one key, or at
-    most 1 / width of those seen. A cell looks at the bin in its middle or, where that is not full
-    yet, at the last full one:
+    The keys of a row lie in 2 * width bins of 2**e keys, e as small as can be: a bin has one key,
+    or at most 1 / width of those seen. A cell looks at the bin in its middle or, where that is not
+    full yet, at the last full one:
 
         without bounds   s = softmax_scale * q . mean of the bin's keys
         with bounds      half that and half an upper bound of q's products with its keys (boxes),
@@ -766,7 +766,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     the heads that share keys. With a stride the queries of a row share its candidates, but each
     chooses for itself.
 
-        candidates   bins of the row's best cells, config.candidates for each to be chosen
+        candidates   bins of the row's best cells, at most config.candidates for each to be chosen
+                     (one cell at least)
         chosen       the config.n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k)
         always       those of the first keys, and of all keys behind the row's cells
     """
@@ -790,9 +791,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(ranked.masked_fill(~is_candidate, lowest), n, config.group)
-        chosen &= is_candidate & (n_chosen > 0)
+        chosen &= is_candidate & (n_chosen > 0) & (seen > 0)[:, None, :, None]
     always = always_bins(seen, n_in_cells.gather(1, row), config, S)[:, None].expand(-1, C, -1, -1)
-    chosen &= (seen > 0)[:, None, :, None]
     bins = torch.cat([always, torch.where(chosen, number, NONE)], dim=-1).sort(-1).values
     return F.pad(bins, (0, n_listed), value=NONE)[..., :n_listed].int()
 
