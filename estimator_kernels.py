@@ -1504,7 +1504,7 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
 
 # -- products with what stands for the keys of each cell ---------------------------------------------
 
-BIN_KEYS = dict(BLOCK_B=4, BLOCK_N=8, num_warps=2)
+BUCKET_KEYS = dict(BLOCK_B=4, BLOCK_N=8, num_warps=2)
 CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more are slower there
 
 
@@ -1523,16 +1523,16 @@ def _cell_keys_step_tiles(D: int, width: int) -> dict:
 
 
 @triton.jit
-def _bin_level(seen, N_BINS: tl.constexpr):
-    """sea.bin_level: the bits of (seen - 1) // N_BINS, counted by a float's exponent. Exact for
-    seen < 2^24 * N_BINS."""
-    x = (tl.maximum(seen, 1) - 1) // N_BINS
+def _bucket_level(seen, N_BUCKETS: tl.constexpr):
+    """sea.bucket_level: the bits of (seen - 1) // N_BUCKETS, counted by a float's exponent. Exact for
+    seen < 2^24 * N_BUCKETS."""
+    x = (tl.maximum(seen, 1) - 1) // N_BUCKETS
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 
 @triton.jit
-def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr):
-    """The bin of 2^e keys, or the last full one, that the middle key of part PLACE of PLACES of cell p is
+def _bucket_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constexpr, PLACES: tl.constexpr):
+    """The bucket of 2^e keys, or the last full one, that the middle key of part PLACE of PLACES of cell p is
     in: key in_cells x // n with n = 2 PLACES WIDTH, x = 2 PLACES p + 2 PLACE + 1. in_cells in two parts,
     since the product passes 2^31 at 1M keys, width 1024."""
     n: tl.constexpr = 2 * PLACES * WIDTH
@@ -1541,45 +1541,45 @@ def _bin_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constexpr,
     return tl.minimum(middle >> e, tl.maximum(seen >> e, 1) - 1)
 
 
-# What the keys of rank bin * 2^e ... (bin + 1) * 2^e - 1 add up to, and what stands for them, for the levels
-# e from that of count to that of count + n_new.
-# One program: BLOCK_B bins of one level of one key/value head; grid (cdiv(N_BINS, BLOCK_B) * n_level * B *
-# Hkv,). It reads BLOCK_N keys of each at a time.
+# What the keys of rank bucket * 2^e ... (bucket + 1) * 2^e - 1 add up to, and what stands for them, for the
+# levels e from that of count to that of count + n_new.
+# One program: BLOCK_B buckets of one level of one key/value head; grid (cdiv(N_BUCKETS, BLOCK_B) * n_level *
+# B * Hkv,). It reads BLOCK_N keys of each at a time.
 #   k (B, Hkv, T, D), any strides; count, n_new (B,) int
-#   past, totals (B, Hkv, N_BINS, D) fp32, sums at the levels of count and of count + n_new; or, BOUNDS,
-#   (B, Hkv, N_BINS, 3, D), followed by the largest numbers of k and of -k
-#   keys (B, Hkv, n_level, N_BINS, D) in the dtype of k, their means; or, BOUNDS, (B, Hkv, n_level, N_BINS,
-#   2, D), as sea.boxes has them
+#   past, totals (B, Hkv, N_BUCKETS, D) fp32, sums at the levels of count and of count + n_new; or, BOUNDS,
+#   (B, Hkv, N_BUCKETS, 3, D), followed by the largest numbers of k and of -k
+#   keys (B, Hkv, n_level, N_BUCKETS, D) in the dtype of k, their means; or, BOUNDS, (B, Hkv, n_level,
+#   N_BUCKETS, 2, D), as sea.boxes has them
 # fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
-# twice. Reference: sea.bin_sums, sea.bin_tops.
+# twice. Reference: sea.bucket_sums, sea.bucket_tops.
 @triton.jit
-def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr, k_strides, HKV, n_level,
-                     D: tl.constexpr, N_BINS: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _bucket_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr, k_strides, HKV, n_level,
+                        D: tl.constexpr, N_BUCKETS: tl.constexpr, BOUNDS: tl.constexpr,
+                        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     TOTALS: tl.constexpr = 3 * D if BOUNDS else D
     KEYS: tl.constexpr = 2 * D if BOUNDS else D
-    n_block: tl.constexpr = (N_BINS + BLOCK_B - 1) // BLOCK_B
+    n_block: tl.constexpr = (N_BUCKETS + BLOCK_B - 1) // BLOCK_B
     pid, pid_bkv = _program(n_block * n_level)
     pid_b, pid_e = pid % n_block, pid // n_block
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
-    lowest, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
+    lowest, last = _bucket_level(count, N_BUCKETS), _bucket_level(count + n_new, N_BUCKETS)
     e = lowest + pid_e
     if e > last:
         return
     offs_b, offs_n, offs_d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    offs_bin = (pid_b * BLOCK_B + offs_b).to(tl.int64)
-    mask_b, mask_d = offs_bin < N_BINS, offs_d < D
+    offs_bucket = (pid_b * BLOCK_B + offs_b).to(tl.int64)
+    mask_b, mask_d = offs_bucket < N_BUCKETS, offs_d < D
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)  # of k and, below, of -k
     top_neg = tl.full((BLOCK_B, BLOCK_D), -float("inf"), tl.float32)
-    # -- the new keys of these bins
+    # -- the new keys of these buckets
     k_ptr += b * k_strides[0] + kv * k_strides[1]
-    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bin
+    origin = (pid_b.to(tl.int64) * BLOCK_B << e) - count  # place of the first key of the first bucket
     has_new = (origin < n_new) & (origin + (tl.full((), BLOCK_B, tl.int64) << e) > 0)
     for start in range(0, tl.where(has_new, 1 << e, 0), BLOCK_N):
         i = start + offs_n
-        j = (offs_bin << e)[:, None] - count + i[None, :]  # (BLOCK_B, BLOCK_N)
+        j = (offs_bucket << e)[:, None] - count + i[None, :]  # (BLOCK_B, BLOCK_N)
         mask_j = (i < (1 << e))[None, :] & (j >= 0) & (j < n_new) & mask_b[:, None]
         mask = mask_j[:, :, None] & mask_d[None, None, :]
         k = tl.load(k_ptr + j[:, :, None] * k_strides[2] + offs_d[None, None, :] * k_strides[3], mask=mask,
@@ -1588,23 +1588,24 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr
         if BOUNDS:
             top = tl.maximum(top, tl.max(tl.where(mask, k, -float("inf")), axis=1))
             top_neg = tl.maximum(top_neg, tl.max(tl.where(mask, -k, -float("inf")), axis=1))
-    # -- the past's bins that lie in these; from n_past_bin on they are empty
-    n_past_bin = tl.minimum((count + (1 << lowest) - 1) >> lowest, N_BINS)
-    for i in range(0, tl.minimum(1 << pid_e, n_past_bin - (pid_b * BLOCK_B << pid_e))):
-        bin_past = (offs_bin << pid_e) + i
-        mask = (bin_past < n_past_bin)[:, None] & mask_d[None, :]
-        past_ptrs = past_ptr + (pid_bkv * N_BINS + bin_past)[:, None] * TOTALS + offs_d[None, :]
+    # -- the past's buckets that lie in these; from n_past_bucket on they are empty
+    n_past_bucket = tl.minimum((count + (1 << lowest) - 1) >> lowest, N_BUCKETS)
+    for i in range(0, tl.minimum(1 << pid_e, n_past_bucket - (pid_b * BLOCK_B << pid_e))):
+        bucket_past = (offs_bucket << pid_e) + i
+        mask = (bucket_past < n_past_bucket)[:, None] & mask_d[None, :]
+        past_ptrs = past_ptr + (pid_bkv * N_BUCKETS + bucket_past)[:, None] * TOTALS + offs_d[None, :]
         acc += tl.load(past_ptrs, mask=mask, other=0.0)
         if BOUNDS:
             top = tl.maximum(top, tl.load(past_ptrs + D, mask=mask, other=-float("inf")))
             top_neg = tl.maximum(top_neg, tl.load(past_ptrs + 2 * D, mask=mask, other=-float("inf")))
     # -- write back
     mask = mask_b[:, None] & mask_d[None, :]
-    keys_ptrs = keys_ptr + ((pid_bkv * n_level + pid_e) * N_BINS + offs_bin)[:, None] * KEYS + offs_d[None, :]
-    totals_ptrs = totals_ptr + (pid_bkv * N_BINS + offs_bin)[:, None] * TOTALS + offs_d[None, :]
+    place = (pid_bkv * n_level + pid_e) * N_BUCKETS + offs_bucket
+    keys_ptrs = keys_ptr + place[:, None] * KEYS + offs_d[None, :]
+    totals_ptrs = totals_ptr + (pid_bkv * N_BUCKETS + offs_bucket)[:, None] * TOTALS + offs_d[None, :]
     centre = acc * tl.exp2(-e.to(tl.float32))  # the mean
     if BOUNDS:
-        has_keys = ((offs_bin << e) < count + n_new)[:, None]
+        has_keys = ((offs_bucket << e) < count + n_new)[:, None]
         top, top_neg = tl.where(has_keys, top, 0.0), tl.where(has_keys, top_neg, 0.0)
         tl.store(keys_ptrs + D, ((top + top_neg) / 4).to(keys_ptr.dtype.element_ty), mask=mask)
         centre = centre / 2 + (top - top_neg) / 4
@@ -1616,32 +1617,32 @@ def _bin_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_ptr
             tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
 
 
-# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bin in the middle of cell p), or
-# BOUNDS, softmax_scale * [q ; |q|] . (key of a bin), the larger one for the bins in the middle of its halves;
-# or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
+# x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bucket in the middle of cell p),
+# or, BOUNDS, softmax_scale * [q ; |q|] . (key of a bucket), the larger one for the buckets in the middle of
+# its halves; or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
-# always one, it multiplies them with all bins, BLOCK_B at a time, and then takes each cell's product out of
-# those of its row.
+# always one, it multiplies them with all buckets, BLOCK_B at a time, and then takes each cell's product out
+# of those of its row.
 #   q (B, H, R, D), seen and in_cells (B, R) int, any strides; keys and count as above
 #   x (B, H, R, WIDTH) contiguous, in place
 #   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of keys rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
-# level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 bins that a
-# cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
+# level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 buckets
+# that a cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
                       parts_ptr, q_strides, seen_strides, in_cells_strides, H, R, n_level, n_tile,
                       softmax_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                       BOUNDS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr,
                       BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    N_BINS: tl.constexpr = 2 * WIDTH
+    N_BUCKETS: tl.constexpr = 2 * WIDTH
     KEYS: tl.constexpr = 2 * D if BOUNDS else D
     PLACES: tl.constexpr = 2 if BOUNDS else 1
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
     mask_d, mask_p = (offs_d < D)[None, :], (offs_p < WIDTH)[None, :]
-    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r)[:, None] * N_BINS
+    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r)[:, None] * N_BUCKETS
     for tile in range(tl.program_id(0), n_tile, tl.num_programs(0)):
         pid_bh = (tile // tl.cdiv(R, BLOCK_R)).to(tl.int64)
         b, h = pid_bh // H, pid_bh % H
@@ -1654,30 +1655,32 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
                        other=0).to(tl.int32)
         in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0] + row * in_cells_strides[1], mask=mask_r,
                            other=0).to(tl.int32)
-        level, lowest = _bin_level(seen, N_BINS), _bin_level(tl.load(count_ptr + b).to(tl.int32), N_BINS)
+        level = _bucket_level(seen, N_BUCKETS)
+        lowest = _bucket_level(tl.load(count_ptr + b).to(tl.int32), N_BUCKETS)
         level_begin = tl.maximum(tl.min(tl.where(seen > 0, level, 64), axis=0), lowest)
         level_end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
-        keys_ptrs = keys_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BINS * KEYS
+        keys_ptrs = keys_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BUCKETS * KEYS
         s = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
         for e in range(level_begin, level_end):
             mask_e = (level == e) & (seen > 0)
             for start in range(0, tl.max(tl.where(mask_e, seen >> e, 0), axis=0), BLOCK_B):
-                offs_bin = start + offs_b
-                mask_b = offs_bin < N_BINS
-                place, mask = (e - lowest).to(tl.int64) * N_BINS + offs_bin, mask_b[:, None] & mask_d
+                offs_bucket = start + offs_b
+                mask_b = offs_bucket < N_BUCKETS
+                place, mask = (e - lowest).to(tl.int64) * N_BUCKETS + offs_bucket, mask_b[:, None] & mask_d
                 key = _load_tile(keys_ptrs, place, offs_d, KEYS, 1, mask)  # (BLOCK_B, BLOCK_D)
                 products = tl.dot(q, tl.trans(key), input_precision="ieee")
                 if BOUNDS:
                     key = _load_tile(keys_ptrs + D, place, offs_d, KEYS, 1, mask)
                     products += tl.dot(tl.abs(q), tl.trans(key), input_precision="ieee")
-                tl.store(products_ptr + offs_bin[None, :], products, mask=mask_b[None, :])
+                tl.store(products_ptr + offs_bucket[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
             mask = mask_e[:, None] & mask_p
-            bin_0 = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 0, PLACES)
-            best = tl.load(products_ptr + bin_0, mask=mask, other=0.0)
+            p, t, n_in = offs_p[None, :], seen[:, None], in_cells[:, None]
+            of_cell = _bucket_of_cell(p, t, n_in, e, WIDTH, 0, PLACES)
+            best = tl.load(products_ptr + of_cell, mask=mask, other=0.0)
             if BOUNDS:
-                bin_1 = _bin_of_cell(offs_p[None, :], seen[:, None], in_cells[:, None], e, WIDTH, 1, PLACES)
-                best = tl.maximum(best, tl.load(products_ptr + bin_1, mask=mask, other=0.0))
+                of_cell = _bucket_of_cell(p, t, n_in, e, WIDTH, 1, PLACES)
+                best = tl.maximum(best, tl.load(products_ptr + of_cell, mask=mask, other=0.0))
             s += best
             tl.debug_barrier()  # before other products come
         s = tl.where(mask_p, s * softmax_scale, -float("inf"))
@@ -1692,21 +1695,21 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
             tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask_x)
 
 
-# One token per sequence: its key added to its bin, the bins moved up a level where it begins one, and its
-# row's scores.
+# One token per sequence: its key added to its bucket, the buckets moved up a level where it begins one, and
+# its row's scores.
 # One program: one key/value head and the query heads that share it; grid (B * Hkv,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
 #   seen, in_cells (B, 1), any strides; count, n_new (B,) int
-#   past and totals as above, of 2 * WIDTH bins
+#   past and totals as above, of 2 * WIDTH buckets
 #   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
-# fp32: everything, no dots. Reads and writes the bins once. Reference: sea.add_cell_keys.
+# fp32: everything, no dots. Reads and writes the buckets once. Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr,
                            past_ptr, products_ptr, totals_ptr, q_strides, k_strides, seen_strides,
                            in_cells_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
                            WIDTH: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
                            BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    N_BINS: tl.constexpr = 2 * WIDTH
+    N_BUCKETS: tl.constexpr = 2 * WIDTH
     TOTALS: tl.constexpr = 3 * D if BOUNDS else D
     PLACES: tl.constexpr = 2 if BOUNDS else 1
     pid_bkv = tl.program_id(0).to(tl.int64)
@@ -1714,19 +1717,19 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr
     offs_d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
     mask_d, mask_p = offs_d < D, offs_p < WIDTH
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
-    level, last = _bin_level(count, N_BINS), _bin_level(count + n_new, N_BINS)
+    level, last = _bucket_level(count, N_BUCKETS), _bucket_level(count + n_new, N_BUCKETS)
     k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
-    n_past_bin = (count + (1 << level) - 1) >> level  # from here on they are empty
-    for start in range(0, N_BINS, BLOCK_B):
-        offs_bin = start + offs_b
-        mask_b = offs_bin < N_BINS
+    n_past_bucket = (count + (1 << level) - 1) >> level  # from here on they are empty
+    for start in range(0, N_BUCKETS, BLOCK_B):
+        offs_bucket = start + offs_b
+        mask_b = offs_bucket < N_BUCKETS
         mask = mask_b[:, None] & mask_d[None, :]
-        old = (offs_bin << (last - level))[:, None]
-        past_ptrs = past_ptr + (pid_bkv * N_BINS + old) * TOTALS + offs_d[None, :]
-        totals_ptrs = totals_ptr + (pid_bkv * N_BINS + offs_bin)[:, None] * TOTALS + offs_d[None, :]
-        mask_0 = mask & (old < tl.minimum(n_past_bin, N_BINS))
-        mask_1 = mask & (old + 1 < tl.minimum(n_past_bin, N_BINS)) & (last > level)
-        mask_new = (offs_bin == (count >> last))[:, None] & (n_new > 0)
+        old = (offs_bucket << (last - level))[:, None]
+        past_ptrs = past_ptr + (pid_bkv * N_BUCKETS + old) * TOTALS + offs_d[None, :]
+        totals_ptrs = totals_ptr + (pid_bkv * N_BUCKETS + offs_bucket)[:, None] * TOTALS + offs_d[None, :]
+        mask_0 = mask & (old < tl.minimum(n_past_bucket, N_BUCKETS))
+        mask_1 = mask & (old + 1 < tl.minimum(n_past_bucket, N_BUCKETS)) & (last > level)
+        mask_new = (offs_bucket == (count >> last))[:, None] & (n_new > 0)
         x = tl.load(past_ptrs, mask=mask_0, other=0.0)
         x += tl.load(past_ptrs + TOTALS, mask=mask_1, other=0.0)
         x += tl.where(mask_new, k[None, :], 0.0)
@@ -1741,7 +1744,7 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr
             old_neg = tl.load(past_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf"))
             top_neg = tl.maximum(top_neg, old_neg)
             top_neg = tl.maximum(top_neg, tl.where(mask_new, -k[None, :], -float("inf")))
-            has_keys = ((offs_bin << last) < count + n_new)[:, None] & mask_d[None, :]
+            has_keys = ((offs_bucket << last) < count + n_new)[:, None] & mask_d[None, :]
             top, top_neg = tl.where(has_keys, top, 0.0), tl.where(has_keys, top_neg, 0.0)
             tl.store(totals_ptrs + D, top, mask=mask)
             tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
@@ -1754,17 +1757,17 @@ def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr
             products = tl.sum(centre * q[None, :], axis=1)
             if BOUNDS:
                 products += tl.sum(radius * tl.abs(q)[None, :], axis=1)
-            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BINS + offs_bin, products * softmax_scale,
+            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BUCKETS + offs_bucket, products * softmax_scale,
                      mask=mask_b)
     tl.debug_barrier()
     seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
     in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0]).to(tl.int32)
-    bin_0 = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH, 0, PLACES)
-    bin_1 = _bin_of_cell(offs_p, seen, in_cells, last, WIDTH, PLACES - 1, PLACES)
+    bucket_0 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, 0, PLACES)
+    bucket_1 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, PLACES - 1, PLACES)
     for g in range(0, GROUP):
         h = pid_bkv * GROUP + g  # of all sequences
-        s = tl.load(products_ptr + h * N_BINS + bin_0, mask=mask_p, other=-float("inf"))
-        s = tl.maximum(s, tl.load(products_ptr + h * N_BINS + bin_1, mask=mask_p, other=-float("inf")))
+        s = tl.load(products_ptr + h * N_BUCKETS + bucket_0, mask=mask_p, other=-float("inf"))
+        s = tl.maximum(s, tl.load(products_ptr + h * N_BUCKETS + bucket_1, mask=mask_p, other=-float("inf")))
         s = tl.maximum(s - tl.max(s, axis=0), -32.0)
         x = _vector(x_ptr + h * WIDTH, offs_p, mask_p)
         x += tl.load(gain_ptr + kv * GROUP + g).to(tl.float32) * s
@@ -1822,24 +1825,24 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     for name, x in (("row_seen", row_seen), ("in_cells", in_cells)):
         _expect(x.shape == (B, R), name, f"shape (B, R) = {(B, R)}", tuple(x.shape))
     q, k, past, softmax_scale = q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
-    count, n_new, gain, n_bins = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
-    totals = _new(k, B, Hkv, n_bins, 3 * D if bounds else D, dtype=torch.float32)
+    count, n_new, gain, n_buckets = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
+    totals = _new(k, B, Hkv, n_buckets, 3 * D if bounds else D, dtype=torch.float32)
     _expect(past.shape == totals.shape, "past", f"shape {tuple(totals.shape)}", tuple(past.shape))
     with torch.cuda.device_of(q):
         if _is_step(q) and T == 1:
-            products = _new(q, B * H, n_bins, dtype=torch.float32)
+            products = _new(q, B * H, n_buckets, dtype=torch.float32)
             _cell_keys_step_kernel[(B * Hkv,)](
                 scores, gain, q, k, row_seen, in_cells, count, n_new, past, products, totals,
                 q_strides=q.stride(), k_strides=k.stride(), seen_strides=row_seen.stride(),
                 in_cells_strides=in_cells.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
                 WIDTH=width, BOUNDS=bounds, **_cell_keys_step_tiles(D, width))
             return scores, totals
-        # T tokens raise the level to at most one above their own, bin_level(T), or above that of count.
-        n_level = ((T - 1) // n_bins).bit_length() + 2
-        keys = _new(k, B, Hkv, n_level, n_bins, 2 * D if bounds else D)
-        _bin_keys_kernel[(_cdiv(n_bins, BIN_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
+        # T tokens raise the level to at most one above their own, bucket_level(T), or above that of count.
+        n_level = ((T - 1) // n_buckets).bit_length() + 2
+        keys = _new(k, B, Hkv, n_level, n_buckets, 2 * D if bounds else D)
+        _bucket_keys_kernel[(_cdiv(n_buckets, BUCKET_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
             k, count, n_new, past, keys, totals, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
-            N_BINS=n_bins, BOUNDS=bounds, BLOCK_D=_next_power_of_2(D), **BIN_KEYS)
+            N_BUCKETS=n_buckets, BOUNDS=bounds, BLOCK_D=_next_power_of_2(D), **BUCKET_KEYS)
         return _AddCellKeys.apply(scores, gain, q, keys, row_seen, in_cells, count, softmax_scale), totals
 
 

@@ -548,61 +548,63 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 # -- 5. cell keys, ours: each query's product with what stands for the keys of every cell ----------
 #
 # Random features do not tell single keys apart: without this step the estimate is little more than
-# a mean over all texts. The keys of a sequence are summed up in 2 * width bins, whatever its
+# a mean over all texts. The keys of a sequence are summed up in 2 * width buckets, whatever its
 # length, so this step, too, is causal, linear in T and its state constant. (With sums alone it is
-# linear attention, q sum_j k_j onehot(bin(j))^T, with the identity for phi and one-hot numbers of
-# bins for values.)
+# linear attention, q sum_j k_j onehot(bucket(j))^T, with the identity for phi and one-hot numbers
+# of buckets for values.)
 #
-# These bins are not those of step 7: they get wider while the sequence grows. Whenever it is about
-# to outgrow all bins of 2**e keys, e, the level, rises by one, and bins 2b and 2b + 1 become bin b.
+# Buckets get wider while the sequence grows, unlike the bins of step 7. Whenever it is about to
+# outgrow all buckets of 2**e keys, e, the level, rises by one, and buckets 2b and 2b + 1 become
+# bucket b.
 
 
-def bin_level(seen, n_bins: int):
-    """The smallest e >= 0 for which n_bins bins of 2**e keys hold `seen` (int or tensor) keys."""
+def bucket_level(seen, n_buckets: int):
+    """The smallest e >= 0 for which n_buckets of 2**e keys hold `seen` (int or tensor) keys."""
     if isinstance(seen, int):
-        return (max(0, seen - 1) // n_bins).bit_length()
+        return (max(0, seen - 1) // n_buckets).bit_length()
     if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return next(e for e in range(40) if statically_known_true(seen <= n_bins * 2**e))
-    return (seen[..., None] > n_bins * 2 ** torch.arange(40, device=seen.device)).sum(-1)
+        return next(e for e in range(40) if statically_known_true(seen <= n_buckets * 2**e))
+    return (seen[..., None] > n_buckets * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
-def bin_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
+def bucket_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
              past: Tensor) -> Tensor:
-    """Sums of the keys in each bin of 2**level keys, bin b from rank b * 2**level on:
-    (B, Hkv, n_bins, D).
+    """Sums of the keys in each bucket of 2**level keys, bucket b from rank b * 2**level on:
+    (B, Hkv, n_buckets, D).
 
-    k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_bins, D): the sums before the new
-    keys, `rise` levels lower. Keys that no bin holds are left out.
+    k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_buckets, D): the sums before the new
+    keys, `rise` levels lower. Keys that no bucket holds are left out.
     """
-    n_bins, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
-    bins = (count[:, None] + i) >> level[:, None]  # (B, T)
-    outside = (bins >= n_bins) | (i >= n_new[:, None])
-    bins_of_past = (torch.arange(n_bins, device=k.device) >> rise).expand(len(k), -1)
-    sums = _add_to_bins(torch.zeros_like(past), past, bins_of_past)
+    n_buckets, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
+    buckets = (count[:, None] + i) >> level[:, None]  # (B, T)
+    outside = (buckets >= n_buckets) | (i >= n_new[:, None])
+    buckets_of_past = (torch.arange(n_buckets, device=k.device) >> rise).expand(len(k), -1)
+    sums = _add_to_buckets(torch.zeros_like(past), past, buckets_of_past)
     k = k.masked_fill(outside[:, None, :, None], 0)  # not times 0, which leaves inf a nan
-    return _add_to_bins(sums, k, bins.clamp(max=n_bins - 1))
+    return _add_to_buckets(sums, k, buckets.clamp(max=n_buckets - 1))
 
 
-def _add_to_bins(sums: Tensor, x: Tensor, bins: Tensor) -> Tensor:
-    """x (B, heads, N, size) added to sums (B, heads, n_bins, size) at bins (B, N)."""
-    return sums.scatter_add(2, bins[:, None, :, None].expand_as(x), x)
+def _add_to_buckets(sums: Tensor, x: Tensor, buckets: Tensor) -> Tensor:
+    """x (B, heads, N, size) added to sums (B, heads, n_buckets, size) at buckets (B, N)."""
+    return sums.scatter_add(2, buckets[:, None, :, None].expand_as(x), x)
 
 
-def bin_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
+def bucket_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
              past: Tensor) -> Tensor:
-    """As bin_sums, the largest number in each dimension instead of the sum; 0 for an empty bin."""
-    n_bins, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
-    number = torch.arange(n_bins, device=x.device)
-    bins = (count[:, None] + i) >> level[:, None]  # (B, T)
-    outside = (bins >= n_bins) | (i >= n_new[:, None])
-    was_empty = (number << (level[:, None] - rise)) >= count[:, None]  # (B, n_bins)
+    """As bucket_sums, but the largest number in each dimension; 0 where there is none."""
+    n_buckets, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
+    number = torch.arange(n_buckets, device=x.device)
+    buckets = (count[:, None] + i) >> level[:, None]  # (B, T)
+    outside = (buckets >= n_buckets) | (i >= n_new[:, None])
+    was_empty = (number << (level[:, None] - rise)) >= count[:, None]  # (B, n_buckets)
     x = torch.cat([past.masked_fill(was_empty[:, None, :, None], -math.inf),
                    x.masked_fill(outside[:, None, :, None], -math.inf)], dim=2)
-    bins = torch.cat([(number >> rise).expand(len(x), -1), bins.clamp(max=n_bins - 1)], dim=1)
-    bins, tops = bins[:, None, :, None].expand_as(x), torch.full_like(past, -math.inf)
-    tops = tops.scatter_reduce(2, bins, x, "amax")
+    of_past = (number >> rise).expand(len(x), -1)
+    buckets = torch.cat([of_past, buckets.clamp(max=n_buckets - 1)], dim=1)
+    buckets, tops = buckets[:, None, :, None].expand_as(x), torch.full_like(past, -math.inf)
+    tops = tops.scatter_reduce(2, buckets, x, "amax")
     is_empty = (number << level[:, None]) >= (count + n_new)[:, None]
     return tops.masked_fill(is_empty[:, None, :, None], 0)
 
@@ -611,31 +613,31 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
                     softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                     bounds: bool) -> tuple[Tensor, Tensor]:
     """max(s - s_max, -32) of add_cell_keys, at least fp32, and its second result."""
-    n_bins, D = 2 * width, k.shape[3]
+    n_buckets, D = 2 * width, k.shape[3]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
     cells, n_parts = torch.arange(width, device=q.device), 2 if bounds else 1
     # The key in the middle of each cell or, with bounds, those in the middle of its halves.
     middles = [(2 * (n_parts * cells + i) + 1) * in_cells[..., None] // (2 * n_parts * width)
                for i in range(n_parts)]  # (B, R, width) each
-    row_level, next_level = bin_level(row_seen, n_bins), bin_level(count + n_new, n_bins)
-    first_level = bin_level(count, n_bins)  # that of past
+    row_level, level_of_past, next_level = (
+        bucket_level(n, n_buckets) for n in (row_seen, count, count + n_new))
     scores, totals = q.new_zeros(*q.shape[:3], width), past
-    # T new keys end at most one level above the higher of bin_level(count) and bin_level(T).
-    for rise in range(bin_level(k.shape[2], n_bins) + 2):
-        level = first_level + rise  # (B,)
-        of_level = bin_sums(k, level, rise, count, n_new, past[..., :D])
+    # T new keys end at most one level above the higher of bucket_level(count) and bucket_level(T).
+    for rise in range(bucket_level(k.shape[2], n_buckets) + 2):
+        level = level_of_past + rise  # (B,)
+        of_level = bucket_sums(k, level, rise, count, n_new, past[..., :D])
         keys, queries = of_level / 2 ** level[:, None, None, None], q
         if bounds:  # as in boxes, step 7
-            tops = bin_tops(torch.cat([k, -k], dim=-1), level, rise, count, n_new, past[..., D:])
+            tops = bucket_tops(torch.cat([k, -k], dim=-1), level, rise, count, n_new, past[..., D:])
             high, low = tops[..., :D], -tops[..., D:]
             keys = torch.cat([keys / 2 + (high + low) / 4, (high - low) / 4], dim=-1)
             queries, of_level = torch.cat([q, q.abs()], dim=-1), torch.cat([of_level, tops], dim=-1)
         products = queries @ repeat_heads(keys, q.shape[1]).mT
         e = level[:, None, None]
         last_full = (row_seen[..., None] >> e) - 1
-        bins = [torch.minimum(j >> e, last_full).clamp(0, n_bins - 1) for j in middles]
-        of_parts = [products.gather(-1, x[:, None].expand_as(scores)) for x in bins]
+        buckets = [torch.minimum(j >> e, last_full).clamp(0, n_buckets - 1) for j in middles]
+        of_parts = [products.gather(-1, x[:, None].expand_as(scores)) for x in buckets]
         best = torch.stack(of_parts).amax(0)
         scores = torch.where((row_level == level[:, None])[:, None, :, None], best, scores)
         totals = torch.where((next_level == level)[:, None, None, None], of_level, totals)
@@ -648,22 +650,22 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """scores + gain * max(s - s_max, -32): (B, E, R, width). s is the scaled product of q with what
     stands for a cell's keys, s_max the row's largest. Differs: the paper has no such term.
 
-    The keys of a row lie in 2 * width bins of 2**e keys, e as small as can be: a bin has one key,
-    or at most 1 / width of those seen. A cell looks at the bin in its middle or, where that is not
-    full yet, at the last full one:
+    The keys of a row lie in 2 * width buckets of 2**e keys, e as small as can be: a bucket has one
+    key, or at most 1 / width of those seen. A cell looks at the bucket in its middle or, where that
+    is not full yet, at the last full one:
 
-        without bounds   s = softmax_scale * q . mean of the bin's keys
+        without bounds   s = softmax_scale * q . mean of the bucket's keys
         with bounds      half that and half an upper bound of q's products with its keys (boxes),
-                         in which a single key stands out; of two bins, those in the middle of the
-                         cell's halves, the larger s
+                         in which a single key stands out; of two buckets, those in the middle of
+                         the cell's halves, the larger s
 
     Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up
     attention.
 
     scores (B, E, R, width), gain (E,); q (B, E, R, D) of the rows, which see row_seen (B, R) keys,
     in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and
-    the second result (B, Hkv, 2*width, D): bin_sums before the new keys, at the level of count, and
-    after them; with bounds (B, Hkv, 2*width, 3D): the sums, then bin_tops of [k ; -k].
+    the second result (B, Hkv, 2*width, D): bucket_sums before the new keys, at the level of count,
+    and after them; with bounds (B, Hkv, 2*width, 3D): the sums, then bucket_tops of [k ; -k].
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
     trained mainly through this term. The limit of -32 keeps layers whose products lie thousands
@@ -1058,7 +1060,7 @@ class SEAState:
         B, H, Hkv, D = len(q), config.n_head, config.kv_heads, config.d_head
         none = q.new_empty(B, Hkv, 0, D)
         rows = q.new_empty(B, 2 * H, 0, CausalCNN.image_width(config.width))
-        n_bins = 2 * config.width if config.causal and config.cell_keys else 0
+        n_buckets = 2 * config.width if config.causal and config.cell_keys else 0
         fp32 = dict(dtype=at_least_fp32(q[:0]).dtype, device=q.device)
         return cls(
             count=torch.zeros(B, dtype=torch.long, device=q.device),
@@ -1068,7 +1070,7 @@ class SEAState:
             conv_rows=(rows, rows),
             last_scores=q.new_empty(B, config.n_estimates, 0, config.width),
             last_gates=q.new_empty(B, H, 0, 2),
-            key_sums=torch.zeros(B, Hkv, n_bins, 3 * D if config.has_bins else D, **fp32),
+            key_sums=torch.zeros(B, Hkv, n_buckets, 3 * D if config.has_bins else D, **fp32),
             k=none,
             v=none,
         )
