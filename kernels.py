@@ -374,7 +374,7 @@ def _softmax(x):
 #   bins (B, C, T, n_listed) int32
 # fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
 # dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
-# nor written. Limits: MAX_RANKED, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round
+# nor written. Limits: MAX_WIDTH, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round
 # differently.
 @triton.jit
 def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
@@ -1483,16 +1483,16 @@ def supports(config, dtype: torch.dtype) -> str | None:
     if config.has_bins and config.group not in BIN_GROUPS:
         return f"group {config.group} with bins: one of {BIN_GROUPS} only, since each chooser ranks its own"
     D, m, width = config.d_head, config.n_features, config.width
-    heads = config.n_head if config.group == "causal_batch" else config.n_head // config.n_choosers
-    tiles = _select_tiles(heads, width)
-    n_ranked = tiles["BLOCK_H"] * tiles["BLOCK_P"]
     limits = [
         ("d_head", D, MAX_D_HEAD, "tiles of queries and keys must fit into registers"),
         ("width", width, MAX_WIDTH, "its square has to fit into 32 bits"),
-        (f"n_head x width = {heads} x {width}, padded to powers of two,", n_ranked, MAX_RANKED,
-         "one program ranks all cells that compete"),
     ]
-    if config.has_bins:
+    if not config.has_bins:
+        heads = config.n_head if config.group == "causal_batch" else 1
+        tiles = _select_tiles(heads, width)
+        limits += [(f"n_head x width = {heads} x {width}, padded to powers of two,",
+                    tiles["BLOCK_H"] * tiles["BLOCK_P"], MAX_RANKED, "one program ranks all cells that compete")]
+    else:
         _, n_candidate = _candidates(config, config.topk, width, config.max_positions)
         limits += [(f"candidates of topk {config.topk},", n_candidate, MAX_CANDIDATES,
                     "one program ranks them all")]
