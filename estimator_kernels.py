@@ -1504,7 +1504,7 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
 
 # -- products with what stands for the keys of each cell ---------------------------------------------
 
-BUCKET_KEYS = dict(BLOCK_B=4, BLOCK_N=8, num_warps=2)
+BUCKET_KEYS = dict(BLOCK_B=16, BLOCK_N=8, num_warps=4)
 CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more are slower there
 
 
