@@ -1270,7 +1270,8 @@ def draw_curves(rows: dict[str, dict], path: Path, seq_len: int, device: str,
 def draw_curve(axis, points: dict, lines: dict, field: str, label: str) -> None:
     for name, line in points.items():
         found = {k: row[field] for k, row in line.items() if field in row}  # an oracle has no time
-        axis.plot(list(found), list(found.values()), marker="o", label=name)
+        if found:
+            axis.plot(list(found), list(found.values()), marker="o", label=name)
     for style, (name, row) in zip(("--", ":", "-.") * len(lines), lines.items()):
         axis.axhline(row[field], linestyle=style, color="gray", label=name)
     ticks = sorted({k for line in points.values() for k in line})

@@ -733,6 +733,9 @@ def test_curves_are_drawn_from_their_fields(tmp_path, monkeypatch):
         drawn = {line.get_label(): line for line in axis.lines}
         assert list(drawn["sea"].get_xdata()) == [2, 4] and list(drawn["sea"].get_ydata()) == student
         assert set(drawn["teacher"].get_ydata()) == {teacher}
+    untimed = {name: {field: x for field, x in row.items() if field != "attention_ms" or name == "teacher"} for name, row in rows.items()}
+    evaluate.draw_curves(untimed, tmp_path / "oracle", 16, "CPU")
+    assert [line.get_label() for line in figures[1].axes[1].lines] == ["teacher"]
 
 
 def other_student(kind: str = "opt", **options) -> tuple[torch.nn.Module, torch.nn.Module]:
