@@ -284,12 +284,12 @@ BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 CHOOSE = dict(  # programs: 16 on each of an H100's multiprocessors; scratch: numbers in its L2 cache
-    programs=2112, scratch=2**23, per_warp=512, BLOCK_N=32)
+    programs=2112, scratch=2**24, per_warp=1024, BLOCK_N=64)
 
 
 def _choose_tiles(dtype: torch.dtype, d_head: int, width: int, n_candidate: int, stride: int,
                   is_step: bool) -> dict:
-    """Up to 16 candidates per thread and queries of a row together. A decoding step has 8 warps at least."""
+    """Up to 32 candidates per thread and queries of a row together. A decoding step has 8 warps at least."""
     block_p, block_c = (max(32, _next_power_of_2(n)) for n in (width, n_candidate))
     is_half = dtype != torch.float32  # fp32 dots run without tensor cores
     block_d, num_warps = _dot_block(d_head, dtype), max(block_p // 1024, block_c // CHOOSE["per_warp"])

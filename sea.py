@@ -765,8 +765,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T)
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
     are C = config.n_choosers choices: H or, in group "kv", Hkv, where q below is the mean query of
-    the heads that share keys. With a stride the queries of a row share its candidates, but each
-    chooses for itself.
+    the heads that share keys, in the dtype of q. With a stride the queries of a row share its
+    candidates, but each chooses for itself.
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
@@ -786,7 +786,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     in_best_cells = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False)  # bins for keys
     is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
-        q = mean_of_heads(at_least_fp32(q), C) * softmax_scale  # (B, C, T, D)
+        q = at_least_fp32(mean_of_heads(q, C)) * softmax_scale  # (B, C, T, D)
         products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
         lowest = torch.finfo(products.dtype).min
         # Keeps a choice's ranking, and makes choices that are ranked together comparable.

@@ -323,7 +323,8 @@ def test_fused_softmax_selects_the_same_up_to_its_rounding(case):
 
 @dataclass
 class Choice:
-    """A call of choose_bins, as numbers. `exact`: small integers, of which products and means are exact and many tie."""
+    """A call of choose_bins, as numbers. `exact`: small integers, of which products, and means of a power of two, are exact
+    and many tie."""
 
     dtype: torch.dtype
     group: str
@@ -342,6 +343,10 @@ class Choice:
     exact: bool
     layout: str
     seed: int
+
+    @property
+    def is_exact(self):
+        return self.exact and self.bin.bit_count() == 1
 
     def config(self):
         _, Hkv, group = self.heads
@@ -413,7 +418,7 @@ def check_choose_bins(case):
         bins = kernels.choose_bins(*args, order=order)
     assert bins.dtype == torch.int32 and bins.shape == expected.shape
     equal = (bins == expected).all(-1)
-    sure = torch.ones_like(equal) if case.exact else ~unsure_rows(case, *args, order=order)
+    sure = torch.ones_like(equal) if case.is_exact else ~unsure_rows(case, *args, order=order)
     assert (equal | ~sure).all(), case
     assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()  # also where rounding decides
     assert torch.equal((bins != sea.NONE).sum(-1), (expected != sea.NONE).sum(-1))
@@ -437,7 +442,7 @@ def test_a_step_chooses_the_bins_of_the_whole_call(case):
     config, (scores, q, k, seen, row, row_seen, order) = case.config(), case.tensors()
     args = config.topk, config, 0.5
     whole = kernels.choose_bins(scores, q, k, seen, row, row_seen, *args, order=order)
-    sure = case.exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
+    sure = case.is_exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
     with mock.patch.object(kernels, "_boxes_kernel", None):
         steps = [kernels.choose_bins(scores, q[:, :, i : i + 1], k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, *args,
                                      order=order) for i in range(q.shape[2])]
@@ -1508,8 +1513,9 @@ def test_distillation_is_the_same_on_both_backends(stride, cell_keys, topk, bin)
         teacher.set_attn_implementation("sea_teacher")
         student = convert.attach(tiny("opt").to(DEVICE), width=8, topk=topk, backend=backend, query_stride=stride,
                                  cell_keys=cell_keys, bin=bin, local=2, first=1, candidates=2)
+        x = tokens(32 if CUDA else 2).to(DEVICE)  # many, since rounding changes the side of a few ReLUs
         with torch.autocast(DEVICE, dtype) if dtype is not None else contextlib.nullcontext():
-            terms = distill.distillation_losses(student, teacher, tokens().to(DEVICE), distill.LossWeights(score=1.0))
+            terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(score=1.0))
         sum(terms.values()).backward()
         modules = student.named_modules() if topk > SEQ else [("all", student)]
         grads = {name: [p.grad.flatten() for p in module.parameters(topk <= SEQ)] for name, module in modules}
