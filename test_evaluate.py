@@ -962,7 +962,10 @@ def test_the_figure_of_keys_is_of_what_was_measured(option, x, tmp_path):
     names = runpy.run_path(str(Path(evaluate.__file__).parent / "results/keys.py"))
     scale = 1 if x == "keys" else 0.5
     assert names["lines"](reports[0] | reports[1], x) == dict(
-        teacher=[(64 * scale, 1.1)], dense=[(64 * scale, 1.0)], performer=[(64 * scale, 9.0)], sea=[(8 * scale, 1.4), (16 * scale, 1.2)])
+        teacher=[(64 * scale, 1.1, 64.0)], dense=[(64 * scale, 1.0, 64.0)], performer=[(64 * scale, 9.0, 64.0)],
+        sea=[(8 * scale, 1.4, 8.0), (16 * scale, 1.2, 16.0)])
+    untimed = {name: dict(ppl=x["ppl"], keys=x["keys"]) for name, x in reports[0].items()}
+    assert names["lines"](untimed, "attention_ms") == {}
     pytest.importorskip("matplotlib", reason="draws the figure")
     figure = tmp_path / "figure.png"
     argv = ["keys.py", *option, str(figure), f"a title={tmp_path}/0.json,{tmp_path}/1.json"]

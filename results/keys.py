@@ -4,7 +4,8 @@
     python results/keys.py --time FIGURE.png ...     against the time of attention in all layers
 
 Perplexity over that of the model named dense, or else of the teacher, of each student at its own number of
-keys and at each of --topk. Models without such a number are horizontal lines, against time points.
+keys and at each of --topk. Models without such a number are horizontal lines, against time
+points, and each point of a line has its number of keys.
 """
 
 import json
@@ -18,13 +19,13 @@ import evaluate
 AXES = {"keys": "keys per query and head", "attention_ms": "ms for attention in all layers"}
 
 
-def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (x, perplexity over dense), by x; one point for models without a choice."""
+def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Name -> (x, perplexity over dense, keys a query), by x; one point for models without a choice."""
     base = models.get("dense", models["teacher"])["ppl"]
     found = {}
     for name, row in models.items():
         if x in row:  # an oracle has no time
-            found.setdefault(row.get("student", name), []).append((row[x], row["ppl"] / base))
+            found.setdefault(row.get("student", name), []).append((row[x], row["ppl"] / base, row["keys"]))
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -39,9 +40,12 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
         flat = {name: points[0] for name, points in found.items() if len(points) == 1}
         curves = {name: points for name, points in found.items() if len(points) > 1}
         for name, points in curves.items():
-            axis.plot(*zip(*points), marker="o", label=name)
-        highest = max(y for points in curves.values() for _, y in points)
-        for style, (name, (place, y)) in zip(("--", ":", "-.") * len(flat), flat.items()):
+            places, ys, keys = zip(*points)
+            axis.plot(places, ys, marker="o", label=name)
+            for i, n in enumerate(keys if x == "attention_ms" else ()):
+                axis.annotate(f"{n:.0f}", (places[i], ys[i]), (4, 4), textcoords="offset points", fontsize=8)
+        highest = max(y for points in curves.values() for _, y, _ in points)
+        for style, (name, (place, y, _)) in zip(("--", ":", "-.") * len(flat), flat.items()):
             if y <= 1.1 * highest and x == "attention_ms":
                 axis.plot(place, y, "s", label=name)
             elif y <= 1.1 * highest:
