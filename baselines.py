@@ -29,7 +29,7 @@ class PerformerAttention(nn.Module):
     """
 
     # what it has no use for, with any topk
-    of_config: ClassVar[dict] = dict(cell_keys=False, cnn=True, bin=0, group=None)
+    of_config: ClassVar[dict] = dict(cell_keys=False, cnn=True, bin=0, group=None, dense_below=0)
 
     def __init__(self, config: SEAConfig):
         super().__init__()
@@ -93,7 +93,8 @@ class WindowAttention(nn.Module):
     that is not causal or has no bins.
     """
 
-    of_config: ClassVar[dict] = dict(local=1, query_stride=1)  # what it has no use for, with any topk
+    # what it has no use for, with any topk
+    of_config: ClassVar[dict] = dict(local=1, query_stride=1, dense_below=0)
 
     def __init__(self, config: SEAConfig):
         super().__init__()

@@ -285,6 +285,12 @@ def attention_csr(q: Tensor, k: Tensor, result: SEAOutput, softmax_scale: float 
             else:  # unpack one head at a time
                 mask = type(cells)(cells.bits[b : b + 1, h : h + 1], cells.width).unpack()[0, 0]
             query, key = _keys_in_cells(mask[row] & (seen > 0)[:, None], seen)
+        if result.dense_below:
+            is_dense = result.is_dense[b]
+            all_query, all_key = _keys_in_cells(is_dense[:, None], seen)  # one cell for all keys
+            query, key = query[~is_dense[query]], key[~is_dense[query]]
+            query, order = torch.cat([query, all_query]).sort(stable=True)
+            key = torch.cat([key, all_key])[order]
         return _softmax_csr(at_least_fp32(q[b, h]) * scale, at_least_fp32(k[b, h // group]), query, key, block)
 
     return [[matrix(b, h) for h in range(H)] for b in range(B)]
@@ -413,7 +419,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
 OF_BINS = ("bin", "local", "first", "candidates")  # which students from before there were bins do not have
-OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "query_stride", "backend")
+OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "query_stride", "dense_below", "backend")
 # The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
 # warning and run dense attention; so they refuse an attention of this name, and repeat it.
 ONLY_LOAD = "that of a SEA student, to be loaded by convert.load"

@@ -569,11 +569,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, "
-        "topk, bin, local, first, candidates, query_stride, nbf, cell_keys and cnn (true or false), "
-        "group, backend, max_positions (rows of the position table of each layer: unless given the "
+        "topk, bin, local, first, candidates, query_stride, dense_below, nbf, cell_keys and cnn (true or "
+        "false), group, backend, max_positions (rows of the position table of each layer: unless given the "
         "model's positions, which may be far more than --seq-len trains); without --model, width=64 "
         "topk=16 bin=2 local=4 first=2 unless given; with --load only what no weight depends on: topk, "
-        "group, bin, local, first, candidates, query_stride, backend and, without a CNN, width")
+        "group, bin, local, first, candidates, query_stride, dense_below, backend and, without a CNN, "
+        "width")
     add("--loss", type=evaluate.settings(LossWeights), **groups, help="weights of terms: ce=0.1 "
         "hidden=5 kd=0.2 score=0 unless given. Where a few hidden states are huge, as Llamas tend to "
         "have them at the first token, they are most of the loss: hidden=0.005 is better there")

@@ -1063,7 +1063,8 @@ def estimate_report(student: convert.Record, teacher: convert.Record) -> Tensor:
         shares = shares_in_bins(result, teacher)
     else:
         masks = result.mask, sea.topk_mask(best.softmax(-1), seen, config.topk, config.group)
-        shares = [(pooled.cells * mask).sum(-1).mean() for mask in masks]
+        shares = [torch.where(result.is_dense[:, None], 1.0, (pooled.cells * mask).sum(-1)).mean()
+                  for mask in masks]
     return torch.stack([kl(result.scores, result.row), kl(best), *shares])
 
 
@@ -1082,7 +1083,8 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
         best = a.topk(min(bins.shape[-1], a.shape[-1]), -1).values
         best = best * (torch.arange(best.shape[-1], device=a.device) < n)
         kept = F.pad(a, (0, 1)).gather(-1, bins.clamp(max=a.shape[-1]))
-        shares.append(torch.stack([kept.sum(-1), best.sum(-1)]))
+        found = torch.stack([kept.sum(-1), best.sum(-1)])  # (2, B, C, rows)
+        shares.append(torch.where(result.is_dense[:, None, rows], 1.0, found))
     return list(torch.cat(shares, dim=-1).mean((1, 2, 3)))
 
 

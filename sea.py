@@ -128,6 +128,7 @@ class SEAConfig:
     first: int = 2  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete for each that is chosen, at most
     query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
+    dense_below: int = 0  # a query that sees fewer keys attends to all of them (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
     cell_keys: bool = True  # step 5 (causal)
@@ -150,7 +151,7 @@ class SEAConfig:
         kv = self.kv_heads
         divides = is_integer(kv) and kv >= 1 and self.n_head % kv == 0
         _expect(divides, "n_kv_head", f"a divisor of n_head = {self.n_head}", repr(kv))
-        for name in ("bin", "first"):
+        for name in ("bin", "first", "dense_below"):
             value = getattr(self, name)
             _expect(is_integer(value) and value >= 0, name, "an integer >= 0", repr(value))
         ok = is_integer(self.local) and self.local >= 1 or not self.has_bins
@@ -169,6 +170,8 @@ class SEAConfig:
                 "against later queries'", repr(self.group))
         _expect(self.query_stride == 1 or self.causal, "query_stride", "1 unless causal",
                 self.query_stride)
+        _expect(self.dense_below == 0 or self.causal, "dense_below", "0 unless causal",
+                self.dense_below)
         _expect(self.cnn or self.causal and self.cell_keys, "cnn",
                 "True unless causal, with cell_keys", self.cnn)
         if self.has_bins:
@@ -970,6 +973,20 @@ def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
     return torch.cat(outs, dim=2)
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softmax_scale: float,
+                    is_first: bool) -> Tensor:
+    """softmax(q k^T * softmax_scale) v over all keys that each query sees: (B, H, T, D), anything
+    for a query with no key.
+
+    q (B, H, T, D); k, v (B, Hkv, S, D) by rank; seen (B, T). is_first: the queries are those of the
+    T first keys, so that PyTorch needs no mask to know what they see.
+    """
+    k, v = (repeat_heads(x[:, :, : q.shape[2]] if is_first else x, q.shape[1]) for x in (k, v))
+    sees = torch.arange(k.shape[2], device=k.device) < seen.clamp(min=1)[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, None if is_first else sees, is_causal=is_first,
+                                          scale=softmax_scale)
+
+
 def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
                       softmax_scale: float | None = None) -> Tensor:
     """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with
@@ -1122,6 +1139,7 @@ class SEAOutput:
     in_cells: Tensor | None = None  # (B, T), keys that a query's cells share out, see SEAConfig
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
+    dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
 
     @property
     def probs(self) -> Tensor | None:
@@ -1142,16 +1160,26 @@ class SEAOutput:
     def attended(self, n_keys: int) -> Tensor:
         """Which keys each query attends to, bool (B, H, T, n_keys)."""
         if self.bins is None:
-            return expand_mask(self.mask, self.seen, n_keys)
-        keep = expand_bins(self.bins, self.seen, n_keys, self.bin)
-        return repeat_heads(keep, self.out.shape[1])
+            keep = expand_mask(self.mask, self.seen, n_keys)
+        else:
+            keep = expand_bins(self.bins, self.seen, n_keys, self.bin)
+            keep = repeat_heads(keep, self.out.shape[1])
+        sees = torch.arange(n_keys, device=keep.device) < self.seen[:, None, :, None]
+        return torch.where(self.is_dense[:, None, :, None], sees, keep)
 
     def n_attended(self) -> Tensor:
         """How many keys each query attends to: (B, H, T), or (B, C, T) with bins."""
         if self.bins is None:
-            return (self.mask * keys_per_cell(self.seen, self.mask.shape[-1])[:, None]).sum(-1)
-        begin = self.bins.long() * self.bin
-        return (self.seen[:, None, :, None] - begin).clamp(0, self.bin).sum(-1)
+            n = (self.mask * keys_per_cell(self.seen, self.mask.shape[-1])[:, None]).sum(-1)
+        else:
+            begin = self.bins.long() * self.bin
+            n = (self.seen[:, None, :, None] - begin).clamp(0, self.bin).sum(-1)
+        return torch.where(self.is_dense[:, None], self.seen[:, None], n)
+
+    @property
+    def is_dense(self) -> Tensor:
+        """Which queries attend to all keys that they see, (B, T)."""
+        return (self.seen > 0) & (self.seen < self.dense_below)
 
 
 # -- the border: valid tokens first, and the rows to estimate --------------------------------------
@@ -1401,9 +1429,10 @@ class SEAttention(nn.Module):
         it may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV
         cache, so the state carries none. For one query k and v may be a static buffer of up to
         max_positions, longer than the tokens so far: the new token of sequence b stands at
-        state.count[b], and any finite numbers follow. rows_at_once: compute this many queries at a
-        time, each chunk with the state of the one before (causal only): the same output and state,
-        less memory, no scores, cells or bins. Raises ValueError if arguments do not fit.
+        state.count[b], and any finite numbers follow (not below config.dense_below keys).
+        rows_at_once: compute this many queries at a time, each chunk with the state of the one
+        before (causal only): the same output and state, less memory, no scores, cells or bins.
+        Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
@@ -1418,23 +1447,75 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
                                                        scale, past)
-        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells)
-        if config.has_bins:
-            result.bin = config.bin
-            result.bins = ops.choose_bins(scores, tokens.q, tokens.keys, rows.seen, rows.row,
-                                          rows.row_seen, topk, config, scale,
-                                          order=tokens.key_order)
-            sparse = ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, rows.seen,
-                                       scale, bin=config.bin, order=tokens.key_order)
+        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells,
+                           dense_below=config.dense_below)
+        n_dense, all_dense = self.n_dense(past, q.shape[2], valid, kv_cached)
+        if not all_dense:
+            sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale)
+            result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         else:
-            scores_of_heads = repeat_heads(scores, config.n_head)
-            result.cells = ops.select_cells(scores_of_heads, rows.row_seen, topk, config.group)
-            sparse = ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells,
-                                          rows.seen, scale, row=rows.row, order=tokens.key_order)
-        result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
+            self.choose_nothing(result)
+            state.v_sum = past.v_sum + at_least_fp32(tokens.v).sum(2)
+        if n_dense:
+            is_first = valid is None and past.n_tokens == 0
+            dense = self.attend_to_all(tokens, rows.seen, n_dense, scale, is_first)
+            result.out = torch.cat([torch.where(result.is_dense[:, None, :n_dense, None], dense,
+                                                result.out[:, :, :n_dense]),
+                                    result.out[:, :, n_dense:]], dim=2)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         result.state = state if config.causal else None
         return tokens.back(result)
+
+    def choose_and_attend(self, ops, tokens: Tokens, rows: Rows, result: SEAOutput, topk: int,
+                          softmax_scale: float) -> Tensor:
+        """Steps 6 to 9, (B, H, T, D); notes the choice in `result`."""
+        config, seen = self.config, rows.seen
+        if config.has_bins:
+            result.bin = config.bin
+            result.bins = ops.choose_bins(result.scores, tokens.q, tokens.keys, seen, rows.row,
+                                          rows.row_seen, topk, config, softmax_scale,
+                                          order=tokens.key_order)
+            return ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, seen,
+                                     softmax_scale, bin=config.bin, order=tokens.key_order)
+        scores = repeat_heads(result.scores, config.n_head)
+        result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
+        return ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, seen,
+                                    softmax_scale, row=rows.row, order=tokens.key_order)
+
+    def n_dense(self, past: SEAState, T: int, valid: Tensor | None,
+                kv_cached: bool) -> tuple[int, bool]:
+        """How many queries, from the first one on, may see fewer than dense_below keys in one
+        sequence or another; and whether all do in each."""
+        most = self.config.dense_below - 1
+        if most < 1:
+            return 0, False
+        fewest = highest = past.n_tokens
+        if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU has to be waited for
+            fewest, highest = (int(x) for x in past.count.aminmax())
+        return min(max(most - fewest, 0), T), highest + T <= most
+
+    def attend_to_all(self, tokens: Tokens, seen: Tensor, n: int, softmax_scale: float,
+                      is_first: bool) -> Tensor:
+        """The first n queries, (B, H, n, D)."""
+        k, v, order = tokens.keys, tokens.values, tokens.key_order
+        seen, n_key = seen[:, :n], min(k.shape[2], self.config.dense_below - 1)
+        if order is None:
+            k, v = k[:, :, :n_key], v[:, :, :n_key]
+        else:
+            k, v = (take(x, order[:, :n_key]) for x in (k, v))
+            k, v = (x.masked_fill(~is_token(x, seen.amax(1)), 0) for x in (k, v))
+        return dense_attention(tokens.q[:, :, :n], k, v, seen, softmax_scale, is_first)
+
+    def choose_nothing(self, result: SEAOutput) -> None:
+        """The choice of a call whose queries all attend to all keys."""
+        B, H, T, _ = result.out.shape
+        config, result.out = self.config, torch.zeros_like(result.out)
+        if config.has_bins:
+            result.bin = config.bin
+            result.bins = result.seen.new_empty(B, config.n_choosers, T, 0, dtype=torch.int32)
+        else:
+            n_rows = result.scores.shape[2]
+            result.cells = result.seen.new_zeros(B, H, n_rows, config.width, dtype=torch.bool)
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""
@@ -1512,6 +1593,11 @@ class SEAttention(nn.Module):
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
+        n_past = 0 if state is None else state.n_tokens
+        is_buffer = kv_cached and k.shape[2] > n_past + q.shape[2]
+        _expect(not is_buffer or n_past + 1 >= self.config.dense_below, "k",
+                f"no static buffer until a query sees dense_below = {self.config.dense_below} keys",
+                f"one of {k.shape[2]} for {n_past + 1}")
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
                 f"at most max_positions = {longest} tokens, padding included", total)

@@ -532,6 +532,30 @@ def test_generate_gives_the_tokens_of_full_recomputation(kind, options, padded, 
         assert torch.equal(out, recomputed(model, x, mask.bool(), 9)), options
 
 
+@pytest.mark.parametrize("kind, bin, cnn", [("opt", 2, True), ("llama", 0, True), ("llama", 2, False)])
+@torch.no_grad()
+def test_a_student_is_its_model_up_to_dense_below(kind, bin, cnn, tmp_path):
+    """Logits and tokens of the plain model, padded, too; then one whose queries begin to choose while it generates."""
+    plain, x = tiny(kind), tokens(n=7)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    call = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=1)
+    model = convert.attach(tiny(kind), **{**SEA, "bin": bin}, cnn=cnn, dense_below=SEQ + 1)
+    # a rotary student counts positions from the first token
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    torch.testing.assert_close(model(x, attention_mask=mask).logits[mask.bool()],
+                               plain(x, attention_mask=mask, position_ids=position).logits[mask.bool()])
+    for m in (plain, model):
+        m.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(x, **call), plain.generate(x, **call))
+    convert.set_option(model, dense_below=10)
+    convert.save(model, tmp_path / "student")
+    model = convert.load(tmp_path / "student")
+    assert all(m.sea.config.dense_below == 10 for m in convert.attention_modules(model))
+    model.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(x, **call), recomputed(model, x, mask.bool(), 9))
+
+
 @pytest.mark.parametrize("kind, bin", [("opt", 2), ("llama", 2), ("llama", 0)])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @torch.no_grad()

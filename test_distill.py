@@ -935,7 +935,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
 
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
-    (["--sea", "widht=8"], ("--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, "
+    (["--sea", "widht=8"], ("--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, dense_below, "
                             "nbf, max_positions, cell_keys, cnn, backend, got 'widht=8'")),
     (["--sea", "topk=6"], "--sea topk: expected at least 7, since on average as many first and last keys are always attended to, got 6"),
     (["--sea", "bin=0", "group=kv"], "--sea bin: expected bins for group kv, got 0"),
@@ -945,7 +945,7 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--sea", "n_head=3"], "--sea: expected NAME=VALUE with one of"),
     (["--sea", "nbf=0"], "--sea nbf: expected a number > 0, got 0.0"),
     (["--batch", "6", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 6 sequences of a process, got 4"),
-    (["--load", "x", "--sea", "width=8"], ("--sea: expected topk, group, bin, local, first, candidates, query_stride, backend only with --load, "
+    (["--load", "x", "--sea", "width=8"], ("--sea: expected topk, group, bin, local, first, candidates, query_stride, dense_below, backend only with --load, "
                                            "since the saved student has its own of the others, got width")),
     (["--seed", "-1"], "--seed: expected an integer from 0"),
     (["--sea", "max_positions=100"], "--sea max_positions: expected at least --seq-len, 256, got 100"),

@@ -1485,6 +1485,20 @@ def check_decoding(case, first, rtol=1e-3):
                 state = result.state
 
 
+@pytest.mark.parametrize("bin", [4, 0])
+def test_a_layer_that_is_dense_at_first_is_the_same_on_both_backends(bin):
+    """Calls of dense queries alone, of both kinds, and of others: the outputs and choices of the reference's one call."""
+    case = Layer(torch.float32, 24, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1, bin=bin)
+    ours, theirs = (case.layer(backend=backend, dense_below=14) for backend in ("triton", "torch"))
+    (q, k, v), valid, state = case.qkv(), case.valid(), None
+    whole = theirs(q, k, v, valid=valid)
+    for begin, end in ((0, 10), (10, 23), (23, 24)):
+        result = ours(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], valid=valid[:, :end], state=state, kv_cached=True)
+        state = result.state
+        torch.testing.assert_close(result.out, whole.out[:, :, begin:end], rtol=1e-3, atol=1e-4)
+        assert torch.equal(result.attended(24), whole.attended(24)[:, :, begin:end])
+
+
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32)), st.integers(1, 5))
 @example(Layer(torch.float32, 30, 3, (2, 2, 2), 16, 20, 4, True, "gaps", 1), 6)
 @example(Layer(torch.float32, 45, 3, (1, 1, 2), 16, 20, 8, False, "gaps", 2), 4)  # a static buffer, rows of the past

@@ -1,5 +1,6 @@
 """The specification of sea.py, as laws. Each law draws sizes, builds tensors from a seed, and compares in float64."""
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -40,6 +41,7 @@ class Case:
     first: int = 0
     candidates: int = 1
     cnn: bool = True
+    dense_below: int = 0
 
     @property
     def least(self) -> int:
@@ -54,7 +56,7 @@ class Case:
         fields = dict(n_head=self.n_kv_head * self.heads_per_kv, n_kv_head=self.n_kv_head, d_head=self.d_head, width=self.width,
                       topk=self.topk, causal=self.causal, group=self.group, query_stride=self.stride, nbf=1, max_positions=99,
                       cell_keys=self.cell_keys, bin=self.bin, local=self.local, first=self.first, candidates=self.candidates,
-                      cnn=self.cnn)
+                      cnn=self.cnn, dense_below=self.dense_below)
         return SEAConfig(**{**fields, **changes})
 
     def layer(self, kind=SEAttention, **changes) -> torch.nn.Module:
@@ -98,6 +100,7 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2, bins=True):
 
 
 causal_cases = cases(causal=st.just(True))
+dense_at_first = st.builds(lambda case, n: replace(case, dense_below=n), causal_cases, st.sampled_from([0, 0, 2, 6, 99]))
 cases_of_cells = cases(bins=False)
 
 
@@ -139,7 +142,7 @@ def dense_attention(q, k, v, seen):
 # -- causality, streaming, padding -------------------------------------------------------------------------------------
 
 
-@given(causal_cases, st.data())
+@given(dense_at_first, st.data())
 def test_past_ignores_future(case, data):
     """Perturb all later tokens of q, k and v: the estimate, the choice and the output before them stay the same bits."""
     layer, (q, k, v) = case.layer(), case.qkv()
@@ -189,7 +192,7 @@ def split_and_run(layer, q, k, v, valid, cuts, kv_cached):
     return outs
 
 
-@given(causal_cases, st.booleans(), st.booleans(), KINDS, st.data())
+@given(dense_at_first, st.booleans(), st.booleans(), KINDS, st.data())
 def test_any_split_is_one_call(case, kv_cached, padded, kind, data):
     """Chunks of any sizes, one token included, with any padding, at any query stride, give what one call gives."""
     case = of_kind(case, kind)
@@ -210,13 +213,52 @@ def test_any_split_is_one_call(case, kv_cached, padded, kind, data):
     assert torch.equal(parts[-1].state.count, whole.state.count)
 
 
+@given(causal_cases, st.integers(1, 25), st.booleans(), st.data())
+def test_a_query_that_sees_few_keys_attends_to_all(case, dense_below, padded, data):
+    """And every other one is what it is without dense_below, as is the estimate; numbers, choice and matrix agree."""
+    layer, (q, k, v), T = case.layer(), case.qkv(), max(case.tokens)
+    valid = None
+    if padded:
+        valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(q) * T, max_size=len(q) * T))).view(len(q), T)
+    without = layer(q, k, v, valid=valid)
+    layer.config = replace(layer.config, dense_below=dense_below)
+    result = layer(q, k, v, valid=valid)
+    is_dense = (result.seen > 0) & (result.seen < dense_below)
+    assert torch.equal(result.is_dense, is_dense)
+    order = sea.valid_first(torch.ones(len(q), T).bool() if valid is None else valid)
+    exact = dense_attention(q, sea.take(k, order), sea.take(v, order), result.seen)
+    expected = torch.where(is_dense[:, None, :, None], exact, without.out)
+    torch.testing.assert_close(result.out, expected, **CLOSE)
+    sees = (torch.arange(T) < result.seen[..., None])[:, None].expand(-1, q.shape[1], -1, -1)
+    attended = result.attended(T)
+    assert torch.equal(attended, torch.where(is_dense[:, None, :, None], sees, without.attended(T)))
+    n = result.n_attended()
+    assert torch.equal(n.repeat_interleave(q.shape[1] // n.shape[1], 1), attended.sum(-1))
+    k = sea.take(k, order)
+    for ours, theirs in zip(attention_csr(q, k, result), sea.attention_weights(q, k, attended), strict=True):
+        torch.testing.assert_close(torch.stack([x.to_dense() for x in ours]), theirs, **CLOSE)
+    assert torch.equal(result.scores, without.scores)
+    for name, x in tensors_of(without.state).items():
+        torch.testing.assert_close(tensors_of(result.state)[name], x, **CLOSE, msg=lambda m: f"{name}: {m}")
+
+
+def test_a_static_buffer_is_refused_while_its_queries_would_be_dense():
+    """A graph of the step could not tell when they no longer are."""
+    layer = SEAttention(SEAConfig(n_head=1, d_head=4, topk=16, dense_below=4))
+    x = torch.randn(1, 1, 8, 4)
+    for n, dense in ((2, True), (3, False)):
+        state = layer(*(x[:, :, :n] for _ in range(3)), kv_cached=True).state
+        with pytest.raises(ValueError, match="^k: expected no static buffer") if dense else contextlib.nullcontext():
+            layer(x[:, :, :1], x, x, state=state, kv_cached=True)
+
+
 def tensors_of(state) -> dict[str, torch.Tensor]:
     """What a state holds, each of the two conv_rows by a name of its own."""
     values = {name: x if isinstance(x, tuple) else (x,) for name, x in vars(state).items()}
     return {f"{name}[{i}]": x for name, xs in values.items() for i, x in enumerate(xs) if isinstance(x, torch.Tensor)}
 
 
-@given(causal_cases, st.integers(1, 9), st.booleans(), st.booleans(), KINDS, st.data())
+@given(dense_at_first, st.integers(1, 9), st.booleans(), st.booleans(), KINDS, st.data())
 def test_rows_at_once_is_one_call(case, rows, kv_cached, padded, kind, data):
     """Whatever the padding, the query stride and the past: the same output, state and gradients."""
     case = of_kind(case, kind)
