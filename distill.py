@@ -2,7 +2,8 @@
 
     python distill.py                      no download, no GPU: trains a tiny OPT on Python's own
                                            documentation, then distils SEA and two controls from it
-    python distill.py --model opt-125m     facebook/opt-125m, WikiText-2, the paper's rates and steps
+    python distill.py --model opt-125m     facebook/opt-125m, WikiText-2, the paper's rates and steps;
+                                           --teacher-steps N fine-tunes it there first, as the authors do
     python distill.py --model DIR --data FILE [--valid-data FILE]        your own model and text
     python distill.py --model DIR --data FILE --load out/sea --out out/more      a saved student, further
     torchrun --nproc-per-node 2 distill.py ... [--shard]                 several GPUs or CPUs
@@ -39,7 +40,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,10 +84,11 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's, by default as in the paper."""
+    """AdamW's, by default as in the paper, where nothing else is said."""
 
     lr: float = 2e-6  # of pretrained weights, at its peak
     lr_new: float = 1e-4  # of SEA's
+    beta2: float = 0.95  # Differs: 0.999, which takes a thousand steps to come to rest
     schedule: str = "constant"  # or linear or cosine decay to 0
     warmup: int = 0  # steps over which the learning rates rise to their peaks
     weight_decay: float = 0.01  # none on biases and norms
@@ -98,15 +100,34 @@ class OptimizerConfig:
             raise ValueError(f"schedule: expected constant, linear or cosine, got {self.schedule}")
         if not self.clip > 0:
             raise ValueError(f"clip: expected a number > 0, got {self.clip}")
+        if not self.beta2 < 1:
+            raise ValueError(f"beta2: expected a number below 1, got {self.beta2}")
         check_numbers(self)
 
 
-# Where the two jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
-# OptimizerConfig follow as well; --sea cell_keys=false --loss score=1 make the rest the paper's, too.
+# Where the jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
+# OptimizerConfig follow as well; of an OPT that the authors trained, by its name: their numbers.
+# --sea cell_keys=false bin=0 --loss score=1 make the rest theirs, too.
 # Without: found by trying, for two CPU cores.
-PAPER = dict(steps=10_000, batch=32, eval_every=500, sea={}, optimizer={})
-TINY = dict(steps=120, batch=8, eval_every=60, sea=dict(width=64, topk=16, bin=2, local=4, first=2),
+PAPER = dict(steps=10_000, batch=32, eval_every=500, teacher_steps=0, teacher_lr=1e-5, sea={},
+             optimizer={})
+OF_OPT = {
+    "opt-125m": dict(optimizer=dict(beta2=0.999)),
+    "opt-350m": dict(optimizer=dict(beta2=0.999)),
+    "opt-1.3b": dict(batch=36, optimizer=dict(beta2=0.999)),
+    "opt-2.7b": dict(batch=144, optimizer=dict(lr=5e-7, lr_new=5e-6, beta2=0.999)),
+}
+TINY = dict(steps=120, batch=8, eval_every=60, teacher_steps=1000, teacher_lr=3e-3,
+            sea=dict(width=64, topk=16, bin=2, local=4, first=2),
             optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
+# What the authors give their controls with --model, where they have 1e-5 for SEA's 2e-6.
+CONTROL_RATE = 5  # times the rate of SEA's pretrained weights
+PERFORMER_NBF = 1  # random features int(D ln D)
+
+
+def job_of(model: str | None) -> dict:
+    """The settings of the job that --model names."""
+    return PAPER | OF_OPT.get(model, {}) if model else TINY
 
 
 # -- data and teacher ------------------------------------------------------------------------------
@@ -124,16 +145,23 @@ def batch_of(step: int, tokens: Tensor, seq_len: int, batch: int, seed: int) -> 
     return tokens[starts + torch.arange(seq_len)].long()
 
 
-def train_tiny_teacher(args, log: "Log") -> Path:
-    """Train a tiny OPT from scratch on the job's text, unless this run has; returns its folder."""
+def train_teacher(args, log: "Log") -> Path:
+    """A teacher for --teacher-steps on the job's text, unless this run has it: --model, or a tiny OPT
+    from scratch. Returns its folder."""
     folder = Path(args.out) / "teacher"
     if evaluate.rank_and_size()[0] == 0 and not (args.resume and evaluate.run_of(folder) == args.run):
         documents, _ = evaluate.load_texts(args)
-        tokenizer = tiny_tokenizer(documents)
+        if args.model:
+            model, tokenizer = evaluate.load_teacher(args.model, args.seq_len)
+            model.set_attn_implementation("sdpa")
+            model.requires_grad_(True).train()
+        else:
+            tokenizer = tiny_tokenizer(documents)
+            model = tiny_model(len(tokenizer), args.seq_len, args.seed)
         tokens = evaluate.tokenize(documents, tokenizer)
         evaluate.windows(tokens, args.seq_len)  # at least one
         checkpoints.record_run(args)
-        model = tiny_model(len(tokenizer), args.seq_len, args.seed).to(args.device)
+        model.to(args.device)
         train_on_text(model, tokens, args, log)
         model.config.sea_run = args.run
         convert.save(model, folder, tokenizer)
@@ -143,8 +171,8 @@ def train_tiny_teacher(args, log: "Log") -> Path:
 
 
 def train_on_text(model, tokens: Tensor, args, log: "Log") -> None:
-    """As an ordinary causal language model, for --teacher-steps."""
-    optimizer = make_optimizer(model, lr=3e-3, lr_new=0, weight_decay=0.1)
+    """As an ordinary causal language model, for --teacher-steps at --teacher-lr."""
+    optimizer = make_optimizer(model, OptimizerConfig(lr=args.teacher_lr, lr_new=0, weight_decay=0.1))
     clock, steps = Clock(), args.teacher_steps
     with noting_signals() as signals:
         for step in range(1, steps + 1):
@@ -209,7 +237,16 @@ def new_student(name: str, original, teacher, args):
 def fields_of(name: str, args) -> dict:
     """Those of --sea that a student has."""
     not_its = ("query_stride", "cell_keys") if name in convert.BASELINES else ()  # they estimate no rows
-    return {key: x for key, x in args.sea.items() if key not in not_its}
+    own = dict(nbf=PERFORMER_NBF) if name == "performer" and args.model else {}
+    return own | {key: x for key, x in args.sea.items() if key not in not_its}
+
+
+def optimizer_of(name: str, args) -> OptimizerConfig:
+    """Of a student: with --model controls have a rate of their own, unless --optimizer gives one."""
+    config, is_control = args.optimizer, name not in ("sea", "oracle")
+    if args.model and is_control and not args.load and "lr" not in args.given:
+        return replace(config, lr=CONTROL_RATE * config.lr)
+    return config
 
 
 # -- losses, section 6 of the method ---------------------------------------------------------------
@@ -304,10 +341,10 @@ class Diverged(Exception):
 def train(name: str, student, job: Job) -> tuple[float, float | None]:
     """Distil the teacher into `student`, both on the device. Returns the validation perplexity
     at the end and the tokens a second over all processes, None after too few steps to tell."""
-    args, config, ppl = job.args, job.args.optimizer, None
+    args, config, ppl = job.args, optimizer_of(name, job.args), None
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(student, config.lr, config.lr_new, config.weight_decay)
+    optimizer = make_optimizer(student, config)
     done = checkpoints.resume(name, student, optimizer, args)
     if done:
         ppl = evaluate.perplexity(student, job.valid, args)
@@ -390,7 +427,7 @@ def add_gradients(student, run, step: int, job: Job) -> dict[str, float]:
     return dict(zip(total, (x / size for x in evaluate.over_processes(list(total.values()), args))))
 
 
-def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW in four groups: pretrained or new weights, with decay or, for biases and norms, without."""
     new, members = set(convert.sea_parameters(model)), {}
     for name, parameter in model.named_parameters():
@@ -398,10 +435,10 @@ def make_optimizer(model, lr: float, lr_new: float, weight_decay: float) -> torc
             members.setdefault((name in new, parameter.ndim > 1), []).append(parameter)
     groups = []
     for (is_new, decays), params in members.items():
-        peak = lr_new if is_new else lr
-        decay = weight_decay if decays else 0.0
+        peak = config.lr_new if is_new else config.lr
+        decay = config.weight_decay if decays else 0.0
         groups.append(dict(params=params, lr=peak, peak=peak, weight_decay=decay))
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, config.beta2))
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: int) -> float:
@@ -564,14 +601,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "all, or only the new ones (default: %(default)s)")
     add("--steps", type=int, help="optimizer steps" + evaluate.by_job("steps", PAPER, TINY))
     add("--batch", type=int, help="sequences a step, over all processes"
-        + evaluate.by_job("batch", PAPER, TINY))
+        + evaluate.by_job("batch", PAPER, TINY) + "; 36 for opt-1.3b, 144 for opt-2.7b")
     add("--eval-every", type=int, help="steps from one evaluation and checkpoint to the next"
         + evaluate.by_job("eval_every", PAPER, TINY))
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, "
-        "topk, bin, local, first, candidates, query_stride, dense_below, nbf, cell_keys and cnn (true or "
-        "false), group, backend, max_positions (rows of the position table of each layer: unless given the "
-        "model's positions, which may be far more than --seq-len trains); without --model, width=64 "
+        "topk, bin, local, first, candidates, query_stride, dense_below, nbf (unless given 8, of a "
+        "Performer with --model 1), cell_keys and cnn (true or false), group, backend, max_positions "
+        "(rows of the position table of each layer: unless given the model's positions, which may be far "
+        "more than --seq-len trains); without --model, width=64 "
         "topk=16 bin=2 local=4 first=2 unless given; with --load only what no weight depends on: topk, "
         "group, bin, local, first, candidates, query_stride, dense_below, backend and, without a CNN, "
         "width")
@@ -579,23 +617,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "hidden=5 kd=0.2 score=0 unless given. Where a few hidden states are huge, as Llamas tend to "
         "have them at the first token, they are most of the loss: hidden=0.005 is better there")
     add("--optimizer", type=evaluate.settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 "
-        "(of pretrained weights) lr_new=1e-4 schedule=constant (linear and cosine fall to 0), without "
-        "--model 5e-4, 1e-2 and linear; warmup=0 (steps) weight_decay=0.01 clip=1 (gradient norm) "
-        "redraw_every=1000 (steps between draws of random features)")
+        "(of pretrained weights; of controls 1e-5) lr_new=1e-4 schedule=constant (linear and cosine "
+        "fall to 0), without --model 5e-4 for all, 1e-2 and linear; with opt-2.7b lr=5e-7 (2.5e-6) "
+        "lr_new=5e-6; beta2=0.95, with an OPT by its name 0.999; warmup=0 (steps) weight_decay=0.01 "
+        "clip=1 (gradient norm) redraw_every=1000 (steps between draws of random features)")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
         "the losses look at, and compute the rest again, for large models")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are "
         "any. Options that change what is learned must be those of the run that wrote them; the number "
         "of processes, --shard, --micro-batch, --method and how it is evaluated need not")
-    add("--teacher-steps", type=int, default=1000, help="steps that train the tiny teacher "
-        "(default: %(default)s)")
+    add("--teacher-steps", type=int, help="steps of four sequences that train the teacher on the text, "
+        "as an ordinary language model, into OUT/teacher" + evaluate.by_job("teacher_steps", PAPER, TINY))
+    add("--teacher-lr", type=float, help="its rate, which falls to 0"
+        + evaluate.by_job("teacher_lr", PAPER, TINY))
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
         "features (default: %(default)s)")
     args = p.parse_args(argv)
-    for name in ("steps", "batch", "eval_every"):
+    for name in ("steps", "batch", "eval_every", "teacher_steps", "teacher_lr"):
         if getattr(args, name) is None:
-            setattr(args, name, (PAPER if args.model else TINY)[name])
-    evaluate.check_common_options(p, args, "steps", "batch", "eval_every", "teacher_steps")
+            setattr(args, name, job_of(args.model)[name])
+    trained = () if args.model and not args.teacher_steps else ("teacher_steps",)
+    evaluate.check_common_options(p, args, "steps", "batch", "eval_every", *trained)
+    if not 0 < args.teacher_lr < math.inf:
+        p.error(f"--teacher-lr: expected a finite number > 0, got {args.teacher_lr}")
     read_groups(p, args)
     if len(set(args.method)) < len(args.method):
         p.error(f"--method: expected each once, got {' '.join(args.method)}")
@@ -614,7 +658,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Turn --sea into a dict, --loss and --optimizer into their dataclasses."""
-    job, given = PAPER if args.model else TINY, dict(args.sea)
+    job, given = job_of(args.model), dict(args.sea)
     if args.load:
         free = convert.free_options(evaluate.saved_config(args.load).get("sea", {}))
         if fixed := [name for name in given if name not in free]:
@@ -627,6 +671,7 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         option = "--sea"
         check_layers(args)
         option = "--optimizer"
+        args.given = [name for name, _ in args.optimizer]
         args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
     except ValueError as error:
         p.error(f"{option} {error}")
@@ -722,7 +767,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def run(args, header: dict[str, str]) -> dict[str, float]:
     began, log = time.perf_counter(), Log(args)
     args.run = checkpoints.find_run(args)
-    model = args.model or train_tiny_teacher(args, log)
+    model = train_teacher(args, log) if args.teacher_steps else args.model
     original, tokenizer = evaluate.load_teacher(model, args.seq_len)
     tokens, valid_tokens = evaluate.token_streams(lambda: evaluate.load_texts(args), tokenizer, original,
                                                   args)

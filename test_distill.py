@@ -933,6 +933,35 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     assert args.loss == distill.LossWeights(score=1.0)
 
 
+def test_a_job_has_the_numbers_of_its_model_and_method():
+    """Of an OPT by its name those of the paper's authors, unless others are given; controls are not handicapped."""
+    for argv, batch, rates, beta2 in ((["--model", "opt-125m"], 32, (2e-6, 1e-5), 0.999), (["--model", "opt-1.3b"], 36, (2e-6, 1e-5), 0.999),
+                                      (["--model", "opt-2.7b"], 144, (5e-7, 2.5e-6), 0.999), (["--model", "DIR"], 32, (2e-6, 1e-5), 0.95),
+                                      (["--model", "opt-2.7b", "--optimizer", "lr=1e-4"], 144, (1e-4, 1e-4), 0.999), ([], 8, (5e-4, 5e-4), 0.95)):
+        args = distill.parse(argv)
+        assert args.batch == batch and args.teacher_steps == (0 if args.model else 1000)
+        found = {name: distill.optimizer_of(name, args) for name in ("sea", "oracle", "dense", "performer", "window")}
+        assert [found[name].lr for name in found] == pytest.approx([rates[0]] * 2 + [rates[1]] * 3)
+        assert {config.beta2 for config in found.values()} == {beta2} and len({config.lr_new for config in found.values()}) == 1
+        assert distill.fields_of("performer", args).get("nbf") == (1 if args.model else None)
+        assert "nbf" not in distill.fields_of("sea", args)
+    assert distill.fields_of("performer", distill.parse(["--model", "DIR", "--sea", "nbf=4"]))["nbf"] == 4
+
+
+def test_a_model_is_fine_tuned_first_if_asked(tmp_path):
+    """It is then the teacher, of a lower perplexity on its text, and a run that goes on keeps it."""
+    base = ["--device", "cpu", "--eval-windows", "2", "--steps", "1", "--batch", "2", "--seq-len", "64"]
+    distill.main([*base, "--teacher-steps", "2", "--method", "sea", "--out", str(tmp_path / "tiny")])
+    job = [*base, "--model", str(tmp_path / "tiny/teacher"), "--data", str(Path(distill.__file__).with_name("README.md")), "--method", "dense",
+           "--out", str(tmp_path / "out")]
+    raw = distill.main(job)["teacher"]
+    job += ["--teacher-steps", "12", "--teacher-lr", "1e-2"]
+    tuned = distill.main(job)["teacher"]
+    assert tuned < 0.8 * raw
+    weights = (tmp_path / "out/teacher/model.safetensors").read_bytes()
+    assert distill.main([*job, "--resume"])["teacher"] == tuned and (tmp_path / "out/teacher/model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--sea", "topk=0"], "--sea topk: expected an integer >= 1, got 0"),
     (["--sea", "widht=8"], ("--sea: expected NAME=VALUE with one of width, topk, group, bin, local, first, candidates, query_stride, dense_below, "
@@ -962,6 +991,8 @@ def test_grouped_options_add_up_and_the_last_one_counts():
     (["--loss", "hidden"], "--loss: expected NAME=VALUE with one of ce, hidden, kd, score, got 'hidden'"),
     (["--steps", "0"], "--steps: expected an integer >= 1, got 0"),
     (["--teacher-steps", "0"], "--teacher-steps: expected an integer >= 1, got 0"),
+    (["--teacher-lr", "0"], "--teacher-lr: expected a finite number > 0, got 0.0"),
+    (["--optimizer", "beta2=1"], "--optimizer beta2: expected a number below 1, got 1.0"),
     (["--seq-len", "1"], "--seq-len: expected an integer >= 2"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
