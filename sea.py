@@ -330,10 +330,11 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
     """phi for bidirectional attention: FAVOR+ positive features exp(x W - |x|^2 / 2 - max) + 1e-4,
     (..., T, D) -> (..., T, m).
 
-    The maximum is a factor of phi that cancels in the attention. It runs over each query's features
-    or, with `keep` (broadcastable to (..., T, 1)), over the features of all kept tokens, since keys
-    share one sum. That is why causal attention has features of its own: such a maximum would leak
-    the future.
+    The maximum is a factor of phi that cancels in the attention. Differs: it is taken after
+    |x|^2 / 2, not before, so that no feature overflows or is lost. It runs over each query's
+    features or, with `keep` (broadcastable to (..., T, 1)), over the features of all kept tokens,
+    since keys share one sum. That is why causal attention has features of its own: such a maximum
+    would leak the future.
     """
     x = at_least_fp32(x)
     u = x @ projection.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2
@@ -348,7 +349,8 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
 def scaled_qk(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """q and k such that phi(q) phi(k)^T stands for exp(q k^T * softmax_scale). Both are scaled by
     D**-0.25, and q additionally by softmax_scale / D**-0.5, since some models scale q before they
-    call us."""
+    call us. Differs: the authors' OPT, which has scaled q by D**-0.5 already, scales it by D**-0.25
+    again, D**-0.75 in all."""
     D = q.shape[-1]
     return at_least_fp32(q) * (softmax_scale * D**0.25), at_least_fp32(k) * D**-0.25
 
@@ -480,8 +482,8 @@ class CausalCNN(nn.Module):
     """Image (B, 2H, R, P), P = width / 4, -> scores (B, H, R, width).
 
     3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the
-    authors upsample by nearest, which gives four neighbouring cells one score; a 1x1 convolution to
-    4 cells costs the same.
+    authors upsample by nearest, which gives four neighbouring cells one score, then pad their 1x1
+    convolution and resize its width + 2 cells; a 1x1 convolution to 4 cells costs the same.
     """
 
     channels = 2  # of a head
@@ -514,8 +516,9 @@ class CausalCNN(nn.Module):
 
 
 class BidirectionalCNN(nn.Module):
-    """Image (B, 4H, R, P), P = width / 2, -> scores (B, H, R, width), at half the rows, doubled by
-    nearest. Differs: the last convolution gives 2 cells a column, as CausalCNN's gives 4."""
+    """Image (B, 4H, R, P), P = width / 2, -> scores (B, H, R, width), at half the rows.
+    Differs: the authors upsample bilinearly; here rows are doubled by nearest, and the last
+    convolution gives 2 cells a column, as CausalCNN's gives 4."""
 
     channels = 4
 
@@ -704,7 +707,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
         batch          H x T x width cells of one sequence   n = H*topk*width  (bidirectional only)
 
     n is rounded half up, at least 1, at most all, so early causal queries keep every cell and are
-    exactly dense. Raises ValueError if shapes do not fit.
+    exactly dense. Differs: the authors round half to even, and in training shift the cells of a
+    query by random amounts. Raises ValueError if shapes do not fit.
     """
     _expect(probs.ndim == 4, "probs", "shape (B, H, T, width)", tuple(probs.shape))
     B, H, T, width = probs.shape
@@ -1379,7 +1383,8 @@ def operations_reading(ops, q: Tensor, *modules: nn.Module):
     return torch_operations
 
 
-# Gates before their sigmoid: a student that begins as half an average needs hundreds of steps.
+# Gates before their sigmoid. Differs: the authors' begin near 0.5, and a student that begins as
+# half an average needs hundreds of steps.
 OPEN = 4.0
 
 
@@ -1490,7 +1495,7 @@ class SEAttention(nn.Module):
         if most < 1:
             return 0, False
         fewest = highest = past.n_tokens
-        if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU has to be waited for
+        if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU is waited for
             fewest, highest = (int(x) for x in past.count.aminmax())
         return min(max(most - fewest, 0), T), highest + T <= most
 
@@ -1776,7 +1781,7 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
 
     So a row counts by what its cells have to hold. KL is averaged over the queries of all heads
     that have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left
-    out.
+    out, and the authors sum the KL of a bidirectional layer over heads.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
