@@ -64,6 +64,10 @@ WITH_TOPK = ("sea", "window", "oracle")  # those that attend to as many keys as 
 def load_texts(args, split: str = "validation") -> tuple[list[str], list[str]]:
     """Training and validation documents. split: of WikiText-2, to validate on."""
     valid = None if args.valid_data is None else read_documents("--valid-data", args.valid_data)
+    if args.data == "openwebtext" and not Path(args.data).exists():
+        documents = hub("the dataset Skylion007/openwebtext from the Hugging Face hub",
+                        "give a text file with --data FILE instead", load_openwebtext)
+        return (documents, valid) if valid else (documents[:-1000], documents[-1000:])
     if args.data:
         documents = read_documents("--data", args.data)
     elif args.model:
@@ -81,6 +85,14 @@ def load_wikitext():
     from datasets import load_dataset  # here, since --data does without
 
     return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+def load_openwebtext(n: int = 200_000) -> list[str]:
+    """Its first n documents of eight million, about a gigabyte; the others are not downloaded."""
+    from datasets import load_dataset
+
+    rows = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
+    return [row["text"] for row in itertools.islice(rows, n)]
 
 
 def read_documents(option: str, file: str) -> list[str]:
@@ -629,8 +641,8 @@ def add_common_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--model", help="teacher: opt-125m, opt-350m, opt-1.3b, opt-2.7b, a hub id, or a local folder "
         "(none: the tiny OPT that distill.py trains, in --out)")
-    add("--data", help="text file, UTF-8; documents are separated by three newlines (none: WikiText-2 "
-        "with --model, else Python's documentation)")
+    add("--data", help="text file, UTF-8; documents are separated by three newlines; or openwebtext, its "
+        "first 200,000 documents (none: WikiText-2 with --model, else Python's documentation)")
     add("--valid-data", help="validation text file (none: the validation split, or the last tenth of "
         "--data)")
     add("--seq-len", type=int, help="tokens a sequence" + by_job("seq_len"))

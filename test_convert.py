@@ -1235,3 +1235,42 @@ def test_a_batch_that_is_repeated_keeps_its_state():
     cache.batch_repeat_interleave(2)
     got = model(x[:, 6:].repeat_interleave(2, 0), past_key_values=cache).logits
     torch.testing.assert_close(got, model(x).logits[:, 6:].repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_lm_eval_scores_a_student_as_it_is(tmp_path):
+    """A task in the manner of MMLU: with all keys and open gates the model's log-likelihoods, with few keys others."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not a dependency")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["</s>", "which", "one", "is", "first", "second", "third", "Answer", ":", ".", "A", "B", "C", "D"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+    rows = [dict(question=f"which one is {word} " * 3, answer=i) for i, word in enumerate(("first", "second", "third"))]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.yaml").write_text(f"""
+task: made_up
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path}/rows.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}} Answer :"
+doc_to_choice: [A, B, C, D]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+""")
+
+    def likelihoods(model):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=SEQ)
+        found = lm_eval.simple_evaluate(lm, tasks=["made_up"], task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0)
+        assert found["results"]["made_up"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+        return torch.tensor([[float(x[0][0]) for x in sample["resps"]] for sample in found["samples"]["made_up"]])
+
+    expected = likelihoods(tiny("opt"))
+    same, other = keep_every_key(tiny("opt")), convert.attach(tiny("opt"), **{**SEA, "topk": 5})
+    torch.testing.assert_close(likelihoods(same), expected, rtol=1e-4, atol=1e-4)
+    convert.save(other, tmp_path / "student")
+    assert expected.shape == (3, 4) and not torch.allclose(likelihoods(convert.load(tmp_path / "student")), expected, atol=1e-3)

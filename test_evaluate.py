@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -660,6 +661,27 @@ def test_wikitext_is_one_stream_of_the_split_asked_for(split, monkeypatch):
     args = evaluate.parse(["--model", "opt-125m", "--split", split])
     assert evaluate.load_documents(args) == [f" {split} \n\n\n\n\n = A title = \n"]
     assert evaluate.load_texts(args, split) == ([" train \n\n\n\n\n = A title = \n"], evaluate.load_documents(args))
+
+
+def test_openwebtext_is_streamed_as_far_as_it_is_wanted(tmp_path, monkeypatch):
+    """The last 1,000 documents of it validate, unless others are given; a file of that name is a file."""
+    read = []
+
+    def load_dataset(name, split, streaming):
+        assert (name, split, streaming) == ("Skylion007/openwebtext", "train", True)
+        return ({"text": read.append(i) or f"document {i}"} for i in itertools.count())
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(evaluate.load_openwebtext, "__defaults__", (1500,))
+    monkeypatch.chdir(tmp_path)
+    args = evaluate.parse(["--model", "opt-125m", "--data", "openwebtext"])
+    documents, valid = evaluate.load_texts(args)
+    assert documents + valid == [f"document {i}" for i in range(1500)] and len(valid) == 1000 and len(read) == 1500
+    (tmp_path / "other.txt").write_text("another text")
+    args.valid_data = "other.txt"
+    assert [len(x) for x in evaluate.load_texts(args)] == [1500, 1]
+    (tmp_path / "openwebtext").write_text("a file")
+    assert evaluate.load_texts(args) == (["a file"], ["another text"])
 
 
 # -- ablate.py ---------------------------------------------------------------------------------------------------------
