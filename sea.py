@@ -10,7 +10,7 @@ this by distilling the teacher's attention. One layer, SEAttention.forward, comp
     c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))         steps 1, 2  |
     z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates        step 3  | estimate_
     scores  CNN(image)                                                             step 4  | attention
-            + gain * q . (cell key), ours, causal only                             step 5  |
+            + gain * q . (cell key), ours                                          step 5  |
     cells   the best of softmax(scores)                                            step 6
     bins    the best of all bins of keys in those cells, the first and the last,
             ours, causal only; bin=0: all keys in the cells, as in the paper       step 7
@@ -131,7 +131,7 @@ class SEAConfig:
     dense_below: int = 0  # a query that sees fewer keys attends to all of them (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
-    cell_keys: bool = True  # step 5 (causal)
+    cell_keys: bool = True  # step 5
     # False: no steps 1 to 4. Cell keys alone give the scores, one row for all heads that share
     # keys, by their mean query; each head has gates of its own, the same for all queries (causal).
     cnn: bool = True
@@ -562,6 +562,9 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 # Buckets get wider while the sequence grows, unlike the bins of step 7. Whenever it is about to
 # outgrow all buckets of 2**e keys, e, the level, rises by one, and buckets 2b and 2b + 1 become
 # bucket b.
+#
+# A bidirectional layer sees all keys at once and needs no buckets: what stands for a cell is the
+# mean of its own keys.
 
 
 def bucket_level(seen, n_buckets: int):
@@ -618,7 +621,7 @@ def bucket_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tenso
 def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, width: int,
                     softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                     bounds: bool) -> tuple[Tensor, Tensor]:
-    """max(s - s_max, -32) of add_cell_keys, at least fp32, and its second result."""
+    """s of add_cell_keys, at least fp32, and its second result."""
     n_buckets, D = 2 * width, k.shape[3]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
@@ -647,7 +650,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
         best = torch.stack(of_parts).amax(0)
         scores = torch.where((row_level == level[:, None])[:, None, :, None], best, scores)
         totals = torch.where((next_level == level)[:, None, None, None], of_level, totals)
-    return (scores - scores.amax(-1, keepdim=True)).clamp(min=-32), totals
+    return scores, totals
 
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
@@ -681,8 +684,43 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         in_cells = row_seen if in_cells is None else in_cells
         products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
                                            softmax_scale, count, n_new, past, bounds)
-    gain = gain[:, None, None].to(scores.dtype)
-    return torch.addcmul(scores, gain, products).to(scores.dtype), totals
+    return _add_products(scores, gain, products), totals
+
+
+def _add_products(scores: Tensor, gain: Tensor, products: Tensor) -> Tensor:
+    """scores + gain * max(s - s_max, -32), s the products."""
+    products = (products - products.amax(-1, keepdim=True)).clamp(min=-32)
+    return torch.addcmul(scores, gain[:, None, None].to(scores.dtype), products).to(scores.dtype)
+
+
+def mean_keys(k: Tensor, n_keys: Tensor, width: int) -> Tensor:
+    """The mean of the keys in each cell or, where it is narrower than a key and has none, the key in
+    its middle: (B, Hkv, width, D), at least fp32.
+
+    k (B, Hkv, T, D), of which the first n_keys (B,) are in cells, zeros behind them.
+    """
+    n_keys, cells = n_keys[:, None], torch.arange(width + 1, device=k.device)
+    edges = first_key_of_cell(cells, n_keys, width)  # (B, width + 1)
+    middle = (2 * cells[:-1] + 1) * n_keys // (2 * width)
+    first, end = torch.minimum(edges[:, :-1], middle), torch.maximum(edges[:, 1:], middle + 1)
+    j = torch.arange(k.shape[2], device=k.device)
+    is_in = (j >= first[..., None]) & (j < end[..., None])  # (B, width, T)
+    k = at_least_fp32(k)
+    with no_autocast(k):
+        return (is_in.to(k.dtype) / (end - first)[..., None])[:, None] @ k
+
+
+def add_mean_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, n_new: Tensor,
+                  softmax_scale: float) -> Tensor:
+    """add_cell_keys of a bidirectional layer: s = softmax_scale * q . (mean key of the cell).
+
+    scores (B, H, T, width), gain (H,), q (B, H, T, D), k (B, Hkv, T, D), n_new (B,). No gradient
+    reaches q and k, and the limit is -32, as there.
+    """
+    with torch.no_grad(), no_autocast(q):
+        keys = repeat_heads(mean_keys(k, n_new, scores.shape[-1]), q.shape[1])
+        products = (at_least_fp32(q) * softmax_scale) @ keys.mT
+    return _add_products(scores, gain, products)
 
 
 # -- 6. grouped top-k: which cells to keep ---------------------------------------------------------
@@ -1399,7 +1437,7 @@ class SEAttention(nn.Module):
         super().__init__()
         self.config = config
         H, D = config.n_head, config.d_head
-        if config.causal and config.cell_keys:
+        if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
         if not config.cnn:
             self.gates = nn.Parameter(torch.full((H, 2), OPEN))
@@ -1548,7 +1586,10 @@ class SEAttention(nn.Module):
         if not config.causal:
             context = bidirectional_context(q, k, v, self.projection, softmax_scale, n_new)
             image, gates = encode_rows(context, v, self.encoder, self.decoder, self.cnn, self.gate)
-            return self.cnn(image, rows.n_rows), gates, past
+            scores = self.cnn(image, rows.n_rows)
+            if config.cell_keys:
+                scores = add_mean_keys(scores, self.key_gain, q, k, n_new, softmax_scale)
+            return scores, gates, past
 
         q_row = rows.of(q)
         if config.cnn:

@@ -89,14 +89,14 @@ def cases(draw, causal=st.booleans(), max_tokens=20, max_batch=2, bins=True):
         topk=draw(st.integers(1, 8)),
         group=draw(st.sampled_from([name for name, g in sea.GROUPS.items() if g.causal >= causal and (bin or not g.shared)])),
         seed=draw(st.integers(0, 999)),
-        cell_keys=causal and draw(st.booleans()),
+        cell_keys=draw(st.booleans()),
         bin=bin,
         local=draw(st.integers(1, 6)) if bin else 0,
         first=draw(st.integers(0, 4)) if bin else 0,
         candidates=draw(st.integers(1, 3)) if bin else 1,
     )
     case = replace(case, topk=case.least + case.topk) if bin else case
-    return replace(case, cnn=draw(st.sampled_from([True, True, False]))) if case.cell_keys else case
+    return replace(case, cnn=draw(st.sampled_from([True, True, False]))) if causal and case.cell_keys else case
 
 
 causal_cases = cases(causal=st.just(True))
@@ -456,7 +456,7 @@ def test_one_token_of_6e4_is_no_nan_in_fp16(case, name, autocast):
 @pytest.mark.parametrize("causal, bin", [(True, 0), (True, 3), (False, 0)])
 def test_a_layer_is_exported_for_any_length(causal, bin):
     """With its example of one chunk and one level of cell keys, for lengths of several."""
-    case = Case(causal, 1, [9], 1, 2, 4, 8, 14, "query", 0, cell_keys=causal, bin=bin, local=2, first=1)
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 14, "query", 0, cell_keys=True, bin=bin, local=2, first=1)
     layer = case.layer(max_positions=300)
 
     class Model(torch.nn.Module):
@@ -476,7 +476,7 @@ def test_a_layer_is_exported_for_any_length(causal, bin):
 @pytest.mark.parametrize("causal, bin", [(True, 0), (True, 3), (False, 0)])
 def test_shapes_alone_go_through_a_layer(causal, bin):
     """On the device "meta", for which there is no autocast."""
-    case = Case(causal, 1, [9, 7], 1, 2, 4, 8, 14, "query", 0, cell_keys=causal, bin=bin, local=2, first=1)
+    case = Case(causal, 1, [9, 7], 1, 2, 4, 8, 14, "query", 0, cell_keys=True, bin=bin, local=2, first=1)
     result = case.layer().to("meta")(*(x.to("meta") for x in case.qkv()))
     assert result.out.shape == (2, 2, 9, 4) and result.out.is_meta
 
@@ -484,7 +484,7 @@ def test_shapes_alone_go_through_a_layer(causal, bin):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", [SEAttention, PerformerAttention])
 def test_an_empty_batch_gives_an_empty_batch(causal, kind):
-    case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=causal)
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=True)
     result = case.layer(kind)(*(x[:0] for x in case.qkv()))
     assert result.out.shape == (0, 2, 9, 4)
 
@@ -568,6 +568,17 @@ def key_products(q, k, t: int, width: int, in_cells: int, bounds: bool):
     return (products - products.amax(-1, keepdim=True)).clamp(min=-32)
 
 
+def mean_key_products(q, k, width: int):
+    """The same of a query that sees all keys: times the mean of those in each cell or, where that has none, the key it lies in."""
+    T, cell = len(k), [sea.cell_of_key(j, len(k), width) for j in range(len(k))]
+
+    def keys(p):
+        return [j for j in range(T) if cell[j] == p] or [math.floor((p + 0.5) * T / width)]
+
+    products = torch.stack([sum(q @ k[j] for j in keys(p)) / len(keys(p)) for p in range(width)], -1)
+    return (products - products.amax(-1, keepdim=True)).clamp(min=-32)
+
+
 def naive_cnn(layer: SEAttention, q, k, v):
     """Steps 1 to 4 for one sequence q, k, v (H, T, D): scores (H, R, width) and, at the rows, gates (H, T, 2)."""
     c, w = layer.config, layer.state_dict()
@@ -641,7 +652,11 @@ def naive_layer(layer: SEAttention, q, k, v):
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
             in_cells = max(0, i + 1 - c.local) // c.bin * c.bin if c.bin else i + 1
             mean_q = q[h // sharing * sharing :][:sharing, i].mean(0)
-            scores[h, n] += w["key_gain"][h // sharing] * key_products(D**-0.5 * mean_q, k[h], i + 1, width, in_cells, c.has_bins)
+            if c.causal:
+                products = key_products(D**-0.5 * mean_q, k[h], i + 1, width, in_cells, c.has_bins)
+            else:
+                products = mean_key_products(D**-0.5 * mean_q, k[h], width)
+            scores[h, n] += w["key_gain"][h // sharing] * products
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     if c.has_bins:
@@ -846,6 +861,54 @@ def test_cell_keys_are_products_with_mean_keys_or_half_with_bounds(T, width, see
     for t in range(1, T + 1):
         expected = gain[:, None] * key_products(0.7 * q[0, :, t - 1], k[0, 0], t, width, t // 2 if half else t, bounds)
         torch.testing.assert_close(got[0, :, t - 1] - scores[0, :, t - 1], expected)
+
+
+def mean_key_inputs(tokens: list[int], width: int, seed: int):
+    """scores (B, 4, T, width), q (B, 4, T, 3), k (B, 2, T, 3), 0 where padded, gain (4,) and n_new of add_mean_keys."""
+    generator, B, T = torch.Generator().manual_seed(seed), len(tokens), max(tokens)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    n_new = torch.tensor(tokens)
+    q, k = (x * sea.is_token(x, n_new) for x in (draw(B, 4, T, 3) * draw(B, 1, T, 1).exp() * 5, draw(B, 2, T, 3)))
+    return draw(B, 4, T, width), draw(4), q, k, n_new
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any), st.integers(1, 24), st.integers(0, 99))
+@example([7, 3], 24, 0)  # cells narrower than a key
+@example([40, 31], 6, 0)  # wider
+def test_bidirectional_cell_keys_are_products_with_the_mean_key_of_each_cell(tokens, width, seed):
+    """Of each sequence's own keys, whatever its length; a sequence without any gets nothing."""
+    scores, gain, q, k, n_new = mean_key_inputs(tokens, width, seed)
+    added = sea.add_mean_keys(scores, gain, q, k, n_new, 0.7) - scores
+    for b, n in enumerate(tokens):
+        assert not added[b, :, n:].any()
+        for h, i in itertools.product(range(4), range(n)):
+            expected = gain[h] * mean_key_products(0.7 * q[b, h, i], k[b, h // 2, :n], width)
+            torch.testing.assert_close(added[b, h, i], expected, **CLOSE)
+
+
+@given(st.integers(1, 40), st.integers(1, 24), st.integers(0, 99))
+def test_bidirectional_cell_keys_teach_their_gain_alone(T, width, seed):
+    scores, gain, q, k, n_new = (x.requires_grad_(x.is_floating_point()) for x in mean_key_inputs([T], width, seed))
+    got = sea.add_mean_keys(scores, gain, q, k, n_new, 1.0)
+    of_out = torch.randn(got.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    of_scores, of_gain, *others = torch.autograd.grad(got, (scores, gain, q, k), of_out, allow_unused=True)
+    assert torch.equal(of_scores, of_out) and others == [None, None]
+    products = sea.add_mean_keys(scores, torch.ones_like(gain), q, k, n_new, 1.0) - scores
+    torch.testing.assert_close(of_gain, (products * of_out).sum((0, 2, 3)), **CLOSE)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(st.integers(1, 99), st.integers(1, 24), st.integers(0, 99))
+def test_bidirectional_cell_keys_are_rounded_once_in_half_precision(dtype, autocast, T, width, seed):
+    """Their means and products are fp32, also of large ones that differ little."""
+    *inputs, n_new = mean_key_inputs([T], width, seed)
+    scores, gain, q, k = (x.to(dtype) for x in inputs)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        got = sea.add_mean_keys(scores, gain, q + 100, k, n_new, 0.7)
+    expected = sea.add_mean_keys(*(x.double() for x in (scores, gain, q + 100, k)), n_new, 0.7)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 # -- 2. grouped top-k --------------------------------------------------------------------------------------------------
