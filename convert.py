@@ -419,6 +419,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 METHODS: dict[str, type[nn.Module]] = {"sea": SEAttention, **BASELINES}  # what stands in for a model's attention
 FROM_MODEL = ("n_head", "n_kv_head", "d_head")  # fields of SEAConfig that no option sets
 OF_BINS = ("bin", "local", "first", "candidates")  # which students from before there were bins do not have
+OF_ENCODER = dict(causal=False, width=128, nbf=1, group="batch")  # the paper's for BERT, defaults of a bidirectional model
 OF_NO_WEIGHT = ("topk", "group", *OF_BINS, "query_stride", "dense_below", "backend")
 # The name of a student's attention in its config.json. transformers' own loaders would drop the SEA weights with no more than a
 # warning and run dense attention; so they refuse an attention of this name, and repeat it.
@@ -429,8 +430,8 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
     """Give each attention layer of `model` a SEAttention or a control, in place, and switch the model to it.
 
     method: "sea", or a control of baselines.py. options: fields of sea.SEAConfig; heads, head size, causality and the longest
-    sequence come from the model. Raises ValueError, with the model as it was, if its attention is of another kind or has SEA
-    already.
+    sequence come from the model. Where all its layers are bidirectional, defaults are those of OF_ENCODER. Raises ValueError,
+    with the model as it was, if its attention is of another kind or has SEA already.
 
     Load the model first, since new weights keep the initialisation of SEAttention; PEFT's adapters come after. Then distil: a
     language model's own loss does not train the estimate, since a choice of cells passes no gradient on.
@@ -449,6 +450,8 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
                          f"{', '.join(OF_NO_WEIGHT)}")
     if not modules:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
+    if not any(options.get("causal", _is_causal(module, model)) for module in modules):
+        options = {**OF_ENCODER, **options}
     seed = options.get("seed", 0)  # each layer draws features of its own
     layers = [_layer_of(module, model, method, {**options, "seed": seed + i}) for i, module in enumerate(modules)]
     _switch_to_sea(model, modules)
@@ -497,6 +500,11 @@ def _more_than_attention(module: nn.Module, config) -> str | None:
     return next((what for what, is_there in found.items() if is_there), None)
 
 
+def _is_causal(module: nn.Module, model: PreTrainedModel) -> bool:
+    config = getattr(module, "config", model.config.get_text_config())
+    return bool(module.is_causal) and getattr(config, "is_causal", None) is not False
+
+
 def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: dict) -> nn.Module:
     """The SEAttention or control that fits an attention module of `model`. Raises ValueError if there is none."""
     config = getattr(module, "config", model.config.get_text_config())
@@ -513,7 +521,7 @@ def _layer_of(module: nn.Module, model: PreTrainedModel, method: str, options: d
     groups = getattr(module, "num_key_value_groups", None)
     shape = dict(n_head=n_head, d_head=find("head_dim", "attention_head_size") or config.hidden_size // n_head,
                  n_kv_head=n_head // groups if groups else find("num_key_value_heads"),
-                 causal=bool(module.is_causal) and getattr(config, "is_causal", None) is not False)
+                 causal=_is_causal(module, model))
     if options.get("causal", shape["causal"]) and "max_positions" not in options:
         shape["max_positions"] = find("max_position_embeddings")
         if shape["max_positions"] is None:
@@ -690,6 +698,8 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     saved_as = config.dtype or torch.get_default_dtype()
     with _in_a_sentence(f"the config.json of a student in {folder}"):
         model = _cast(_student(model_class, config), saved_as)
+    for gain in _encoder_gains(model).values():  # a gain of 0 is no cell keys, for files from before there were any
+        nn.init.zeros_(gain)
     for file in files:
         model.load_state_dict(load_file(file), strict=False)
     model.tie_weights()
@@ -733,16 +743,24 @@ def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig,
         if skeleton.all_tied_weights_keys.keys() & found.keys():
             config.tie_word_embeddings = False
             skeleton = _student(model_class, config)
-    tied = skeleton.all_tied_weights_keys.keys()
+    optional = skeleton.all_tied_weights_keys.keys()
+    if not _encoder_gains(skeleton).keys() & found.keys():
+        optional = optional | _encoder_gains(skeleton).keys()
     expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
     if unexpected := sorted(found.keys() - expected.keys()):
         raise ValueError(f"folder: expected the weights of {model_class.__name__}, as convert.save names them, got {unexpected[:3]} in "
                          f"{folder}")
-    if missing := sorted(expected.keys() - found.keys() - tied):
+    if missing := sorted(expected.keys() - found.keys() - optional):
         raise ValueError(f"folder: expected all weights, got none for {missing[:3]} in {folder}")
     for name, shape in found.items():
         if shape != expected[name]:
             raise ValueError(f"folder: expected {name} of shape {expected[name]}, as its config.json says, got {shape} in {folder}")
+
+
+def _encoder_gains(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The gains of bidirectional layers' cell keys, by name, which students from before there were such do not have."""
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, SEAttention) and not x.config.causal}
+    return {f"{name}.key_gain": x.key_gain for name, x in layers.items() if x.config.cell_keys}
 
 
 @contextmanager

@@ -763,7 +763,73 @@ def test_students_saved_by_earlier_versions_load_and_say_the_same(method, logits
     assert {**again, **config.sea} == again and again["bin"] == 0  # its files tell no more than that
 
 
+@pytest.mark.parametrize("kind", ["bert", "llava"])
+@torch.no_grad()
+def test_encoders_saved_before_they_had_cell_keys_load_and_say_the_same(kind, tmp_path):
+    """Their config named cell keys that only causal layers had, and neither causality nor a group unless it was given."""
+    inputs = dict(input_ids=tokens())
+    model, inputs = image_and_text("LlavaForConditionalGeneration", "llama") if kind == "llava" else (tiny(kind), inputs)
+    moved(convert.attach(model, **SEA, nbf=8, group=None))
+    late = [m.sea for m in convert.attention_modules(model) if not m.sea.config.causal]
+    for layer in late:  # as they were computed then
+        layer.config = dataclasses.replace(layer.config, cell_keys=False)
+    expected = model(**inputs)[0]
+    convert.save(model, tmp_path / "old")
+    weights, config = load_file(tmp_path / "old/model.safetensors"), json.loads((tmp_path / "old/config.json").read_text())
+    config["sea"].pop("causal", None)
+    assert config["sea"]["cell_keys"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    gains = [f"{name}.key_gain" for name, x in model.named_modules() if x in late]
+    old = {name: x for name, x in weights.items() if name not in gains}
+    save_file(old, tmp_path / "old/model.safetensors", {"format": "pt"})
+    loaded = convert.load(tmp_path / "old")
+    assert torch.equal(loaded(**inputs)[0], expected)
+    assert {m.sea.config.group for m in convert.attention_modules(loaded)} <= {"causal_batch", "kv"}
+    convert.save(loaded, tmp_path / "again")
+    assert torch.equal(convert.load(tmp_path / "again")(**inputs)[0], expected)
+    if len(gains) > 1:  # but half of them are no student of any time
+        save_file(old | {gains[0]: weights[gains[0]]}, tmp_path / "old/model.safetensors", {"format": "pt"})
+        with refused("folder: expected all weights, got none for .*key_gain"):
+            convert.load(tmp_path / "old")
+
+
+def test_causal_layers_without_their_cell_keys_are_refused(tmp_path):
+    convert.save(convert.attach(tiny("llama"), **SEA), tmp_path / "student")
+    weights = load_file(tmp_path / "student/model.safetensors")
+    save_file({name: x for name, x in weights.items() if "key_gain" not in name}, tmp_path / "student/model.safetensors", {"format": "pt"})
+    with refused("folder: expected all weights, got none for .*key_gain"):
+        convert.load(tmp_path / "student")
+
+
 # -- what reaches the layers, and what is left afterwards
+
+
+@torch.no_grad()
+def test_encoders_have_the_defaults_of_the_papers_bert(tmp_path):
+    """What is given goes before them; other models keep those of SEAConfig, also with an encoder of images inside."""
+
+    def configs(model, **options):
+        return [m.sea.config for m in convert.attention_modules(convert.attach(model, **options))]
+
+    def chosen(model, **options):
+        return {(c.causal, c.width, c.nbf, c.group, c.cell_keys) for c in configs(model, **options)}
+
+    assert chosen(tiny("bert")) == {(False, 128, 1, "batch", True)}
+    assert chosen(tiny("bert"), width=16, group=None, nbf=2, cell_keys=False) == {(False, 16, 2, "causal_batch", False)}
+    assert {c.group for c in configs(tiny("bert"), method="performer", topk=3)} == {"causal_batch"}
+    llama = tiny("llama")
+    llama.config.is_causal = False
+    assert chosen(llama) == chosen(tiny("llama"), causal=False) == {(False, 128, 1, "batch", True)}
+    assert chosen(tiny("llama")) == chosen(tiny("bert"), causal=True) == {(True, 256, 8, "kv", True)}
+    mixed, _ = image_and_text("LlavaForConditionalGeneration", "llama")
+    assert chosen(mixed) == {(False, 256, 8, "causal_batch", True), (True, 256, 8, "kv", True)}
+    model, x = moved(convert.attach(tiny("bert"), topk=3)), tokens()
+    convert.save(model, tmp_path / "student")
+    loaded = convert.load(tmp_path / "student")
+    assert torch.equal(loaded(x)[0], model(x)[0])
+    before = loaded(x)[0]
+    convert.set_option(loaded, topk=2)
+    assert convert.attention_modules(loaded)[0].sea.config.group == "batch" and not torch.equal(loaded(x)[0], before)
 
 
 def test_new_weights_have_the_dtype_of_the_model():
