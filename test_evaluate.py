@@ -877,6 +877,16 @@ def test_a_student_is_measured_with_other_fields_that_no_weight_depends_on(measu
             evaluate.check_options(evaluate.parse([*args, str(student)]))
 
 
+def test_options_of_a_saved_encoder_are_checked_as_those_of_its_layers(tmp_path):
+    """Which are bidirectional, as its config says, so that no number of keys is too small for first and last ones."""
+    convert.save(convert.attach(tiny("bert")), tmp_path / "student")
+    saved = evaluate.saved_config(tmp_path / "student")
+    config = evaluate.with_options(saved, topk=1)
+    assert (config.causal, config.group, config.width, config.topk) == (False, "batch", 128, 1)
+    with pytest.raises(ValueError, match="^query_stride: expected 1 unless causal"):
+        evaluate.with_options(saved, query_stride=2)
+
+
 @pytest.mark.parametrize("method", ["sea", "dense"])
 def test_teachers_and_students_in_half_precision_are_measured_in_fp32(home, tmp_path, method):
     teacher, _ = evaluate.load_teacher(home / "teacher", 16)

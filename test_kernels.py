@@ -1153,6 +1153,20 @@ def test_layer_is_the_same_on_both_backends(stride, case):
     check_layer(case if stride is None else replace(case, stride=stride))
 
 
+@pytest.mark.parametrize("group", ["causal_batch", "query", "head", "batch"])
+def test_a_bidirectional_layer_is_the_same_on_both_backends(group):
+    """Its estimate, cell keys included, is the reference's on either, its choice and attention are the kernels'."""
+    case, results = Layer(torch.float32, 2 * BLOCK + 3, 1, (2, 1, 2), 8, 11, 4, True, "gaps", 1, bin=0), []
+    for backend in ("torch", "triton"):
+        layer = case.layer(backend=backend, causal=False, group=group)
+        result = layer(*case.qkv(), valid=case.valid())
+        of_gain, = torch.autograd.grad(result.out.square().sum(), layer.key_gain)
+        results.append((result.scores, result.mask, result.out, of_gain))
+    (scores, mask, out, of_gain), theirs = results
+    assert torch.equal(scores, theirs[0]) and torch.equal(mask, theirs[1]) and of_gain.all()
+    torch.testing.assert_close((out, of_gain), theirs[2:], rtol=1e-4, atol=1e-5)
+
+
 @given(LAYERS.map(lambda case: replace(case, dtype=torch.float32, padded=True, T=min(case.T, 20))), st.integers(6, 19))
 @example(Layer(torch.float32, 18, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1), 9)
 @example(Layer(torch.float32, 10, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1, bin=0), 6)
@@ -1554,10 +1568,10 @@ BINS = dict(bin=8, max_positions=32768)
     dict(), dict(query_stride=32), dict(n_head=16, width=2048), dict(n_head=1, width=4096, d_head=32, cell_keys=False),
     dict(n_kv_head=4, group="query"), dict(BINS, n_head=14, n_kv_head=2, topk=2048), dict(BINS, group="query", topk=512),
     dict(BINS, bin=1, n_head=16, n_kv_head=1, width=2048), dict(BINS, n_head=33, n_kv_head=1, width=1024),
-    dict(causal=False, nbf=1, width=128),
+    dict(causal=False, nbf=1, width=128), dict(causal=False, n_head=1, width=4096),
     dict(causal=False, group="batch", d_head=256)])
 def test_kernels_support(change, dtype):
-    """Also BERT's 266 features, since the bidirectional estimator has no kernels."""
+    """Also BERT's 266 features, and cell keys of any width, since the bidirectional estimator has no kernels."""
     assert kernels.supports(sea.SEAConfig(**{**CAN_RUN, **change}), dtype) is None
 
 
