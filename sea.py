@@ -694,8 +694,8 @@ def _add_products(scores: Tensor, gain: Tensor, products: Tensor) -> Tensor:
 
 
 def mean_keys(k: Tensor, n_keys: Tensor, width: int) -> Tensor:
-    """The mean of the keys in each cell or, where it is narrower than a key and has none, the key in
-    its middle: (B, Hkv, width, D), at least fp32.
+    """The mean of the keys in each cell or, where it is narrower than a key and has none, the key
+    in its middle: (B, Hkv, width, D), at least fp32.
 
     k (B, Hkv, T, D), of which the first n_keys (B,) are in cells, zeros behind them.
     """
