@@ -1373,7 +1373,7 @@ def test_defaults_are_those_that_are_documented():
     """The README's numbers were measured with them, and students hold no others."""
     assert vars(SEAConfig(n_head=3, d_head=64)) == dict(
         n_head=3, d_head=64, n_kv_head=None, width=256, topk=64, causal=True, group="kv", bin=2, local=8, first=2, candidates=16,
-        query_stride=1, nbf=8, max_positions=2048, cell_keys=True, cnn=True, seed=0, backend="auto")
+        query_stride=1, dense_below=0, nbf=8, max_positions=2048, cell_keys=True, cnn=True, seed=0, backend="auto")
     assert SEAConfig(n_head=3, d_head=64, bin=0).group == SEAConfig(n_head=3, d_head=64, causal=False).group == "causal_batch"
 
 
