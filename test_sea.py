@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import baselines
 import sea
-from baselines import PerformerAttention, WindowAttention
+from baselines import PerformerAttention, ReformerAttention, WindowAttention
 from convert import attention_csr
 from sea import SEAConfig, SEAttention
 
@@ -112,7 +114,7 @@ def of_kind(case: Case, kind) -> Case:
     return case if kind is SEAttention else replace(case, stride=1, cell_keys=False, cnn=True)
 
 
-KINDS = st.sampled_from([SEAttention, PerformerAttention, WindowAttention])
+KINDS = st.sampled_from([SEAttention, PerformerAttention, WindowAttention, ReformerAttention])
 
 
 def open_gates(layer: SEAttention, bias: float = 60.0) -> SEAttention:
@@ -482,7 +484,7 @@ def test_shapes_alone_go_through_a_layer(causal, bin):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", [SEAttention, PerformerAttention])
+@pytest.mark.parametrize("kind", [SEAttention, PerformerAttention, ReformerAttention])
 def test_an_empty_batch_gives_an_empty_batch(causal, kind):
     case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=True)
     result = case.layer(kind)(*(x[:0] for x in case.qkv()))
@@ -1226,7 +1228,7 @@ def test_import_needs_torch_and_einops_only():
     assert set(loaded) <= {"sea", "torch", "einops"}
 
 
-@pytest.mark.parametrize("layer", [SEAttention, PerformerAttention])
+@pytest.mark.parametrize("layer", [SEAttention, PerformerAttention, ReformerAttention])
 def test_a_layer_without_memory_has_the_shapes_of_one_with(layer, monkeypatch):
     """On the meta device nothing is drawn, so that a layer of any size can be looked at."""
     shapes = {name: x.shape for name, x in layer(SEAConfig(n_head=2, d_head=8)).state_dict().items()}
@@ -1407,6 +1409,149 @@ def test_a_performer_is_linear_attention_written_out(case):
                 x, y = (z @ w - z.square().sum(1, keepdim=True) / 2 for z in (x, y))
                 weights = ((x - x.amax(1, keepdim=True)).exp() + 1e-4) @ ((y - y.max()).exp() + 1e-4).T
             torch.testing.assert_close(out[b, h, :n], weights / weights.sum(1, keepdim=True) @ v[b, kv, :n], **CLOSE)
+
+
+def bucket_by_hand(x, rotations, level: int) -> list[int]:
+    """Of a vector in a round, a digit for each rotation: argmax of [R x ; -R x]."""
+    digits = []
+    for rotation in rotations:
+        half = 2 ** min(baselines.BITS, level) // 2
+        if half:
+            products = [float(x @ rotation[:, i]) for i in range(half)]
+            products += [-y for y in products]
+            digits.append(products.index(max(products)))
+        level -= min(baselines.BITS, level)
+    return digits
+
+
+def lsh_by_hand(q, k, n_seen: int, rank: int, rotations, chunk: int) -> set[int]:
+    """The keys k (S, D) that a query q (D,) attends to, of which it sees n_seen, its own at `rank`."""
+    level = 0
+    while chunk * 2 ** (level + 1) <= n_seen and level < baselines.HASHES * baselines.BITS:
+        level += 1
+    x = k[:n_seen] - k[: min(chunk * 2**level, n_seen)].mean(0)
+    longest = max(float(y @ y) for y in x[: chunk * 2**level])
+    x = [torch.cat([y, torch.tensor([math.sqrt(max(0.0, longest - float(y @ y)))], dtype=y.dtype)]) for y in x]
+    found = {rank}
+    for of_round in rotations:
+        bucket = bucket_by_hand(q, of_round[:, :-1], level)
+        mates = [j for j, y in enumerate(x) if bucket_by_hand(y, of_round, level) == bucket]
+        first = max(0, sum(j < rank for j in mates) // chunk - 1) * chunk
+        found |= set(mates[first : first + 2 * chunk])
+    return found
+
+
+@given(cases(max_tokens=16, bins=False), st.integers(1, 16), st.sampled_from([2, 6]), st.booleans(), st.data())
+@settings(max_examples=30)
+def test_a_reformer_is_hashing_written_number_by_number(case, topk, bits, padded, data):
+    """Padding anywhere, nan in it, changes neither what is found nor gradients."""
+    with mock.patch.object(baselines, "BITS", bits), mock.patch.object(baselines, "ROUNDS", 2):
+        case = of_kind(case, ReformerAttention)
+        layer, (q, k, v), T = case.layer(ReformerAttention, topk=topk), case.qkv(), max(case.tokens)
+        k += 2  # as if from a model, whose keys lie in one direction
+        valid = torch.arange(T) < torch.tensor(case.tokens)[:, None]
+        if padded:
+            valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=valid.numel(), max_size=valid.numel()))).view(valid.shape)
+        mine, expected = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+        result = layer(*(x.masked_fill(~valid[:, None, :, None], torch.nan) for x in mine), valid=valid)
+        by_hand, attended = torch.zeros_like(q), result.attended(T)
+        assert torch.equal(result.n_attended(), attended.sum(-1)), "a key twice on a list"
+        assert torch.equal(result.bins, result.bins.sort(-1).values)
+        for b, of_sequence in enumerate(valid):
+            places = of_sequence.nonzero()[:, 0]
+            for h in range(q.shape[1]):
+                x, y, z = expected[0][b, h, places], *(z[b, h // case.heads_per_kv, places] for z in expected[1:])
+                for rank, place in enumerate(places.tolist()):
+                    n_seen = rank + 1 if case.causal else len(places)
+                    keys = sorted(lsh_by_hand(x[rank].detach(), y.detach(), n_seen, rank, layer.rotations, max(1, topk // 4)))
+                    assert attended[b, h, place].nonzero()[:, 0].tolist() == keys
+                    by_hand[b, h, place] = (y[keys] @ x[rank] * case.d_head**-0.5).softmax(0) @ z[keys]
+        torch.testing.assert_close(result.out, by_hand, **CLOSE)
+        if valid.any():
+            weight = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(case.seed))
+            grads = [torch.autograd.grad((out * weight).sum(), x) for out, x in ((result.out, mine), (by_hand, expected))]
+            for x, y in zip(*grads, strict=True):
+                torch.testing.assert_close(x, y, **CLOSE)
+
+
+@given(cases(max_tokens=40, bins=False))
+def test_a_reformer_of_one_bucket_is_dense(case):
+    """Two chunks hold all keys; and so they do for the first queries, whatever the rotations."""
+    case = of_kind(case, ReformerAttention)
+    (q, k, v), T, valid = case.qkv(), max(case.tokens), seen_by(case) > 0
+    dense = dense_attention(q, k, v, seen_by(case))
+    layer = case.layer(ReformerAttention, topk=4 * T)  # chunks of all keys
+    torch.testing.assert_close(layer(q, k, v, valid=valid).out, dense, **CLOSE)
+    layer.rotations.zero_()
+    torch.testing.assert_close(layer(q, k, v, valid=valid, topk=4 * -(-T // 2)).out, dense, **CLOSE)
+    if case.causal:
+        early = 2 * max(1, case.topk // 4) - 1  # one less than the first that has two buckets
+        out = case.layer(ReformerAttention)(q, k, v, valid=valid).out
+        torch.testing.assert_close(out[:, :, :early], dense[:, :, :early], **CLOSE)
+
+
+@given(cases(causal=st.just(True), max_tokens=40, bins=False), st.data())
+@settings(max_examples=30)
+def test_the_past_of_a_reformer_ignores_the_future(case, data):
+    """Whatever later tokens hold, and however many: neither buckets nor chunks move."""
+    case = of_kind(case, ReformerAttention)
+    layer, (q, k, v) = case.layer(ReformerAttention), case.qkv()
+    T = q.shape[2]
+    cut, number = data.draw(st.integers(1, T)), data.draw(st.sampled_from([3.0, 1e9, torch.inf, torch.nan]))
+    before = layer(q, k, v)
+    later = [torch.cat([x[:, :, :cut], torch.full_like(x[:, :, cut:], y)], 2) for x, y in ((q, number), (k, number), (v, 3.0))]
+    for after in (layer(*later), layer(*(x[:, :, :cut] for x in (q, k, v)))):
+        torch.testing.assert_close(after.out[:, :, :cut], before.out[:, :, :cut], **CLOSE)
+        assert torch.equal(after.attended(T)[:, :, :cut], before.attended(T)[:, :, :cut])
+
+
+@given(cases(max_tokens=40, bins=False))
+def test_rounds_of_the_same_rotations_find_no_more(case):
+    """A pair counts once, however many rounds find it; and a constant in all keys, which no softmax sees, moves no bucket."""
+    case = of_kind(case, ReformerAttention)
+    layer, (q, k, v), rotations = case.layer(ReformerAttention), case.qkv(), case.layer(ReformerAttention).rotations
+    layer.rotations = rotations[:1]
+    once = layer(q, k, v)
+    layer.rotations = rotations[:1].expand_as(rotations)
+    again = layer(q, k, v)
+    torch.testing.assert_close(again.out, once.out, **CLOSE)
+    assert torch.equal(again.attended(q.shape[2]), once.attended(q.shape[2]))
+    assert torch.equal(layer(q, k + 100, v).attended(q.shape[2]), once.attended(q.shape[2]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_reformer_finds_keys_that_a_query_attends_to(causal):
+    """Most of them are of its own topic, of 8, though those are long ago and all keys have a large mean."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    topic = torch.randint(8, (512,), generator=generator)
+    centres = draw(8, 32)
+    q, k = centres[topic] + 0.3 * draw(1, 1, 512, 32), centres[topic] + 0.3 * draw(1, 1, 512, 32) + 5
+    layer = ReformerAttention(SEAConfig(n_head=1, d_head=32, causal=causal, topk=32))
+    attended = layer(q, k, k).attended(512)[0, 0, 256:]
+    right = attended & (topic[256:, None] == topic)
+    assert right.sum() > attended.sum() / 2 and right.sum(1).float().mean() > 16
+
+
+def test_a_reformer_finds_no_more_keys_in_a_longer_text_and_its_memory_is_linear():
+    """The largest tensor, the search included, at twice the tokens; bins of single keys that no operation has to expand."""
+    sizes, T = [], 512
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes[-1] = max([sizes[-1], *(x.untyped_storage().nbytes() for x in torch.utils._pytree.tree_leaves(out)
+                                          if isinstance(x, torch.Tensor))])
+            return out
+
+    layer, q = ReformerAttention(SEAConfig(n_head=1, d_head=8, topk=16)), torch.randn(1, 1, 2 * T, 8)
+    seen = torch.arange(1, 2 * T + 1)[None]
+    for n in (T, 2 * T):
+        sizes.append(0)
+        with Largest():
+            keys = baselines.lsh_keys(q[:, :, :n], q[:, :, :n], seen[:, :n], seen[:, :n] - 1, layer.rotations, 4)
+        assert keys.shape == (1, 1, n, 8 * 2 * 4 + 1)
+    assert sizes[1] <= 2 * sizes[0]
 
 
 @given(causal_cases)
