@@ -13,6 +13,7 @@
       sea         SEA
       performer   control: a Performer, the linear attention that SEA estimates with
       window      control: the first and the last keys alone, as many as SEA attends to
+      reformer    control: keys found by hashing, about as many as SEA attends to
       dense       control: the teacher's own attention
       oracle      SEA whose cells come from the teacher's attention: the bound for any estimate
     loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + context + 0 score)

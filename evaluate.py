@@ -55,7 +55,7 @@ import sea
 
 HUB = {name: f"facebook/{name}" for name in ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")}
 METHODS = (*convert.METHODS, "dense", "oracle")
-WITH_TOPK = ("sea", "window", "oracle")  # those that attend to as many keys as they are told to
+WITH_TOPK = ("sea", "window", "reformer", "oracle")  # topk says how many keys they attend to
 
 
 # -- data ------------------------------------------------------------------------------------------

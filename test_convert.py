@@ -359,7 +359,7 @@ DOCUMENTS = (3, 1, 12, 8)  # tokens
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "qwen2", "bert"])
-@pytest.mark.parametrize("method", ["sea", "performer", "window"])
+@pytest.mark.parametrize("method", ["sea", "performer", "window", "reformer"])
 def test_packed_documents_are_each_alone(kind, method):
     """Positions that begin again are documents, which see nothing of each other, forward and backward."""
     if method == "window" and kind == "bert":
@@ -512,7 +512,8 @@ def recomputed(model, x, mask, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("options", [dict(), dict(query_stride=3, cell_keys=False), dict(query_stride=3, bin=0), dict(method="window")])
+@pytest.mark.parametrize("options", [dict(), dict(query_stride=3, cell_keys=False), dict(query_stride=3, bin=0), dict(method="window"),
+                                     dict(method="reformer")])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_generate_gives_the_tokens_of_full_recomputation(kind, options, padded, tmp_path):
@@ -594,7 +595,7 @@ def test_a_window_is_the_first_and_the_last_keys_alone(monkeypatch):
         torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("student", [dict(query_stride=2), dict(query_stride=2, bin=0), dict(method="window")])
+@pytest.mark.parametrize("student", [dict(query_stride=2), dict(query_stride=2, bin=0), dict(method="window"), dict(method="reformer")])
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, top_k=5),
                                      dict(do_sample=True, num_return_sequences=3)])
 @torch.no_grad()
@@ -625,7 +626,8 @@ def test_the_state_in_the_cache_is_constant_in_size():
 
 
 @pytest.mark.parametrize("kind, options", [
-    *((kind, {}) for kind in MODELS), ("opt", dict(bin=0)), ("llama", dict(query_stride=3)), ("llama", dict(method="window"))])
+    *((kind, {}) for kind in MODELS), ("opt", dict(bin=0)), ("llama", dict(query_stride=3)),
+    *((kind, dict(method=method)) for kind, method in (("llama", "window"), ("llama", "reformer"), ("bert", "reformer")))])
 @torch.no_grad()
 def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch):
     """As users of transformers expect it: a (B, H, T, T) tensor a layer, over the positions of a padded batch."""
@@ -665,7 +667,8 @@ def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch
 @pytest.mark.parametrize("method, options", [
     *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, query_stride=2, group="query",
                                                    backend="torch").items()),
-    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("sea without a CNN", dict(width=3, query_stride=2)), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4))])
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("sea without a CNN", dict(width=3, query_stride=2)), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4)),
+    ("reformer", dict(topk=20))])
 @torch.no_grad()
 def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
     """As if attached so; the estimate does not change."""
@@ -686,8 +689,8 @@ def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp
 
 
 def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
-    """The last keys of a window are what is left of topk, and a Performer has none to choose."""
-    for method, topk in ("window", 4), ("performer", 1):
+    """The last keys of a window are what is left of topk, a Performer has none to choose, and a Reformer's chunks have one at least."""
+    for method, topk in ("window", 4), ("performer", 1), ("reformer", 1):
         model = moved(convert.attach(tiny("llama"), method, topk=topk))
         convert.save(model, tmp_path / method)
         assert_same(convert.load(tmp_path / method), model)

@@ -56,7 +56,7 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     own = ["--model", str(home / "teacher"), "--data", str(home / "text.txt")]
     out = tmp_path / "out"
     results = distill.main([*own, *SMALL, "--out", str(out), "--steps", "4", "--micro-batch", "1", "--eval-every", "2", "--optimizer", "lr=1e-3",
-                            "lr_new=1e-2", "--loss", "score=1", "--method", "sea", "performer", "window", "dense"])
+                            "lr_new=1e-2", "--loss", "score=1", "--method", "sea", "performer", "window", "reformer", "dense"])
     printed = capsys.readouterr().out
     assert results["dense before"] == results["teacher"] and results["sea"] != results["sea before"]
     for line in ("sea step 00004/00004 (100%) | loss ", "keys/query", *(f"\n{name} " for name in results)):
@@ -69,15 +69,16 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     steps = [r for r in losses if r.get("name") == "dense" and "lr" in r]
     assert [r["lr"] for r in steps] == [1e-3] * 4  # the paper's schedule is constant
 
-    assert results["window"] != results["window before"] != results["sea before"]
+    assert results["window"] != results["window before"] != results["sea before"] != results["reformer before"]
 
-    students = [str(out / name) for name in ("sea", "performer", "window", "dense")]
+    students = [str(out / name) for name in ("sea", "performer", "window", "reformer", "dense")]
     again = evaluate.main([*own, "--seq-len", "16", "--device", "cpu", "--students", *students, "--topk", "16", "--out", str(tmp_path / "eval")])
-    for name in ("teacher", "sea", "performer", "window", "dense"):
+    for name in ("teacher", "sea", "performer", "window", "reformer", "dense"):
         assert math.isclose(again[name]["ppl"], results[name], rel_tol=1e-5)
     for name in ("sea", "window"):  # at most topk, fewer where a query has fewer before it
         assert 5 < again[name]["keys"] < SEA["topk"]
-    assert again["sea, topk 16"]["ppl"] != again["sea"]["ppl"]
+    for name in ("sea", "reformer"):
+        assert again[f"{name}, topk 16"]["ppl"] != again[name]["ppl"] and again[f"{name}, topk 16"]["keys"] > again[name]["keys"]
 
 
 def test_no_argument_trains_its_own_teacher(tmp_path):
@@ -850,7 +851,8 @@ def test_schedule_clip_and_redraw(home, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, dict(bin=0), dict(query_stride=3, bin=3), dict(group="causal_batch"), dict(method="window")])
+@pytest.mark.parametrize("options", [{}, dict(bin=0), dict(query_stride=3, bin=3), dict(group="causal_batch"), dict(method="window"),
+                                     dict(method="reformer")])
 def test_keys_per_query_counts_keys(options):
     """Those that have a weight."""
     student, _ = student_and_teacher("llama", **options)

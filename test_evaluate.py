@@ -187,7 +187,7 @@ def test_a_teacher_that_is_recorded_continues_as_itself(home, llama, kind):
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("method", ["sea", "performer", "window", "dense"])
+@pytest.mark.parametrize("method", ["sea", "performer", "window", "reformer", "dense"])
 @torch.no_grad()
 def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
     model, x, timed = tiny(kind), tokens(1), []
