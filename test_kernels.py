@@ -21,6 +21,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import baselines
 import bin_kernels
 import estimator_kernels
 import kernels
@@ -1258,6 +1259,30 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             kernels.bin_attention(qkv[0][:, :, :1], *qkv[1:], bins[:, :, :1], result.seen[:, :1], bin=8)
     assert grids.keys() == {name for names in modules.values() for name in names}
     assert all(n <= 65_535 for found in grids.values() for grid in found for n in grid[1:]), grids
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_reformer_on_kernels_matches_reference(causal):
+    """Its lists of keys are such as the kernels read, no key twice: output, gradients and a decoding step, with padding."""
+    torch.manual_seed(0)
+    config = sea.SEAConfig(n_head=2, n_kv_head=1, d_head=8, causal=causal, topk=8, bin=0, backend="triton")
+    layer, valid = baselines.ReformerAttention(config).to(DEVICE), torch.ones(2, 11, dtype=torch.bool, device=DEVICE)
+    valid[0, 3:6] = False
+    reference = baselines.ReformerAttention(replace(config, backend="torch")).to(DEVICE)
+    qkv = [torch.randn(2, heads, 11, 8, device=DEVICE) for heads in (2, 1, 1)]
+    results = []
+    for attention in (layer, reference):
+        xs = [x.clone().requires_grad_() for x in qkv]
+        result = attention(*xs, valid=valid)
+        grads = torch.autograd.grad(result.out.square().sum(), xs)
+        steps = []
+        if causal:
+            with torch.no_grad():
+                state = attention(*(x[:, :, :10] for x in qkv), valid=valid[:, :10], kv_cached=True).state
+                steps.append(attention(qkv[0][:, :, 10:], *qkv[1:], valid=valid, state=state, kv_cached=True).out)
+        results.append([result.out, *grads, *steps])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 # -- modules that are more than their weights --------------------------------------------------------------------------
