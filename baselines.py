@@ -193,8 +193,8 @@ HASHES = 2  # rotations of a round; where one has too few buckets, the next divi
 @torch.no_grad()
 def lsh_keys(q: Tensor, k: Tensor, seen: Tensor, rank: Tensor, rotations: Tensor,
              chunk: int) -> Tensor:
-    """The keys that each query attends to: (B, H, T, n) int32, ascending, each of them once, NONE behind
-    the last. No gradient flows through the choice.
+    """The keys that each query attends to: (B, H, T, n) int32, n = 2 * chunk * rounds + 1 or S, ascending,
+    each of them once, NONE behind the last. No gradient flows through the choice.
 
     q (B, H, T, D); k (B, Hkv, S, D) by rank; seen, rank (B, T): how many keys each query sees, and
     which is its own; rotations (rounds, hashes, D+1, 2**(BITS-1)).
@@ -208,16 +208,18 @@ def lsh_keys(q: Tensor, k: Tensor, seen: Tensor, rank: Tensor, rotations: Tensor
     One softmax over the chosen keys is what the paper has: it adds up the rounds' attention, and
     divides each pair's weight by the number of rounds that found it.
 
-    Differs: in the paper queries are keys, of norm 1. Those of a pretrained model are not, and most of
-    its keys lie in one direction, which no query's softmax sees but which fills few buckets; so keys
-    are centred and given one norm before they are hashed, as queries are, by the same rotations.
+    Differs: in the paper queries are keys, of norm 1, and attend to themselves only where there is no
+    other. Those of a pretrained model are not the same, and most of its keys lie in one direction,
+    which no query's softmax sees but which fills few buckets; so keys are centred and given one norm,
+    and then hashed by the same rotations as queries.
     Differs: the paper cuts chunks across buckets, and has as many buckets as fit the length of the
     sequence: later tokens would decide what a query attends to. Here chunks begin with their bucket,
-    and a query that sees n keys has 2**level buckets, n / 2 < chunk * 2**level <= n. So it depends
-    on nothing but what the query sees, early queries attend to all keys, and any split of a
-    sequence into calls gives what one call gives.
+    and a query that sees n keys has 2**level buckets, the most with chunk * 2**level <= n (4,096 at
+    most). So its keys depend on nothing but what it sees, the first queries attend to all, and any
+    split of a sequence into calls gives what one call gives.
     """
     (B, H, T, _), S = q.shape, k.shape[2]
+    chunk = min(chunk, S)  # of all keys there are
     n_levels = min(max(1, (S // chunk).bit_length()), HASHES * BITS + 1)
     edges = chunk * 2 ** torch.arange(1, n_levels, device=q.device)
     level_of_query = torch.searchsorted(edges, seen, right=True)[:, None, None]  # (B, 1, 1, T)
@@ -245,7 +247,7 @@ def lsh_keys(q: Tensor, k: Tensor, seen: Tensor, rank: Tensor, rotations: Tensor
         place = begin[:, i, ..., None] + torch.arange(2 * chunk, device=q.device)
         keys = order[:, :, i].gather(-1, place.clamp(max=n_sorted - 1).flatten(2)).view(place.shape)
         chosen.append(keys.masked_fill(place >= end[:, i, ..., None], NONE))
-    return each_once(torch.cat(chosen, dim=-1))
+    return each_once(torch.cat(chosen, dim=-1))[..., :S]
 
 
 def n_before(in_order: Tensor, x: Tensor) -> Tensor:
