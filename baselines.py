@@ -141,7 +141,7 @@ class ReformerAttention(nn.Module):
 
     # what it has no use for, with any topk, as small as it can be
     of_config: ClassVar[dict] = dict(width=1, group="query", bin=0, query_stride=1, nbf=1e9,
-                                     cell_keys=False, cnn=True)
+                                     cell_keys=False, cnn=True, dense_below=0)
 
     def __init__(self, config: SEAConfig):
         super().__init__()

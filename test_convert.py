@@ -699,7 +699,7 @@ def test_controls_take_any_number_of_keys_that_they_can_have(tmp_path):
 
 
 @pytest.mark.parametrize("method, options, message", [
-    ("sea", dict(width=9), "options: expected some of topk, group, bin, local, first, candidates, query_stride, backend, got width, which the weights depend on"),
+    ("sea", dict(width=9), "options: expected some of topk, group, bin, local, first, candidates, query_stride, dense_below, backend, got width, which the weights depend on"),
     ("sea", dict(topk=4), "topk: expected at least 5, since on average as many first and last keys are always attended to, got 4"),
     ("sea", dict(local=9), "topk: expected at least 12, since on average as many first and last keys are always attended to, got 9"),
     ("sea", dict(local=0), "local: expected an integer >= 1, with bins, got 0"),
@@ -1211,11 +1211,12 @@ def test_a_config_that_was_tampered_with_is_refused_in_a_sentence(kind, tmp_path
     convert.save(model, folder)
     expected, config = model(x).logits, json.loads((folder / "config.json").read_text())
     fields = [(config, name) for name in list(config)] + [(config["sea"], name) for name in list(config["sea"])]
-    must_fail = {"width", "topk", "nbf", "cell_keys", "group", "backend", "method", "query_stride", "bin", "local", "first", "candidates"}
+    must_fail = {"width", "topk", "nbf", "cell_keys", "group", "backend", "method", "query_stride", "bin", "local", "first", "candidates",
+                 "dense_below"}
     for where, name in fields:
         right = where.pop(name)
         for wrong in ("missing", None, True, -1, 10**9, "x", [], {"a": 1}):
-            if wrong == 10**9 and name in ("topk", "query_stride", "nbf", "candidates") or wrong is True and name == "cell_keys" or wrong is None and name == "group":
+            if wrong == 10**9 and name in ("topk", "query_stride", "nbf", "candidates", "dense_below") or wrong is True and name == "cell_keys" or wrong is None and name == "group":
                 continue  # a right value too
             if wrong != "missing":
                 where[name] = wrong
