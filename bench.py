@@ -619,7 +619,7 @@ def distillation_step(args, T: int, backend: str) -> tuple[Callable[[], None], i
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher, student = evaluate.to_device(teacher, args), evaluate.to_device(student, args)
-    optimizer = distill.make_optimizer(student, 1e-5, 1e-4, 0.01)
+    optimizer = distill.make_optimizer(student, distill.OptimizerConfig())
     run = distill.data_parallel(student, args)
     x = torch.randint(5, student.config.vocab_size, (args.batch, T), device=args.device)
 

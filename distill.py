@@ -89,6 +89,7 @@ class OptimizerConfig:
 
     lr: float = 2e-6  # of pretrained weights, at its peak
     lr_new: float = 1e-4  # of SEA's
+    control_lr: float = 1e-5  # of the controls' weights
     beta2: float = 0.95  # Differs: 0.999, which takes a thousand steps to come to rest
     schedule: str = "constant"  # or linear or cosine decay to 0
     warmup: int = 0  # steps over which the learning rates rise to their peaks
@@ -107,7 +108,8 @@ class OptimizerConfig:
 
 
 # Where the jobs differ. With --model: section 4 and appendix of the paper, which the defaults of
-# OptimizerConfig follow as well; of an OPT that the authors trained, by its name: their numbers.
+# OptimizerConfig follow as well; of an OPT that the authors trained, by its name: their numbers, with
+# controls at five times SEA's rate, as theirs are at 125M.
 # --sea cell_keys=false bin=0 --loss score=1 make the rest theirs, too.
 # Without: found by trying, for two CPU cores.
 PAPER = dict(steps=10_000, batch=32, eval_every=500, teacher_steps=0, teacher_lr=1e-5, sea={},
@@ -116,14 +118,12 @@ OF_OPT = {
     "opt-125m": dict(optimizer=dict(beta2=0.999)),
     "opt-350m": dict(optimizer=dict(beta2=0.999)),
     "opt-1.3b": dict(batch=36, optimizer=dict(beta2=0.999)),
-    "opt-2.7b": dict(batch=144, optimizer=dict(lr=5e-7, lr_new=5e-6, beta2=0.999)),
+    "opt-2.7b": dict(batch=144, optimizer=dict(lr=5e-7, lr_new=5e-6, control_lr=2.5e-6, beta2=0.999)),
 }
 TINY = dict(steps=120, batch=8, eval_every=60, teacher_steps=1000, teacher_lr=3e-3,
             sea=dict(width=64, topk=16, bin=2, local=4, first=2),
-            optimizer=dict(lr=5e-4, lr_new=1e-2, schedule="linear"))
-# What the authors give their controls with --model, where they have 1e-5 for SEA's 2e-6.
-CONTROL_RATE = 5  # times the rate of SEA's pretrained weights
-PERFORMER_NBF = 1  # random features int(D ln D)
+            optimizer=dict(lr=5e-4, lr_new=1e-2, control_lr=5e-4, schedule="linear"))
+PERFORMER_NBF = 1  # with --model, as the authors have it: int(D ln D) random features
 
 
 def job_of(model: str | None) -> dict:
@@ -243,11 +243,9 @@ def fields_of(name: str, args) -> dict:
 
 
 def optimizer_of(name: str, args) -> OptimizerConfig:
-    """Of a student: with --model controls have a rate of their own, unless --optimizer gives one."""
-    config, is_control = args.optimizer, name not in ("sea", "oracle")
-    if args.model and is_control and not args.load and "lr" not in args.given:
-        return replace(config, lr=CONTROL_RATE * config.lr)
-    return config
+    """Of a student: controls have a rate of their own."""
+    config = args.optimizer
+    return config if name in ("sea", "oracle") else replace(config, lr=config.control_lr)
 
 
 # -- losses, section 6 of the method ---------------------------------------------------------------
@@ -618,9 +616,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "hidden=5 kd=0.2 score=0 unless given. Where a few hidden states are huge, as Llamas tend to "
         "have them at the first token, they are most of the loss: hidden=0.005 is better there")
     add("--optimizer", type=evaluate.settings(OptimizerConfig), **groups, help="unless given: lr=2e-6 "
-        "(of pretrained weights; of controls 1e-5) lr_new=1e-4 schedule=constant (linear and cosine "
-        "fall to 0), without --model 5e-4 for all, 1e-2 and linear; with opt-2.7b lr=5e-7 (2.5e-6) "
-        "lr_new=5e-6; beta2=0.95, with an OPT by its name 0.999; warmup=0 (steps) weight_decay=0.01 "
+        "(of pretrained weights) lr_new=1e-4 control_lr=1e-5 (of the controls' weights; lr if that is "
+        "given) schedule=constant (linear and cosine fall to 0), without --model 5e-4, 1e-2, 5e-4 and "
+        "linear, with opt-2.7b 5e-7, 5e-6 and 2.5e-6; beta2=0.95, with an OPT by its name 0.999; "
+        "warmup=0 (steps) weight_decay=0.01 "
         "clip=1 (gradient norm) redraw_every=1000 (steps between draws of random features)")
     add("--gradient-checkpointing", action="store_true", help="keep of each layer its input and what "
         "the losses look at, and compute the rest again, for large models")
@@ -628,7 +627,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "any. Options that change what is learned must be those of the run that wrote them; the number "
         "of processes, --shard, --micro-batch, --method and how it is evaluated need not")
     add("--teacher-steps", type=int, help="steps of four sequences that train the teacher on the text, "
-        "as an ordinary language model, into OUT/teacher" + evaluate.by_job("teacher_steps", PAPER, TINY))
+        "as an ordinary language model, into OUT/teacher"
+        + evaluate.by_job("teacher_steps", PAPER, TINY))
     add("--teacher-lr", type=float, help="its rate, which falls to 0"
         + evaluate.by_job("teacher_lr", PAPER, TINY))
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn "
@@ -672,8 +672,10 @@ def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         option = "--sea"
         check_layers(args)
         option = "--optimizer"
-        args.given = [name for name, _ in args.optimizer]
-        args.optimizer = OptimizerConfig(**job["optimizer"] | dict(args.optimizer))
+        given = dict(args.optimizer)
+        if "lr" in given:
+            given = {"control_lr": given["lr"], **given}
+        args.optimizer = OptimizerConfig(**job["optimizer"] | given)
     except ValueError as error:
         p.error(f"{option} {error}")
     evaluate.check_backend(p, "--sea", args.sea.get("backend"), args.device)

@@ -134,7 +134,7 @@ def student_and_teacher(kind="opt", **options):
 
 def test_distillation_lowers_every_term():
     student, teacher = student_and_teacher()
-    optimizer, x = distill.make_optimizer(student, 1e-3, 1e-2, 0.01), tokens(8)
+    optimizer, x = distill.make_optimizer(student, distill.OptimizerConfig(lr=1e-3, lr_new=1e-2)), tokens(8)
     first = distill.distillation_losses(student, teacher, x, distill.LossWeights(ce=0.0, score=1.0))
     for _ in range(60):
         terms = distill.distillation_losses(student, teacher, x, distill.LossWeights(ce=0.0, score=1.0))
@@ -889,7 +889,7 @@ def test_perplexity_is_of_windows_without_overlap(home):
 def test_optimizer_groups():
     student, _ = student_and_teacher()
     names = {id(p): n for n, p in student.named_parameters()}
-    groups = distill.make_optimizer(student, 1e-5, 1e-3, 0.01).param_groups
+    groups = distill.make_optimizer(student, distill.OptimizerConfig(lr=1e-5, lr_new=1e-3)).param_groups
     assert {group["betas"] for group in groups} == {(0.9, 0.95)}
     assert sum(len(g["params"]) for g in groups) == len(names)
     for group in groups:
@@ -939,7 +939,8 @@ def test_a_job_has_the_numbers_of_its_model_and_method():
     """Of an OPT by its name those of the paper's authors, unless others are given; controls are not handicapped."""
     for argv, batch, rates, beta2 in ((["--model", "opt-125m"], 32, (2e-6, 1e-5), 0.999), (["--model", "opt-1.3b"], 36, (2e-6, 1e-5), 0.999),
                                       (["--model", "opt-2.7b"], 144, (5e-7, 2.5e-6), 0.999), (["--model", "DIR"], 32, (2e-6, 1e-5), 0.95),
-                                      (["--model", "opt-2.7b", "--optimizer", "lr=1e-4"], 144, (1e-4, 1e-4), 0.999), ([], 8, (5e-4, 5e-4), 0.95)):
+                                      (["--model", "opt-2.7b", "--optimizer", "lr=1e-4"], 144, (1e-4, 1e-4), 0.999),
+                                      (["--model", "DIR", "--optimizer", "control_lr=3e-6", "lr=1e-4"], 32, (1e-4, 3e-6), 0.95), ([], 8, (5e-4, 5e-4), 0.95)):
         args = distill.parse(argv)
         assert args.batch == batch and args.teacher_steps == (0 if args.model else 1000)
         found = {name: distill.optimizer_of(name, args) for name in ("sea", "oracle", "dense", "performer", "window")}
