@@ -97,14 +97,17 @@ def load_openwebtext(n: int = 200_000) -> list[str]:
 
 def read_documents(option: str, file: str) -> list[str]:
     """Documents that hold more than white space."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
-    documents = [document for document in text.split("\n\n\n") if document.strip()]
+    documents = [document for document in read_text(option, file).split("\n\n\n") if document.strip()]
     if not documents:
         sys.exit(f"{option}: expected a text file in UTF-8, got {file}, which holds no text")
     return documents
+
+
+def read_text(option: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{option}: expected a text file in UTF-8, got {file} ({error})")
 
 
 def hub(what: str, instead: str, load: Callable):
@@ -255,8 +258,10 @@ def load_teacher(model: str | Path, seq_len: int, option: str = "--seq-len"):
     return teacher.eval().requires_grad_(False), tokenizer
 
 
-def from_hub(name: str, dtype: torch.dtype = torch.float32):
-    """Tokenizer and model, from the hub or a folder."""
+def from_hub(name: str, dtype: torch.dtype = torch.float32, load_model: Callable | None = None):
+    """Tokenizer and model, from the hub or a folder. load_model: given name and dtype, loads the model
+    (default: a causal language model)."""
+    load_model = load_model or language_model
     is_folder = Path(name).is_dir()
     if not is_folder and (Path(name).is_file() or name.startswith(("/", ".", "~"))):
         sys.exit(f"--model: expected a folder, or a name on the Hugging Face hub, got {name} "
@@ -269,12 +274,33 @@ def from_hub(name: str, dtype: torch.dtype = torch.float32):
                      "--load of distill.py and --students of evaluate.py are for students")
         if not tokenizer("the", add_special_tokens=False).input_ids:  # what a folder without one gives
             sys.exit(f"--model: expected a tokenizer beside the model, got none in {name}")
-        return tokenizer, whole_model(name, dtype)
+        return tokenizer, load_model(name, dtype)
 
     if is_folder:
         return hub(f"the model {name}", "give another folder with --model DIR", load)
     return hub(f"the model {name} from the Hugging Face hub",
                "give a local folder with --model DIR instead", load)
+
+
+def language_model(name: str, dtype: torch.dtype = torch.float32):
+    """whole_model of --model. Ends the process if tokens see those after them: the model would then
+    be asked for what it has seen."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if causal:
+        with torch.device("meta"):  # takes no memory
+            causal = is_causal(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+    if not causal:
+        sys.exit(f"--model: expected a causal language model, got a {config.model_type} in {name}, "
+                 "which is none; distill.py --dataset glue distils bidirectional models, as classifiers")
+    return whole_model(name, dtype)
+
+
+def is_causal(model) -> bool:
+    """Do tokens see themselves and those before them alone? Those of images, beside them, may see all."""
+    modules = convert.attention_modules(model)
+    asked = getattr(model.config, "is_causal", None) is not False
+    return asked and (not modules or any(module.is_causal for module in modules))
 
 
 def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):
