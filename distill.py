@@ -7,6 +7,7 @@
     python distill.py --model DIR --data FILE [--valid-data FILE]        your own model and text
     python distill.py --model DIR --data FILE --load out/sea --out out/more      a saved student, further
     torchrun --nproc-per-node 2 distill.py ... [--shard]                 several GPUs or CPUs
+    python distill.py --dataset glue --help                              BERT on GLUE, see glue.py
 
     teacher     the pretrained model, which stays as it is
     student     a copy of it that is trained, with other attention:
@@ -593,6 +594,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     evaluate.add_common_options(p)
     add = p.add_argument
+    add("--dataset", choices=("glue",), help="a task of GLUE instead of text, with glue.py's options: "
+        "--dataset glue --help lists them")
     add("--method", nargs="+", choices=evaluate.METHODS, default=("sea", "performer", "dense"),
         help="students to train, one after the other (default: sea performer dense)")
     add("--load", metavar="DIR", help="train this saved student further, instead of --method")
@@ -655,6 +658,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--micro-batch: expected a divisor of the {each} sequences of a process, got "
                 f"{args.micro_batch}")
     return args
+
+
+def dataset_of(argv: list[str] | None) -> str | None:
+    """--dataset, which says whose the other options are."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--dataset", nargs="?")
+    return p.parse_known_args(argv)[0].dataset
 
 
 def read_groups(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -755,7 +765,11 @@ def print_table(lines: list[Line]) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Returns the perplexities of the table."""
+    """Returns the perplexities of the table, or what glue.main does."""
+    if dataset_of(argv) == "glue":
+        import glue  # here, since it is made of this file's parts
+
+        return glue.main(argv)
     args = parse(argv)
     header = evaluate.start("distill.py", argv, args)
     with checkpoints.locked(args.out), evaluate.room_for(args.out):
