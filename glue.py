@@ -313,40 +313,38 @@ class Job:
 
 
 def fit(name: str, model, losses: Callable[[Batch], dict[str, Tensor]], epochs: int,
-        config: distill.OptimizerConfig, job: Job) -> None:
-    """Train `model`, for some passes over the training split, by the sum of losses(batch). Raises
-    distill.Diverged."""
+        config: distill.OptimizerConfig, job: Job) -> dict[str, float]:
+    """Train `model` by the sum of losses(batch), for some passes over the training split; returns what
+    `measure` says of it after the last. Raises distill.Diverged."""
     args, n = job.args, len(job.splits["train"].labels)
-    a_pass = -(-n // args.batch)
-    steps, clock = epochs * a_pass, distill.Clock()
+    step, steps, clock = 0, epochs * -(-n // args.batch), distill.Clock()
     optimizer = distill.make_optimizer(model, config.lr, config.lr_new, config.weight_decay)
-    for step in range(1, steps + 1):
-        epoch, turn = divmod(step - 1, a_pass)
+    for epoch in range(epochs):
         generator = torch.Generator().manual_seed(distill.seed_of(epoch, args.seed))
-        order = torch.randperm(n, generator=generator)
-        batch = job.batch("train", order[turn * args.batch : (turn + 1) * args.batch])
-        model.train()
-        share = distill.learning_rate(step, steps, config.schedule, config.warmup)
-        lr = distill.set_learning_rate(optimizer, share)
-        distill.redraw_features(model, step, args)
-        torch.manual_seed(distill.seed_of(step, args.seed))  # dropout's
-        with evaluate.autocast(args):
-            terms = losses(batch)
-        sum(terms.values()).backward()
-        terms = {key: x.item() for key, x in terms.items()}
-        norm = distill.clip_gradients(model, config.clip)
-        if not math.isfinite(sum(terms.values()) + norm):
-            raise distill.Diverged(f"{name} step {step}: loss or gradient is not finite: {terms}")
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick(int(batch.valid.sum()))
-        job.log.step(name, step, steps, terms, lr, clock)
-        if turn == a_pass - 1:
-            scores = measure(model, job)
-            print(f"{name} step {step:05d} | {in_words(scores)}", flush=True)
-            job.log.record(name=name, step=step, scores=scores)
-            clock.resume()
-    model.eval()
+        for index in torch.randperm(n, generator=generator).split(args.batch):
+            step += 1
+            model.train()
+            share = distill.learning_rate(step, steps, config.schedule, config.warmup)
+            lr = distill.set_learning_rate(optimizer, share)
+            distill.redraw_features(model, step, args)
+            torch.manual_seed(distill.seed_of(step, args.seed))  # dropout's
+            batch = job.batch("train", index)
+            with evaluate.autocast(args):
+                terms = losses(batch)
+            sum(terms.values()).backward()
+            terms = {key: x.item() for key, x in terms.items()}
+            norm = distill.clip_gradients(model, config.clip)
+            if not math.isfinite(sum(terms.values()) + norm):
+                raise distill.Diverged(f"{name} step {step}: loss or gradient is not finite: {terms}")
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.tick(int(batch.valid.sum()))
+            job.log.step(name, step, steps, terms, lr, clock)
+        scores = measure(model, job)
+        print(f"{name} step {step:05d} | {in_words(scores)}", flush=True)
+        job.log.record(name=name, step=step, scores=scores)
+        clock.resume()
+    return scores
 
 
 @torch.no_grad()
@@ -493,14 +491,15 @@ def distil(name: str, teacher, job: Job) -> list[Line]:
     args, began = job.args, time.perf_counter()
     student = distill.new_student(name, teacher, teacher, args)
     try:
-        fit(name, student, lambda batch: distillation_losses(student, teacher, batch, args.loss),
-            args.epochs, args.optimizer, job)
+        scores = fit(name, student,
+                     lambda batch: distillation_losses(student, teacher, batch, args.loss),
+                     args.epochs, args.optimizer, job)
     except distill.Diverged as error:
         print(error, flush=True)
         return [Line(name)]
     seconds = time.perf_counter() - began
     convert.save(student, Path(args.out) / name, job.tokenizer)
-    lines = [Line(name, keys_per_query(student, job), measure(student, job), seconds)]
+    lines = [Line(name, keys_per_query(student, job), scores, seconds)]
     for topk in args.topk if name == "sea" else []:
         convert.set_option(student, topk=topk)
         lines.append(Line(f"sea topk {topk}", keys_per_query(student, job), measure(student, job)))
