@@ -286,21 +286,20 @@ def language_model(name: str, dtype: torch.dtype = torch.float32):
     """whole_model of --model. Ends the process if tokens see those after them: the model would then
     be asked for what it has seen."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if causal:
-        with torch.device("meta"):  # takes no memory
-            causal = is_causal(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
-    if not causal:
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    with torch.device("meta"):  # takes no memory
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)) if known else None
+    if not known or is_bidirectional(model):
         sys.exit(f"--model: expected a causal language model, got a {config.model_type} in {name}, "
                  "which is none; distill.py --dataset glue distils bidirectional models, as classifiers")
     return whole_model(name, dtype)
 
 
-def is_causal(model) -> bool:
-    """Do tokens see themselves and those before them alone? Those of images, beside them, may see all."""
+def is_bidirectional(model) -> bool:
+    """Does every token see all others? (Those of images may, beside text.)"""
     modules = convert.attention_modules(model)
-    asked = getattr(model.config, "is_causal", None) is not False
-    return asked and (not modules or any(module.is_causal for module in modules))
+    asked = getattr(model.config, "is_causal", None) is False
+    return bool(modules) and (asked or not any(module.is_causal for module in modules))
 
 
 def whole_model(folder: str | Path, dtype: torch.dtype = torch.float32):

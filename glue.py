@@ -172,9 +172,9 @@ def load_teacher(args):
     n_labels = TASKS[args.subset].n_labels
     tokenizer, (model, is_new) = evaluate.from_hub(
         args.model, load_model=lambda name, dtype: classifier(name, dtype, n_labels))
-    if evaluate.is_causal(model):
-        sys.exit("--model: expected a bidirectional model, BERT or a relative of it, got a "
-                 f"{model.config.model_type} in {args.model}, whose tokens do not see those after them")
+    if not evaluate.is_bidirectional(model):
+        sys.exit("--model: expected BERT or a bidirectional relative of it, got a "
+                 f"{model.config.model_type} in {args.model}")
     longest = min(model.config.max_position_embeddings, tokenizer.model_max_length)
     if args.seq_len > longest:
         sys.exit(f"--seq-len: expected at most the model's {longest} tokens, got {args.seq_len}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification,
                           BertLMHeadModel, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel, OPTConfig, OPTForCausalLM)
 
@@ -15,6 +16,7 @@ import convert
 import distill
 import evaluate
 import glue
+import sea
 
 WORDS = [f"{kind}{i}" for kind in ("good", "bad", "word") for i in range(8)]
 MODEL = dict(vocab_size=5 + len(WORDS), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
@@ -132,6 +134,22 @@ def test_padding_is_in_no_mean(name, side):
 
 
 @torch.no_grad()
+def test_terms_of_a_layer_without_padding_are_those_of_sea():
+    teacher, student = tiny_bert(), convert.attach(tiny_bert(initializer_range=0.1), **SEA)
+    teacher.set_attn_implementation("sea_teacher")
+    batch = batch_of([["good1 bad2 word3"] * 2, ["bad1 word1"] * 2], [1, 0])
+    with convert.record(teacher) as of_teacher, convert.record(student) as of_student:
+        teacher(**batch.inputs), student(**batch.inputs)
+    seen = batch.valid * batch.valid.shape[1]
+    for s, t in zip(of_student, of_teacher, strict=True):
+        pooled = sea.pool_attention(t.q, t.k, seen, SEA["width"], t.scale)
+        expected = dict(context=F.mse_loss(s.out, t.out), estimate=sea.estimate_loss(s.sea.scores, pooled, seen),
+                        score=3 * sea.score_loss(s.q * s.scale, s.k, t.q * t.scale, t.k, seen, 1.0))
+        found = glue.layer_losses(s, t, batch.valid, distill.LossWeights(score=3))
+        torch.testing.assert_close({name: found[name] for name in expected}, expected)
+
+
+@torch.no_grad()
 def test_all_keys_and_open_gates_are_the_teacher():
     """Then nothing is left of the losses but the estimate, and the student's logits are the teacher's."""
     teacher = tiny_bert()
@@ -144,6 +162,16 @@ def test_all_keys_and_open_gates_are_the_teacher():
     terms = glue.distillation_losses(student, teacher, batch, distill.LossWeights(hidden=10, kd=0.1, score=1))
     assert all(terms[name] < 1e-9 for name in ("hidden", "kd", "context", "score")) and terms["estimate"] > 1e-4
     torch.testing.assert_close(student(**batch.inputs).logits, teacher(**batch.inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_are_padded_on_the_right(home):
+    """BERT's head looks at the first token, whatever side the tokenizer pads."""
+    args, left = glue.parse(options(home)), tokenizer()
+    left.padding_side = "left"
+    job = glue.Job(args, None, left, ["input_ids", "attention_mask"], glue.load_splits(args))
+    batch = job.batch("validation", torch.arange(8))
+    assert set(batch.inputs) == {"input_ids", "attention_mask"} and not batch.valid.all()
+    assert (batch.inputs["input_ids"][:, 0] == left.cls_token_id).all()
 
 
 def test_a_score_is_compared_by_its_square():
@@ -305,7 +333,7 @@ def test_models_that_cannot_be_distilled_are_refused(home, tmp_path):
     state = {name: x for name, x in part.state_dict().items() if "layer.1" not in name}
     convert.save(part, tmp_path / "part", tokenizer(), state)
     for name, message in {
-        "opt": "--model: expected a bidirectional model, .* got a opt in",
+        "opt": "--model: expected BERT or a bidirectional relative of it, got a opt in",
         "student": "--model: expected a plain model, to be the teacher, got a student in",
         "part": "This needed the model .*expected all weights but the head's, got none for bert.encoder.layer.1",
         "out/dense": "--out: expected another folder than that of .*, which would be lost",
@@ -336,7 +364,7 @@ def test_no_bidirectional_model_is_taken_for_a_language_model(home, tmp_path, sc
 def test_a_decoder_in_the_family_of_bert_is_a_language_model(tmp_path):
     convert.save(tiny_bert(BertLMHeadModel, is_decoder=True), tmp_path / "model", tokenizer())
     model, _ = evaluate.load_teacher(tmp_path / "model", 16)
-    assert evaluate.is_causal(model)
+    assert not evaluate.is_bidirectional(model)
 
 
 def test_distill_names_the_job(capsys):
