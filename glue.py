@@ -413,7 +413,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss", type=evaluate.settings(distill.LossWeights), **groups, help="weights of terms: "
         "hidden=10 kd=0.1 score=0 unless given, and ce=0, of the labels")
     add("--optimizer", type=evaluate.settings(distill.OptimizerConfig), **groups, help="of students; "
-        "unless given lr=2e-5 lr_new=1e-3 schedule=linear, the others as in distill.py")
+        "unless given lr=5e-5 lr_new=2e-3 schedule=linear, the others as in distill.py")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features "
         "(default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
@@ -451,7 +451,7 @@ def check_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.loss = distill.LossWeights(**{"ce": 0.0, "hidden": 10.0, "kd": 0.1, **dict(args.loss)})
         option = "--optimizer"
         args.optimizer = distill.OptimizerConfig(
-            **{"lr": 2e-5, "lr_new": 1e-3, "schedule": "linear", **dict(args.optimizer)})
+            **{"lr": 5e-5, "lr_new": 2e-3, "schedule": "linear", **dict(args.optimizer)})
         option = "--sea"
         for name in set(args.method) - {"dense"}:
             convert.METHODS[name](sea.SEAConfig(n_head=1, d_head=2, causal=False,
