@@ -2,7 +2,7 @@
 
     python glue.py --model bert-base-uncased --subset mrpc        nyu-mll/glue from the Hugging Face hub
     python glue.py --model DIR --subset mrpc --data train.tsv --valid-data validation.tsv
-    python glue.py ... --topk 8 16              the SEA student with other numbers of keys, too
+    python glue.py ... --topk 8 16              students that choose keys with other numbers, too
     python distill.py --dataset glue ...        the same
 
     teacher     --model with a head for the task. A head that is new is trained first, and the model with
@@ -318,7 +318,7 @@ def fit(name: str, model, losses: Callable[[Batch], dict[str, Tensor]], epochs: 
     `measure` says of it after the last. Raises distill.Diverged."""
     args, n = job.args, len(job.splits["train"].labels)
     step, steps, clock = 0, epochs * -(-n // args.batch), distill.Clock()
-    optimizer = distill.make_optimizer(model, config.lr, config.lr_new, config.weight_decay)
+    optimizer = distill.make_optimizer(model, config)
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(distill.seed_of(epoch, args.seed))
         for index in torch.randperm(n, generator=generator).split(args.batch):
@@ -405,15 +405,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "new (default: %(default)s)")
     add("--teacher-lr", type=float, default=5e-5, help="their learning rate at its peak; it rises over "
         "a tenth of the steps and falls to 0 (default: %(default)s)")
-    add("--topk", type=int, nargs="+", default=[], metavar="K", help="numbers of keys to measure the "
-        "SEA student with after training, besides its own")
+    add("--topk", type=int, nargs="+", default=[], metavar="K", help="numbers of keys to measure "
+        f"{', '.join(name for name in METHODS if name in evaluate.WITH_TOPK)} with after training, "
+        "besides their own")
     groups = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--sea", type=evaluate.settings(sea.SEAConfig), **groups, help="fields of sea.SEAConfig: width, "
         "topk, nbf, group, backend, ... (none: those of convert.attach)")
     add("--loss", type=evaluate.settings(distill.LossWeights), **groups, help="weights of terms: "
         "hidden=10 kd=0.1 score=0 unless given, and ce=0, of the labels")
     add("--optimizer", type=evaluate.settings(distill.OptimizerConfig), **groups, help="of students; "
-        "unless given lr=5e-5 lr_new=2e-3 schedule=linear, the others as in distill.py")
+        "unless given lr=5e-5 lr_new=2e-3 schedule=linear, control_lr as lr, others as in distill.py")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features "
         "(default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
@@ -450,8 +451,8 @@ def check_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         args.loss = distill.LossWeights(**{"ce": 0.0, "hidden": 10.0, "kd": 0.1, **dict(args.loss)})
         option = "--optimizer"
-        args.optimizer = distill.OptimizerConfig(
-            **{"lr": 5e-5, "lr_new": 2e-3, "schedule": "linear", **dict(args.optimizer)})
+        given = {"lr": 5e-5, "lr_new": 2e-3, "schedule": "linear", **dict(args.optimizer)}
+        args.optimizer = distill.OptimizerConfig(**{"control_lr": given["lr"], **given})
         option = "--sea"
         for name in set(args.method) - {"dense"}:
             convert.METHODS[name](sea.SEAConfig(n_head=1, d_head=2, causal=False,
@@ -493,16 +494,16 @@ def distil(name: str, teacher, job: Job) -> list[Line]:
     try:
         scores = fit(name, student,
                      lambda batch: distillation_losses(student, teacher, batch, args.loss),
-                     args.epochs, args.optimizer, job)
+                     args.epochs, distill.optimizer_of(name, args), job)
     except distill.Diverged as error:
         print(error, flush=True)
         return [Line(name)]
     seconds = time.perf_counter() - began
     convert.save(student, Path(args.out) / name, job.tokenizer)
     lines = [Line(name, keys_per_query(student, job), scores, seconds)]
-    for topk in args.topk if name == "sea" else []:
+    for topk in args.topk if name in evaluate.WITH_TOPK else []:
         convert.set_option(student, topk=topk)
-        lines.append(Line(f"sea topk {topk}", keys_per_query(student, job), measure(student, job)))
+        lines.append(Line(f"{name} topk {topk}", keys_per_query(student, job), measure(student, job)))
     return lines
 
 
