@@ -509,11 +509,11 @@ def distil(name: str, teacher, job: Job) -> list[Line]:
 
 def print_table(lines: list[Line]) -> None:
     columns = list(lines[0].scores)
-    print("\n" + " " * 14 + "".join(f"  {name}" for name in [*columns, "keys/query", "training"]))
+    print("\n" + " " * 18 + "".join(f"  {name}" for name in [*columns, "keys/query", "training"]))
     for line in lines:
         scores = [f"{100 * line.scores.get(name, math.nan):{len(name) + 2}.1f}" for name in columns]
         minutes = "" if line.seconds is None else f"{line.seconds / 60:9.1f}m"
-        print(f"{line.name:14}{''.join(scores)}{line.keys:12.1f}{minutes}")
+        print(f"{line.name:18}{''.join(scores)}{line.keys:12.1f}{minutes}")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
