@@ -1175,15 +1175,20 @@ def picture(name: str, args) -> Path:
 
 @torch.no_grad()
 def draw(student, teacher, x: Tensor, path: Path, args) -> None:
-    """Panels of each head of --look for one sequence x (T,), or of its first tokens, whose attention is
-    the same without the later ones. Without --look one head: the median by the share of the teacher's
-    attention that the keys attended hold."""
+    """draw_heads of one sequence x (T,), or of its first tokens, whose attention is the same without the
+    later ones."""
     students, teachers = both_records(student, teacher, x[None, :DRAWN], args)
     if rank_and_size()[0]:
         return
     if len(x) > DRAWN:
         print(f"{path.name} shows the first {DRAWN:,} tokens of {len(x):,}")
-    heads = args.look or [median_head(students, teachers)]
+    draw_heads(students, teachers, path, args.look)
+
+
+def draw_heads(students: Records, teachers: Records, path: Path, look: list[tuple[int, int]]) -> None:
+    """Panels of each head to look at, of records of a first sequence without padding. Without any of one
+    head: the median by the share of the teacher's attention that the keys attended hold."""
+    heads = look or [median_head(students, teachers)]
     plt = pyplot()
     images = [panels(students[layer], teachers[layer], layer, head) for layer, head in heads]
     n_panel = len(images[0])
@@ -1195,10 +1200,10 @@ def draw(student, teacher, x: Tensor, path: Path, args) -> None:
     plt.close(figure)
 
 
-def attention_of(record: convert.Record) -> Tensor:
-    """Dense attention of the first sequence, (H, T, T)."""
-    seen = torch.arange(1, record.q.shape[2] + 1, device=record.q.device).expand(len(record.q), -1)
-    return sea.dense_scores(record.q, record.k, seen, record.scale)[0][0].exp().tril()
+def attention_of(teacher: convert.Record, student: convert.Record) -> Tensor:
+    """The teacher's attention of the first sequence, (H, T, T)."""
+    log_a, sees = sea.dense_scores(teacher.q[:1], teacher.k[:1], student.sea.seen[:1], teacher.scale)
+    return (log_a.exp() * sees)[0]
 
 
 def kept_keys(record: convert.Record) -> Tensor:
@@ -1208,7 +1213,7 @@ def kept_keys(record: convert.Record) -> Tensor:
 
 def share_kept(student: convert.Record, teacher: convert.Record) -> Tensor:
     """Of the teacher's attention, by each head's keys, (H,)."""
-    return (attention_of(teacher) * kept_keys(student)).sum((1, 2)) / teacher.q.shape[2]
+    return (attention_of(teacher, student) * kept_keys(student)).sum((1, 2)) / teacher.q.shape[2]
 
 
 def median_head(students: Records, teachers: Records) -> tuple[int, int]:
@@ -1228,21 +1233,23 @@ def panels(student: convert.Record, teacher: convert.Record, layer: int,
     estimate[:, : config.n_first * config.bin] = -torch.inf  # these, as the last keys, are in no cell
     sparse = sea.attention_weights(student.q[:1], student.k[:1], result.attended(T)[:1],
                                    student.scale)[0, head]
-    unseen = torch.ones_like(kept).triu(1)
+    seen = result.seen[0]
+    unseen = torch.arange(T, device=seen.device) >= seen[:, None]
 
     def log10(attention, hidden):
         return attention.float().clamp(min=1e-4).log10().masked_fill(hidden, -torch.inf).cpu()
 
     images = {
         f"the model's attention\n(layer {layer}, head {head})":
-            log10(attention_of(teacher)[head], unseen),
+            log10(attention_of(teacher, student)[head], unseen),
         f"SEA's estimate of it,\n{scores.shape[3]} cells a row":
             log10(estimate.softmax(-1), estimate == -torch.inf),
     }
     if config.has_bins:
         images["the keys under the best cells:\ncandidates"] = candidates(student, head).cpu()
     share = share_kept(student, teacher)[head].item()
-    images[f"the keys it keeps: {kept.sum(1).float().mean():.0f} of {(T + 1) / 2:,.0f} a query,\n"
+    n_kept = kept.sum(1).float().mean()
+    images[f"the keys it keeps: {n_kept:.0f} of {seen.float().mean():,.0f} a query,\n"
            f"which hold {share:.0%} of the model's attention"] = kept.cpu()
     images["SEA's attention\nover these keys"] = log10(sparse, unseen | ~kept)
     return {f"{i}. {title}": image for i, (title, image) in enumerate(images.items(), 1)}

@@ -15,7 +15,8 @@ Files have a header, sentence1, sentence2 (for tasks of pairs) and label, and ta
 quoted. A label is a class, counted from 0 as nyu-mll/glue does, or stsb's score.
 
 Prints a line a step, and at the end a table of GLUE's metrics for the task, in percent, on each split
-whose labels are known but `train`. Writes the same records to OUT/log.jsonl and students to OUT/<name>.
+whose labels are known but `train`. Writes the same records to OUT/log.jsonl, students to OUT/<name>, and
+a picture of one of SEA's heads to OUT/sea.png.
 """
 
 import argparse
@@ -376,6 +377,20 @@ def keys_per_query(model, job: Job) -> float:
     return ((keys * valid).sum() / valid.sum()).item()
 
 
+@torch.no_grad()
+def draw(student, teacher, job: Job) -> None:
+    """Of the longest of the first examples that validate: the median head, see evaluate.draw_heads."""
+    split = next(name for name in job.splits if name != "train")
+    first = torch.arange(len(job.splits[split].labels))[: job.args.batch]
+    longest = job.batch(split, first).valid.sum(1).argmax().cpu()
+    inputs, records = job.batch(split, first[longest][None]).inputs, []
+    for model in (student, teacher):
+        with evaluate.autocast(job.args), convert.record(model) as found:
+            model.eval()(**inputs)
+        records.append(found)
+    evaluate.draw_heads(*records, Path(job.args.out) / "sea.png", [])
+
+
 def in_words(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * score:.1f}" for name, score in scores.items())
 
@@ -500,6 +515,8 @@ def distil(name: str, teacher, job: Job) -> list[Line]:
         return [Line(name)]
     seconds = time.perf_counter() - began
     convert.save(student, Path(args.out) / name, job.tokenizer)
+    if name == "sea":
+        draw(student, teacher, job)
     lines = [Line(name, keys_per_query(student, job), scores, seconds)]
     for topk in args.topk if name in evaluate.WITH_TOPK else []:
         convert.set_option(student, topk=topk)

@@ -180,6 +180,27 @@ def test_batches_are_padded_on_the_right(home):
     assert (batch.inputs["input_ids"][:, 0] == left.cls_token_id).all()
 
 
+@torch.no_grad()
+def test_a_picture_is_of_all_keys_of_an_example(home, tmp_path, monkeypatch):
+    """The longest of the first ones, without padding; of the teacher what its own attention gives."""
+    student, teacher, eager = convert.attach(tiny_bert(), **SEA), tiny_bert(), tiny_bert()
+    teacher.set_attn_implementation("sea_teacher")
+    eager.set_attn_implementation("eager")
+    args, drawn = glue.parse(options(home, "--out", str(tmp_path))), []
+    job = glue.Job(args, None, tokenizer(), ["input_ids", "token_type_ids", "attention_mask"], glue.load_splits(args))
+    monkeypatch.setattr(evaluate, "draw_head", lambda figure, axes, images: drawn.append(list(images.items())))
+    glue.draw(student, teacher, job)
+    (title, attention), (_, estimate), (kept_title, kept), (_, sparse) = drawn[0]
+    layer, head = (int(word) for word in title.replace(",", "").replace(")", "").split()[-3::2])
+    lengths = job.batch("validation", torch.arange(32)).valid.sum(1)
+    inputs = job.batch("validation", lengths.argmax()[None]).inputs
+    expected = eager(**inputs, output_attentions=True).attentions[layer][0, head]
+    torch.testing.assert_close(attention, expected.clamp(min=1e-4).log10(), atol=1e-4, rtol=1e-4)
+    T = len(expected)
+    assert T == lengths.max() and (estimate > -torch.inf).all() and f"{kept.sum(1).float().mean():.0f} of {T} a query" in kept_title
+    assert kept.triu(1).any() and not kept.all() and torch.equal(sparse > -torch.inf, kept)
+
+
 def test_a_score_is_compared_by_its_square():
     student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])
     assert glue.logit_loss(student, teacher) == 2 and glue.label_loss(student, torch.tensor([0.0, 2.0])) == 0.5
@@ -203,6 +224,7 @@ def test_the_job_end_to_end(home, tmp_path, capsys):
     assert list(results) == [*itertools.chain(*lines)]
     assert results["teacher"]["validation accuracy"] > 0.85 < results["sea"]["validation accuracy"], results
     assert set(results["sea"]) == {f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "f1")}
+    assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     for name in ("teacher", *glue.METHODS):
         losses = [record["loss"] for record in records if record.get("name") == name and "loss" in record]
