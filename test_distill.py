@@ -931,7 +931,7 @@ def test_the_papers_defaults():
 def test_grouped_options_add_up_and_the_last_one_counts():
     args = distill.parse(["--sea", "width=8", "cell_keys=false", "--sea", "width=16", "nbf=0.5", "--optimizer", "warmup=3", "--loss", "score=1"])
     assert args.sea == distill.TINY["sea"] | dict(width=16, cell_keys=False, nbf=0.5)
-    assert args.optimizer == distill.OptimizerConfig(lr=5e-4, lr_new=1e-2, schedule="linear", warmup=3)
+    assert args.optimizer == distill.OptimizerConfig(lr=5e-4, lr_new=1e-2, control_lr=5e-4, schedule="linear", warmup=3)
     assert args.loss == distill.LossWeights(score=1.0)
 
 
@@ -1077,11 +1077,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_terms(home, tmp_path, monkey
 @pytest.mark.parametrize("file", ["README.md", "results/README.md"])
 def test_documented_commands_have_the_options_that_there_are(file, monkeypatch):
     text = (Path(__file__).parent / file).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"(python|torchrun) ([^`\n]*?)\b(distill|evaluate|bench|ablate)\.py([^`\n#|&]*)", text)
+    commands = re.findall(r"(python|torchrun) ([^`\n]*?)\b(distill|glue|evaluate|bench|ablate)\.py([^`\n#|&]*)", text)
     assert commands
     for launcher, _, script, options in commands:
         monkeypatch.setenv("WORLD_SIZE", "2" if launcher == "torchrun" else "1")
         argv = [option for option in shlex.split(options) if option != "..."]
+        script = "glue" if "--dataset" in argv else script
         parsed = importlib.import_module(script).parse(argv)
         if script == "ablate":
             distill.parse([*ablate.BASE, *parsed[1]])
