@@ -122,6 +122,8 @@ def check_options(before: dict, args, path: Path) -> None:
     """`before`, which `path` holds, has to agree in all that changes what is learned."""
     if not args.load:  # there were no bins before that was an option
         before = {"bin": 0, **before}
+    if args.model and "teacher_lr" not in before:  # nor was a given model trained
+        before = {**before, "teacher_steps": 0}
     for name, value in fixed_options(args).items():
         # None: left to its default, or not yet an option
         if before.get(name) is not None and evaluate.as_json(before[name]) != evaluate.as_json(value):

@@ -330,11 +330,10 @@ def softmax_features(x: Tensor, projection: Tensor, keep: Tensor | None = None) 
     """phi for bidirectional attention: FAVOR+ positive features exp(x W - |x|^2 / 2 - max) + 1e-4,
     (..., T, D) -> (..., T, m).
 
-    The maximum is a factor of phi that cancels in the attention. Differs: it is taken after
-    |x|^2 / 2, not before, so that no feature overflows or is lost. It runs over each query's
-    features or, with `keep` (broadcastable to (..., T, 1)), over the features of all kept tokens,
-    since keys share one sum. That is why causal attention has features of its own: such a maximum
-    would leak the future.
+    The maximum is a factor of phi that cancels in the attention. Differs: the authors take it
+    before they subtract |x|^2 / 2. It runs over each query's features or, with `keep`
+    (broadcastable to (..., T, 1)), over the features of all kept tokens, since keys share one sum.
+    That is why causal attention has features of its own: such a maximum would leak the future.
     """
     x = at_least_fp32(x)
     u = x @ projection.to(x.dtype) - x.square().sum(-1, keepdim=True) / 2
@@ -745,8 +744,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
         batch          H x T x width cells of one sequence   n = H*topk*width  (bidirectional only)
 
     n is rounded half up, at least 1, at most all, so early causal queries keep every cell and are
-    exactly dense. Differs: the authors round half to even, and in training shift the cells of a
-    query by random amounts. Raises ValueError if shapes do not fit.
+    exactly dense. Differs: the authors round half to even, and add jitter to indices in training.
+    Raises ValueError if shapes do not fit.
     """
     _expect(probs.ndim == 4, "probs", "shape (B, H, T, width)", tuple(probs.shape))
     B, H, T, width = probs.shape
@@ -1023,10 +1022,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softmax_scale
     q (B, H, T, D); k, v (B, Hkv, S, D) by rank; seen (B, T). is_first: the queries are those of the
     T first keys, so that PyTorch needs no mask to know what they see.
     """
-    k, v = (repeat_heads(x[:, :, : q.shape[2]] if is_first else x, q.shape[1]) for x in (k, v))
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
+    if is_first:
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
     sees = torch.arange(k.shape[2], device=k.device) < seen.clamp(min=1)[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, None if is_first else sees, is_causal=is_first,
-                                          scale=softmax_scale)
+    return F.scaled_dot_product_attention(q, k, v, sees, scale=softmax_scale)
 
 
 def attention_weights(q: Tensor, k: Tensor, keep: Tensor,

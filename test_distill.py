@@ -670,6 +670,16 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+def test_a_run_from_before_models_were_fine_tuned_resumes():
+    """It recorded --teacher-steps, which meant nothing beside --model."""
+    args = distill.parse(["--model", "DIR"])
+    before = {name: x for name, x in checkpoints.fixed_options(args).items() if name not in ("teacher_lr", "control_lr", "beta2")}
+    before["teacher_steps"] = 1000
+    checkpoints.check_options(before, args, "run.json")
+    with pytest.raises(SystemExit, match="^--resume: expected teacher_steps 0 as in run.json, got 5$"):
+        checkpoints.check_options(before, distill.parse(["--model", "DIR", "--teacher-steps", "5"]), "run.json")
+
+
 def torchrun(script, *options) -> str:
     """What two processes on the CPU print, over gloo."""
     here = Path(__file__).parent

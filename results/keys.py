@@ -4,8 +4,8 @@
     python results/keys.py --time FIGURE.png ...     against the time of attention in all layers
 
 Perplexity over that of the model named dense, or else of the teacher, of each student at its own number of
-keys and at each of --topk. Models without such a number are horizontal lines, against time
-points, and each point of a line has its number of keys.
+keys and at each of --topk. Models without such a number are horizontal lines. Against time they are points,
+and the points of students bear their numbers of keys.
 """
 
 import json
