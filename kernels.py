@@ -39,14 +39,14 @@ if __package__:  # the files were copied into a package
     from .bin_kernels import NONE, bin_attention
     from .estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                     MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
-                                    _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile,
+                                    _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                     _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
                                     causal_context, choose_rows, encode_rows, mix_average)
 else:
     from bin_kernels import NONE, bin_attention
     from estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                    MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
-                                   _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile,
+                                   _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
                                    causal_context, choose_rows, encode_rows, mix_average)
 
@@ -147,16 +147,26 @@ def _bisect(x, n, count, low, high):
     """The largest float that at least n numbers of x reach, and how many reach it.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
-    early at a float that exactly n reach.
+    early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
+    queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
+    none takes long.
     """
+    step, log_n = n * 0, tl.log2(n.to(tl.float32))
+    above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
     while (count != n) & (low + 1 < high):
         middle = (low & high) + ((low ^ high) >> 1)  # rounded down; low + high might overflow
+        x_low, x_high = _order_to_float(low), _order_to_float(high)
+        guess = _float_to_order(x_low + (x_high - x_low) * (below / (above + below)))
+        guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)  # whatever infinities make of it
+        middle, step = tl.where(step == 2, middle, guess), tl.where(step == 2, 0, step + 1)
         mask_reached = x >= _order_to_float(middle)
         reached = tl.sum(tl.where(mask_reached, 1.0, 0.0), axis=0).to(tl.int32)  # faster than of integers
         enough = reached >= n
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         count = tl.where(enough, reached, count)
+        to_go = tl.log2(tl.maximum(reached.to(tl.float32), 0.5)) - log_n
+        above, below = tl.where(enough, above, -to_go), tl.where(enough, to_go, below)
     return _order_to_float(low), count
 
 
@@ -273,29 +283,23 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 # -- candidates and bins -----------------------------------------------------------------------------
 #
-# One program for a row and chooser. It finds the row's best cells and lists their bins, the candidates. Then
-# it goes through the queries that use the row: it multiplies each (in group "kv" the mean over the heads)
-# with what stands for the candidates' keys, a block at a time, so that all queries of a row share what is
-# read, and lists for each query the first bins, the chosen ones and the last. Between these steps numbers
-# change threads through scratch memory. A program has few warps, so that little of ranking and listing waits
-# for other warps.
+# Three kernels. The first finds each row's best cells and lists their bins, the candidates. The second
+# multiplies the queries of a row (in group "kv" their means over the heads) with what stands for the
+# candidates' keys, so that they share what is read. The third ranks each query's products, and lists the
+# first bins, the chosen ones and the last. Candidates and products are scratch: the kernels run on so many
+# queries at a time that these stay in the L2 cache.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
-CHOOSE = dict(  # programs: 16 on each of an H100's multiprocessors; scratch: numbers in its L2 cache
-    programs=2112, scratch=2**24, per_warp=1024, BLOCK_N=64)
+PRODUCTS = dict(BLOCK_N=128, num_warps=4)
+# scratch: products at a time, but of so many queries at least; per_warp: numbers that a warp ranks
+CHOOSE = dict(scratch=2**25, queries=16, per_warp=2048)
 
 
-def _choose_tiles(dtype: torch.dtype, d_head: int, width: int, n_candidate: int, stride: int,
-                  is_step: bool) -> dict:
-    """Up to 32 candidates per thread and queries of a row together. A decoding step has 8 warps at least."""
-    block_p, block_c = (max(32, _next_power_of_2(n)) for n in (width, n_candidate))
-    is_half = dtype != torch.float32  # fp32 dots run without tensor cores
-    block_d, num_warps = _dot_block(d_head, dtype), max(block_p // 1024, block_c // CHOOSE["per_warp"])
-    return dict(QUERIES=min(_next_power_of_2(stride), 16), BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_M=16,
-                BLOCK_N=CHOOSE["BLOCK_N"] if is_half else 16, BLOCK_D=block_d,
-                num_warps=min(max(num_warps, block_d // 128, 8 if is_step else 1), 16))
+def _rank_warps(n: int, is_step: bool) -> int:
+    """Warps that rank n numbers; more in a decoding step, which leaves most of a GPU idle."""
+    return min(max(n // CHOOSE["per_warp"], 8 if is_step else 1), 16)
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
@@ -362,116 +366,169 @@ def _softmax(x):
     return x / tl.maximum(tl.sum(x, axis=0), 1.0)
 
 
-# The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
-# behind the row's cells.
-# One program: every n-th row of all choosers, and the queries begins[r] ... begins[r + 1] - 1 that use it;
-# grid (n,).
-#   x (B, E, R, WIDTH), q (B, C, T, D), any strides; row_seen (B, R), seen (B, T), begins (B, R + 1) int; E is
-#   a divisor or a multiple of C
+@triton.jit
+def _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t):
+    """Number of row pid_r of those that queries begin_t ... end_t - 1 use, and whether there are so many."""
+    r = tl.load(row_ptr + b * T + begin_t) + pid_r
+    return r, r <= tl.load(row_ptr + b * T + end_t - 1)
+
+
+# The bins of each row's best cells, ascending, without those of the first keys.
+# One program: one row and chooser; grid (n_row * B * C,), which may be more rows than queries begin_t ...
+# end_t - 1 use.
+#   x (B, E, R, WIDTH), any strides; row_seen (B, R), row (B, T) int; E is a divisor or a multiple of C
+#   candidates (B, C, n_row, BLOCK_C) int32, and how many there are, counts (B, C, n_row) int32
+# fp32: probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
+@triton.jit
+def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr, x_strides, C, E, T, R,
+                       begin_t, end_t, n_row, local, n_first, n_wanted, WIDTH: tl.constexpr,
+                       BIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    pid_r, pid_bc = _program(n_row)
+    b, c = pid_bc // C, pid_bc % C
+    r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
+    if not is_row:
+        return
+    row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
+    middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
+    offs_p = tl.arange(0, BLOCK_P)
+    begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
+    mask_p = (begin < end) & (offs_p < WIDTH)  # cells without bins do not compete
+
+    # -- the best cells, (BLOCK_P,)
+    x_ptr += b * x_strides[0] + r.to(tl.int64) * x_strides[2] + offs_p * x_strides[3]
+    probs = tl.zeros((BLOCK_P,), tl.float32)
+    for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
+        x = tl.load(x_ptr + i * x_strides[1], mask=mask_p, other=-float("inf"))
+        probs += _softmax(x.to(tl.float32))
+    n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
+    n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
+    mask_kept = _keep_best_where(probs, mask_p, n_cell)
+
+    # -- list their bins
+    begin = tl.maximum(begin, n_first)
+    n_of_cell = tl.where(mask_kept, tl.maximum(end - begin, 0), 0)
+    slot = tl.cumsum(n_of_cell, axis=0) - n_of_cell
+    pid = pid_bc * n_row + pid_r
+    for i in range(0, tl.cdiv(middle, WIDTH)):
+        tl.store(candidates_ptr + pid * BLOCK_C + slot + i, begin + i, mask=i < n_of_cell)
+    tl.store(counts_ptr + pid, tl.sum(n_of_cell, axis=0))
+
+
+# products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
+# One program: BLOCK_N candidates of one row and chooser, and the queries that use it; grid
+# (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
+#   q (B, C, T, D), any strides; begins (B, R + 1) int32: queries begins[r] ... begins[r + 1] - 1 use row r
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous
-#   candidates (n, BLOCK_C) int32, ranked (n, QUERIES, BLOCK_C) fp32: scratch, which stays in the L2 cache
-#   bins (B, C, T, n_listed) int32
-# fp32: everything but the operands of the dots, in the dtype of k. A row reads its scores, and two numbers a
-# dimension for each candidate (in a decoding step: its keys), so that rows times bins is neither computed
-# nor written. Limits: MAX_WIDTH, MAX_CANDIDATES. Reference: sea.choose_bins, whose products round
-# differently.
+#   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate
+# Operands of the dots have the dtype of k. Reads two numbers a dimension for each candidate (in a decoding
+# step: its keys), once for all queries of its row, so that rows times bins is neither computed nor written.
+# Reference: sea.choose_bins, whose products round differently.
 @triton.jit
-def _choose_bins_kernel(x_ptr, q_ptr, k_ptr, order_ptr, row_seen_ptr, seen_ptr, begins_ptr, candidates_ptr,
-                        ranked_ptr, bins_ptr, x_strides, q_strides, k_strides, C, E, HKV, T, R, n_key, n_row,
-                        local, n_first, n_wanted, n_chosen, n_listed, softmax_scale, D: tl.constexpr,
-                        WIDTH: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
-                        QUERIES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    offs_p, offs_c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    candidates_ptr += tl.program_id(0).to(tl.int64) * BLOCK_C
-    ranked_ptr += tl.program_id(0).to(tl.int64) * QUERIES * BLOCK_C
-    for pid_row in range(tl.program_id(0), n_row, tl.num_programs(0)):
-        r, pid_bc = (pid_row % R).to(tl.int64), (pid_row // R).to(tl.int64)
-        b, c = pid_bc // C, pid_bc % C
-        begin_q = tl.load(begins_ptr + b * (R + 1) + r).to(tl.int32)
-        end_q = tl.load(begins_ptr + b * (R + 1) + r + 1).to(tl.int32)
-        row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
-        middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
+def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_ptr, counts_ptr, products_ptr,
+                     q_strides, k_strides, C, HKV, T, R, begin_t, end_t, n_row, n_key, softmax_scale,
+                     D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr, BLOCK_C: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_n, pid_rbc = _program(tl.cdiv(BLOCK_C, BLOCK_N))
+    pid_r, pid_bc = pid_rbc % n_row, pid_rbc // n_row
+    b, c = pid_bc // C, pid_bc % C
+    kv = c * HKV // C
+    r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
+    if not is_row:
+        return
+    n_candidate = tl.load(counts_ptr + pid_rbc)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c, mask_d = offs_c < n_candidate, offs_d < D
+    bins = tl.load(candidates_ptr + pid_rbc * BLOCK_C + offs_c, mask=mask_c, other=0).to(tl.int64)
+    # (BLOCK_N, BLOCK_D)
+    if FROM_BINS:
+        k_ptr += ((b * HKV + kv) * n_key + bins)[:, None] * 2 * D + offs_d[None, :]
+        mask_cd = mask_c[:, None] & mask_d[None, :]
+        centre, radius = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
+    else:
+        order_ptr = None if order_ptr is None else order_ptr + b * n_key
+        centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
+                                mask_c, n_key, offs_d, D=D, BIN=BIN)
+        centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
+    first_q = tl.maximum(tl.load(begins_ptr + b * (R + 1) + r), begin_t)
+    end_q = tl.minimum(tl.load(begins_ptr + b * (R + 1) + r + 1), end_t)
+    for start_q in range(first_q, end_q, BLOCK_M):
+        query = start_q + offs_m
+        mask_m = query < end_q
+        q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query.to(tl.int64), offs_d, q_strides[2],
+                       q_strides[3], mask_m[:, None] & mask_d[None, :])
+        s = tl.dot(q, tl.trans(centre), input_precision="ieee")
+        s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
+        s = tl.where(mask_c[None, :], s, float("nan"))
+        offs_q = pid_bc * (end_t - begin_t) + query - begin_t
+        tl.store(products_ptr + offs_q[:, None] * BLOCK_C + offs_c[None, :], s, mask=mask_m[:, None])
 
-        # -- the best cells, (BLOCK_P,)
-        begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
-        mask_p = (begin < end) & (offs_p < WIDTH) & (begin_q < end_q)  # cells without bins do not compete
-        x_ptrs = x_ptr + b * x_strides[0] + r * x_strides[2] + offs_p * x_strides[3]
-        probs = tl.zeros((BLOCK_P,), tl.float32)
-        for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
-            x = tl.load(x_ptrs + i * x_strides[1], mask=mask_p, other=-float("inf"))
-            probs += _softmax(x.to(tl.float32))
-        n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
-        n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
-        mask_kept = _keep_best_where(probs, mask_p, n_cell)
 
-        # -- list their bins
-        begin = tl.maximum(begin, n_first)
-        n_of_cell = tl.where(mask_kept, tl.maximum(end - begin, 0), 0)
-        n_candidate, slot = tl.sum(n_of_cell, axis=0), tl.cumsum(n_of_cell, axis=0) - n_of_cell
-        tl.debug_barrier()  # all threads have read the previous list
-        for i in range(0, tl.cdiv(middle, WIDTH)):
-            tl.store(candidates_ptr + slot + i, begin + i, mask=i < n_of_cell)
-        tl.debug_barrier()
-        mask_c = offs_c < n_candidate
-        candidate_c = tl.load(candidates_ptr + offs_c, mask=mask_c, other=0)
-        last_begin, kv = tl.maximum(middle, n_first), c * HKV // C
-        order_ptrs = None if order_ptr is None else order_ptr + b * n_key
-        for start_q in range(begin_q, end_q, QUERIES):
-            # -- products of the mean queries with the candidates, (BLOCK_M, BLOCK_N)
-            query = (start_q + offs_m).to(tl.int64)
-            mask_m = (offs_m < QUERIES) & (query < end_q)
-            q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query, offs_d, q_strides[2],
-                           q_strides[3], mask_m[:, None] & (offs_d < D)[None, :])
-            for start in range(0, n_candidate, BLOCK_N):
-                offs_slot = start + offs_n
-                mask_n = offs_slot < n_candidate
-                candidate = tl.load(candidates_ptr + offs_slot, mask=mask_n, other=0)
-                # (BLOCK_N, BLOCK_D)
-                if FROM_BINS:
-                    ptrs = k_ptr + ((b * HKV + kv) * n_key + candidate.to(tl.int64))[:, None] * 2 * D
-                    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
-                    centre = tl.load(ptrs + offs_d[None, :], mask=mask_nd, other=0.0)
-                    radius = tl.load(ptrs + D + offs_d[None, :], mask=mask_nd, other=0.0)
-                else:
-                    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides,
-                                            order_ptrs, candidate.to(tl.int64), mask_n, n_key, offs_d, D=D,
-                                            BIN=BIN)
-                    centre, radius = centre.to(q.dtype), radius.to(q.dtype)
-                s = tl.dot(q, tl.trans(centre), input_precision="ieee")
-                s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
-                tl.store(ranked_ptr + offs_m[:, None] * BLOCK_C + offs_slot[None, :], s,
-                         mask=mask_m[:, None] & mask_n[None, :])
-            tl.debug_barrier()
+# The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
+# behind the row's cells, ascending.
+# One program: one query and chooser; grid ((end_t - begin_t) * B * C,).
+#   products, candidates, counts, row, row_seen as above; seen (B, T) int
+#   bins (B, C, T, n_listed) int32
+# All products of a query are in registers until the n_chosen-th largest is found, and are then read again a
+# block at a time, so that a program needs few more. Few warps: in a warp a sum needs no shared memory.
+# Limits: MAX_CANDIDATES. Reference: sea.choose_bins.
+@triton.jit
+def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr,
+                        C, T, R, begin_t, end_t, n_row, local, n_first, n_chosen, n_listed,
+                        BIN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    pid_q, pid_bc = _program(end_t - begin_t)
+    b, i = pid_bc // C, begin_t + pid_q
+    r = tl.load(row_ptr + b * T + i)
+    seen = tl.load(seen_ptr + b * T + i).to(tl.int32)
+    row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
+    pid_row = pid_bc * n_row + r - tl.load(row_ptr + b * T + begin_t)
+    n_candidate = tl.load(counts_ptr + pid_row)
+    products_ptr += (pid_bc * (end_t - begin_t) + pid_q) * BLOCK_C
+    candidates_ptr += pid_row * BLOCK_C
+    bins_ptr += (pid_bc * T + i) * n_listed
 
-            for i in range(0, tl.minimum(QUERIES, end_q - start_q)):
-                # -- the best candidates, (BLOCK_C,)
-                s = tl.load(ranked_ptr + i * BLOCK_C + offs_c, mask=mask_c, other=0.0)
-                seen = tl.load(seen_ptr + b * T + start_q + i).to(tl.int32)
-                mask_chosen = _keep_best_where(s, mask_c, n_chosen) & (n_chosen > 0) & (seen > 0)
+    # -- the n-th largest product, (BLOCK_C,)
+    offs_c = tl.arange(0, BLOCK_C)
+    products = tl.load(products_ptr + offs_c)  # NaN reaches nothing
+    n = tl.where(seen > 0, tl.minimum(n_chosen, n_candidate), 0)
+    high = _float_to_order(tl.max(products, axis=0)) + 1
+    low = tl.minimum(_float_to_order(tl.min(products, axis=0)), high - 1)
+    threshold, n_reach = _bisect(products, tl.maximum(n, 1), tl.maximum(n_candidate, 1), low, high)
+    n_tie = n
+    if n_reach != n:  # more numbers than wanted equal the n-th largest
+        n_tie -= tl.sum((products > threshold).to(tl.int32), axis=0)
 
-                # -- write back
-                n_seen = tl.cdiv(seen, BIN)
-                first_end = tl.minimum(n_seen, n_first)
-                chosen_end = first_end + tl.sum(mask_chosen.to(tl.int32), axis=0)
-                last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
-                out_ptr = bins_ptr + (pid_bc * T + start_q + i) * n_listed
-                place = first_end + tl.cumsum(mask_chosen.to(tl.int32), axis=0) - 1
-                tl.store(out_ptr + place, candidate_c, mask=mask_chosen)
-                for start in range(0, n_listed, BLOCK_C):
-                    place = start + offs_c
-                    number = tl.where(place < last_end, last_begin + place - chosen_end, NONE)
-                    tl.store(out_ptr + place, tl.where(place < first_end, place, number),
-                             mask=(place < n_listed) & ((place < first_end) | (place >= chosen_end)))
-            tl.debug_barrier()  # before other scores come
+    # -- those that reach it, ties to the lower, (BLOCK_N,) at a time
+    n_seen, offs_n = tl.cdiv(seen, BIN), tl.arange(0, BLOCK_N)
+    first_end = tl.minimum(n_seen, n_first)
+    chosen_end = first_end
+    for start in range(0, tl.where(n > 0, n_candidate, 0), BLOCK_N):
+        s, candidate = tl.load(products_ptr + start + offs_n), tl.load(candidates_ptr + start + offs_n)
+        mask_chosen = s >= threshold
+        if n_reach != n:
+            mask_tie = (s == threshold).to(tl.int32)
+            mask_chosen = (s > threshold) | (mask_tie != 0) & (tl.cumsum(mask_tie, axis=0) <= n_tie)
+            n_tie -= tl.sum(mask_tie, axis=0)
+        place = chosen_end + tl.cumsum(mask_chosen.to(tl.int32), axis=0) - 1
+        tl.store(bins_ptr + place, candidate, mask=mask_chosen)
+        chosen_end += tl.sum(mask_chosen.to(tl.int32), axis=0)
+
+    # -- the first and the last
+    last_begin = tl.maximum(tl.maximum(row_seen - local, 0) // BIN, n_first)
+    last_end = chosen_end + tl.maximum(n_seen - last_begin, 0)
+    for start in range(0, n_listed, BLOCK_N):
+        offs = start + offs_n
+        number = tl.where(offs < last_end, last_begin + offs - chosen_end, NONE)
+        tl.store(bins_ptr + offs, tl.where(offs < first_end, offs, number),
+                 mask=(offs < n_listed) & ((offs < first_end) | (offs >= chosen_end)))
 
 
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """sea.choose_bins; row ascending."""
+    """sea.choose_bins. row as of sea.choose_rows: each next row after query_stride queries, but that the
+    first may have fewer and the last any number."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -488,30 +545,42 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     n_wanted, n_candidate = _candidates(config, topk, width, S)
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
-    order, C = None if order is None else order.contiguous(), config.n_choosers
-    tiles = _choose_tiles(q.dtype, D, width, n_candidate, config.query_stride, is_step=T == 1)
-    n_scratch = tiles["QUERIES"] * tiles["BLOCK_C"]
-    n_program = min(B * C * R, CHOOSE["programs"], max(264, CHOOSE["scratch"] // n_scratch))
-    candidates = torch.empty(n_program, tiles["BLOCK_C"], dtype=torch.int32, device=q.device)
-    ranked = torch.empty(n_program, n_scratch, dtype=torch.float32, device=q.device)
-    bins = torch.empty(B, C, T, n_listed, dtype=torch.int32, device=q.device)
+    C, is_step = config.n_choosers, T == 1
+    block_p = max(32, _next_power_of_2(width))
+    block_c = max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
+    n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
+    n_row = min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
+    candidates, counts = (_new(q, B, C, n_row, *size, dtype=torch.int32) for size in ((block_c,), ()))
+    products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
+    bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
+    order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
         q = q if C == H else q.unflatten(1, (C, -1)).mean(2)
         numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
-        begins = torch.searchsorted(row.contiguous(), numbers, out_int32=True)
-        from_bins = T > 1
-        if from_bins:
-            of_bins = torch.empty(B, Hkv, n_bin, 2 * D, dtype=k.dtype, device=k.device)
+        begins = torch.searchsorted(row, numbers, out_int32=True)
+        block_d = _dot_block(D, q.dtype)
+        if not is_step:
+            of_bins = _new(k, B, Hkv, n_bin, 2 * D)
             _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
-                BLOCK_D=tiles["BLOCK_D"], **BOXES)
+                BLOCK_D=block_d, **BOXES)
             k, order = of_bins, None
-        _choose_bins_kernel[(n_program,)](
-            scores, q, k, order, row_seen.contiguous(), seen.contiguous(), begins, candidates, ranked, bins,
-            x_strides=scores.stride(), q_strides=q.stride(), k_strides=k.stride(), C=C, E=E, HKV=Hkv,
-            T=T, R=R, n_key=k.shape[2], n_row=B * C * R, local=config.local, n_first=config.n_first,
-            n_wanted=n_wanted, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
-            softmax_scale=float(softmax_scale), D=D, WIDTH=width, BIN=bin, FROM_BINS=from_bins, **tiles)
+        warps = _rank_warps(block_c, is_step)
+        tiles = dict(PRODUCTS) if q.dtype != torch.float32 else dict(PRODUCTS, BLOCK_N=16)  # no tensor cores
+        for begin_t in range(0, T, n_query):
+            end_t = min(begin_t + n_query, T)
+            shared = dict(C=C, T=T, R=R, begin_t=begin_t, end_t=end_t, n_row=n_row, BIN=bin, BLOCK_C=block_c)
+            lists = dict(local=config.local, n_first=config.n_first, **shared)
+            _candidates_kernel[(n_row * B * C,)](
+                scores, row, row_seen, candidates, counts, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
+                WIDTH=width, BLOCK_P=block_p, num_warps=_rank_warps(block_p, is_step), **lists)
+            _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
+                q, k, order, row, begins, candidates, counts, products, q_strides=q.stride(),
+                k_strides=k.stride(), HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), D=D,
+                FROM_BINS=not is_step, BLOCK_M=16, BLOCK_D=block_d, **tiles, **shared)
+            _choose_bins_kernel[((end_t - begin_t) * B * C,)](
+                products, candidates, counts, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin),
+                n_listed=n_listed, BLOCK_N=min(block_c, 512 * warps), num_warps=warps, **lists)
     return bins
 
 
