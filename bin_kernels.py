@@ -8,7 +8,9 @@ A chooser is the query heads that share a choice. Each query has, for each of C 
 sees, j a key, s a place among the keys of a list: key number s stands at j = list[s // BIN] * BIN + s % BIN.
 
 A tile holds the heads of a chooser, which visit the same keys: HEADS of them, padded to BLOCK_M. Where a
-chooser has more than a tile holds, its list is walked several times.
+chooser has more than a tile holds, its list is walked several times; where it has few, a tile holds them for
+QUERIES neighbouring queries. These choose much the same bins (two of SmolLM2's 1.2 to 1.4 times as many as
+one), so the tile walks their lists united, and each query masks what it has not chosen.
 """
 
 import torch
@@ -36,13 +38,14 @@ def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int) -> dict:
     """For `heads` query heads of a chooser. "ieee" dots in fp32 run without tensor cores: small tiles keep
     them in registers. HEAD_TILES: tiles that the heads take."""
     n_head = min(heads, 16 if dtype == torch.float32 else 32)  # 64 rows would be a dot with limits of its own
-    return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), BLOCK_M=max(16, _next_power_of_2(n_head)),
-                BLOCK_D=max(16, _next_power_of_2(d_head)))
+    return dict(HEADS=n_head, HEAD_TILES=_cdiv(heads, n_head), BLOCK_D=max(16, _next_power_of_2(d_head)))
 
 
 def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
-    """Of the forward and dq kernels."""
+    """Of the forward and dq kernels. Two queries a tile if its 16 rows hold both: of four in 32 rows, more bins
+    are masked for most than sharing saves."""
     tile = _tile_sizes(dtype, d_head, heads)
+    tile |= dict(QUERIES=2 if tile["HEADS"] <= 8 else 1, BLOCK_M=max(16, _next_power_of_2(tile["HEADS"])))
     if dtype == torch.float32:
         return dict(tile, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
     return dict(tile, BLOCK_N=32, num_warps=tile["BLOCK_M"] // 16 if d_head <= 128 else 4, num_stages=3)
@@ -52,12 +55,14 @@ def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, bin: int) -> dict:
     """Of the dk, dv kernel: CHUNKS programs for BLOCK_N keys of a unit each, VISITS queries at a time. A unit
     is UNIT bins, as many as a dot has keys."""
     tile = _tile_sizes(dtype, d_head, heads)
-    block_m = 16 if dtype == torch.float32 else 32
+    is_half, is_wide = dtype != torch.float32, d_head > 128
+    block_m = (32 if is_wide else 64) if is_half else 16
     unit = max(1, 16 // bin)
-    block_n = min(max(16, _next_power_of_2(bin)), 16 if dtype == torch.float32 else 32)
-    num_warps = 4 if dtype == torch.float32 else max(2, tile["BLOCK_D"] // 64)
+    block_n = min(max(16, _next_power_of_2(bin)), 32 if is_half else 16)
+    num_warps = max(2, tile["BLOCK_D"] // (64 if is_wide else 32)) if is_half else 4
     return dict(tile, BLOCK_M=block_m, BLOCK_N=block_n, VISITS=block_m // tile["HEADS"], UNIT=unit,
-                CHUNKS=_cdiv(unit * bin, block_n), num_warps=num_warps, num_stages=1)
+                CHUNKS=_cdiv(unit * bin, block_n), num_warps=num_warps,
+                num_stages=2 if is_half and not is_wide else 1)
 
 
 def _step_tiles(n: int, d_head: int) -> dict:
@@ -93,19 +98,87 @@ def _rows_of(ptr, strides, b, h, i, offs_d):
 
 
 @triton.jit
-def _tile_of_query(seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr, HEADS: tl.constexpr,
-                   HEAD_TILES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """b and c of a program's chooser, its query's list and t; and the tile's heads, queries (the same one for
-    all), offsets into (B, H, T) and mask, (BLOCK_M,) each."""
-    i, pid_bch = _program(T)
+def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
+    """Which of the numbers x are on a list of n, ascending, by bisection."""
+    place = tl.zeros_like(x)  # of the first number that is not less
+    for i in tl.static_range(LOG_LIST):
+        step = 1 << (LOG_LIST - 1 - i)
+        before = tl.load(bins_ptr + place + step - 1, mask=place + step <= n, other=NONE)
+        place += tl.where(before < x, step, 0)
+    return tl.load(bins_ptr + place, mask=place < n, other=NONE) == x
+
+
+# The bins that a tile's queries have chosen, each once, in no order; and which of them have.
+# One program: QUERIES neighbouring queries of a chooser; grid (cdiv(T, QUERIES) * B * C,).
+#   bins (B, C, T, n) int32
+#   united (B, C, cdiv(T, QUERIES), QUERIES * n) int32: 2^QUERIES * bin + a bit for each query; counts
+#   (B, C, cdiv(T, QUERIES)) int32: how many there are
+# A bin goes with the first query that has it: each looks for its own on the lists of the others.
+@triton.jit
+def _unite_kernel(bins_ptr, united_ptr, counts_ptr, T, n, QUERIES: tl.constexpr, LOG_LIST: tl.constexpr):
+    n_tile = tl.cdiv(T, QUERIES)
+    pid_tile, pid_bc = _program(n_tile)
+    offs = tl.arange(0, 2**LOG_LIST)
+    bins_ptr += pid_bc * T * n
+    united_ptr += (pid_bc * n_tile + pid_tile) * QUERIES * n
+    count = pid_tile * 0
+    for i in tl.static_range(QUERIES):
+        query = pid_tile * QUERIES + i
+        x = tl.load(bins_ptr + query.to(tl.int64) * n + offs, mask=(query < T) & (offs < n), other=NONE)
+        mask_new, bits = x != NONE, tl.full((2**LOG_LIST,), 2**i, tl.int32)
+        for k in tl.static_range(QUERIES):
+            other = pid_tile * QUERIES + k
+            if k != i:
+                n_other = tl.where(other < T, n, 0)
+                is_listed = _is_listed(bins_ptr + other.to(tl.int64) * n, x, n_other, LOG_LIST)
+                if k < i:
+                    mask_new &= ~is_listed
+                else:
+                    bits += tl.where(is_listed, 2**k, 0)
+        place = count + tl.cumsum(mask_new.to(tl.int32), axis=0) - 1
+        tl.store(united_ptr + place, x * 2**QUERIES + bits, mask=mask_new)
+        count += tl.sum(mask_new.to(tl.int32), axis=0)
+    tl.store(counts_ptr + pid_bc * n_tile + pid_tile, count)
+
+
+def _unite(bins: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """united and counts, as above."""
+    B, C, T, n = bins.shape
+    n_tile, size = _cdiv(T, queries), _next_power_of_2(n)
+    united, counts = _new(bins, B, C, n_tile, queries * n), _new(bins, B, C, n_tile)
+    _unite_kernel[(n_tile * B * C,)](bins, united, counts, T=T, n=n, QUERIES=queries,
+                                     LOG_LIST=size.bit_length() - 1, num_warps=max(1, min(size // 256, 4)))
+    return united, counts
+
+
+@triton.jit
+def _tile_of_queries(seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr,
+                     HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr,
+                     BLOCK_M: tl.constexpr):
+    """b and c of a program's chooser, its tile's list and how many bins that has; and of the rows of the
+    tile, (BLOCK_M,) each: heads, queries, their numbers in the tile, t, offsets into (B, H, T) and mask."""
+    n_tile = tl.cdiv(T, QUERIES)
+    pid_tile, pid_bch = _program(n_tile)
     pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
     b, c = pid_bc // CHOOSERS, pid_bc % CHOOSERS
     offs_m = tl.arange(0, BLOCK_M)
-    i_head = (pid_head * HEADS).to(tl.int32) + offs_m
-    mask_m = (offs_m < HEADS) & (i_head < H // CHOOSERS)
-    h = c * (H // CHOOSERS) + i_head
-    t = tl.minimum(tl.load(seen_ptr + b * T + i), n_key).to(tl.int32)
-    return b, c, bins_ptr + (pid_bc * T + i) * n, t, h, i + tl.zeros_like(h), (b * H + h) * T + i, mask_m
+    i_query, i_head = offs_m // HEADS, (pid_head * HEADS).to(tl.int32) + offs_m % HEADS
+    query, h = pid_tile * QUERIES + i_query, c * (H // CHOOSERS) + i_head
+    mask_m = (i_query < QUERIES) & (query < T) & (i_head < H // CHOOSERS)
+    t = tl.minimum(tl.load(seen_ptr + b * T + query, mask=mask_m, other=0), n_key).to(tl.int32)
+    pid_list = pid_bc * n_tile + pid_tile
+    return (b, c, united_ptr + pid_list * QUERIES * n, tl.load(counts_ptr + pid_list), h, query, i_query, t,
+            (b * H + h) * T + query, mask_m)
+
+
+@triton.jit
+def _keys_of_tile(united_ptr, offs_s, n_slot, i_query, t, BIN: tl.constexpr, QUERIES: tl.constexpr):
+    """Keys at places offs_s of a tile's list; those that some query sees; and which row of the tile attends
+    to which, (BLOCK_M, BLOCK_N)."""
+    entry = tl.load(united_ptr + offs_s // BIN, mask=offs_s < n_slot, other=0)  # 0: of no query
+    j = (entry >> QUERIES) * BIN + offs_s % BIN
+    mask_ms = (((entry[None, :] >> i_query[:, None]) & 1) != 0) & (j[None, :] < t[:, None])
+    return j, (offs_s < n_slot) & (j < tl.max(t, axis=0)), mask_ms
 
 
 # -- forward
@@ -113,21 +186,23 @@ def _tile_of_query(seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr, H
 
 # o = softmax(q k^T * softmax_scale) v over the keys of a query's bins that it sees;
 # lse = log2 of the sum of 2^(scores * log2 e), +inf where there is no key.
-# One program: one query and HEADS heads of its chooser; grid (T * B * CHOOSERS * HEAD_TILES,).
-#   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, T, n) int32; seen (B, T) int
+# One program: QUERIES neighbouring queries and HEADS heads of a chooser; grid
+# (cdiv(T, QUERIES) * B * CHOOSERS * HEAD_TILES,).
+#   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; united and counts as above; seen (B, T) int
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
 # fp32: scores, m_i, l_i, acc; p until the dot, whose operands have the dtype of v. Reads the listed keys
-# once for all heads of a tile, where eager writes T x S scores. Keys that the query does not see are not
-# read. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
+# once for all rows of a tile, where eager writes T x S scores. Keys that no query sees are not read.
+# Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, o_ptr, lse_ptr, q_strides, k_strides,
-                              v_strides, H, T, n, n_key, qk_scale, CHOOSERS: tl.constexpr,
-                              GROUP: tl.constexpr, BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                              HEAD_TILES: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, united_ptr, counts_ptr, seen_ptr, o_ptr, lse_ptr,
+                              q_strides, k_strides, v_strides, H, T, n, n_key, qk_scale,
+                              CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
+                              D: tl.constexpr, HEADS: tl.constexpr,
+                              HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr,
                               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    b, c, bins_ptr, t, h, query, offs_bhm, mask_m = _tile_of_query(
-        seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
-        BLOCK_M=BLOCK_M)
+    b, c, united_ptr, count, h, query, i_query, t, offs_bhm, mask_m = _tile_of_queries(
+        seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS,
+        HEAD_TILES=HEAD_TILES, QUERIES=QUERIES, BLOCK_M=BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mask_md = mask_m[:, None] & mask_d[None, :]
@@ -138,15 +213,14 @@ def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, o_ptr, ls
     q = tl.load(_rows_of(q_ptr, q_strides, b, h, query, offs_d), mask=mask_md, other=0.0)
     m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
-    for start_s in range(0, n_slot, BLOCK_N):
-        j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
-        mask_s &= j < t
+    for start_s in range(0, count * BIN, BLOCK_N):
+        j, mask_s, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
+                                           QUERIES=QUERIES)
         mask_sd = mask_s[:, None] & mask_d[None, :]
         # -- scores, (BLOCK_M, BLOCK_N)
         k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        s = tl.where(mask_s[None, :], s, -float("inf"))
+        s = tl.where(mask_ms, s, -float("inf"))
         # -- online softmax
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
@@ -173,9 +247,9 @@ def _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin):
     (B, H, T, D), (C, _, n) = q.shape, bins.shape[1:]
     tiles = _walk_tiles(q.dtype, D, H // C)
     o, lse = _new(q, B, H, T, D), _new(q, B, H, T, dtype=torch.float32)
-    _bin_attention_fwd_kernel[(T * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, bins, seen, o, lse, T=T, n=n, BLOCK_LIST=_next_power_of_2(n),
-        **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    united, counts = _unite(bins, tiles["QUERIES"])
+    _bin_attention_fwd_kernel[(counts.numel() * tiles["HEAD_TILES"],)](
+        q, k, v, united, counts, seen, o, lse, T=T, n=n, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     return o, lse
 
 
@@ -199,15 +273,15 @@ def _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin):
 # fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
 # Reference: autograd through sea.bin_attention.
 @triton.jit
-def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_ptr, lse_ptr, delta_ptr,
-                             dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, n, n_key, qk_scale,
-                             softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
-                             D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
-                             BLOCK_LIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                             BLOCK_D: tl.constexpr):
-    b, c, bins_ptr, t, h, query, offs_bhm, mask_m = _tile_of_query(
-        seen_ptr, bins_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS, HEAD_TILES=HEAD_TILES,
-        BLOCK_M=BLOCK_M)
+def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, united_ptr, counts_ptr, seen_ptr, lse_ptr,
+                             delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, n, n_key,
+                             qk_scale, softmax_scale, CHOOSERS: tl.constexpr, GROUP: tl.constexpr,
+                             BIN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                             HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr,
+                             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    b, c, united_ptr, count, h, query, i_query, t, offs_bhm, mask_m = _tile_of_queries(
+        seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS,
+        HEAD_TILES=HEAD_TILES, QUERIES=QUERIES, BLOCK_M=BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mask_md = mask_m[:, None] & mask_d[None, :]
@@ -222,16 +296,15 @@ def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bins_ptr, seen_
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     tl.store(delta_ptr + offs_bhm, delta, mask=mask_m)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
-    for start_s in range(0, n_slot, BLOCK_N):
-        j, mask_s = _key_of_slot(bins_ptr, start_s + offs_n, n_slot, BIN)
-        mask_s &= j < t
+    for start_s in range(0, count * BIN, BLOCK_N):
+        j, mask_s, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
+                                           QUERIES=QUERIES)
         mask_sd = mask_s[:, None] & mask_d[None, :]
         # -- probabilities again, (BLOCK_M, BLOCK_N)
         k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
         v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        p = tl.where(mask_s[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        p = tl.where(mask_ms, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq += tl.dot(ds, k, input_precision="ieee")
@@ -441,13 +514,13 @@ def _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
 
 
 def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
-    (B, H, T, D), (C, _, n) = q.shape, bins.shape[1:]
+    (_, H, T, D), (C, _, n) = q.shape, bins.shape[1:]
     tiles = _walk_tiles(q.dtype, D, H // C)
     delta, dq = torch.empty_like(lse), torch.empty_like(o)
-    _bin_attention_dq_kernel[(T * B * C * tiles["HEAD_TILES"],)](
-        q, k, v, o, do, bins, seen, lse, delta, dq, do_strides=do.stride(), T=T, n=n,
-        softmax_scale=softmax_scale, BLOCK_LIST=_next_power_of_2(n),
-        **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    united, counts = _unite(bins, tiles["QUERIES"])
+    _bin_attention_dq_kernel[(counts.numel() * tiles["HEAD_TILES"],)](
+        q, k, v, o, do, united, counts, seen, lse, delta, dq, do_strides=do.stride(), T=T, n=n,
+        softmax_scale=softmax_scale, **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
     dk, dv = _bin_attention_dkdv(q, k, v, do, bins, seen, lse, delta, softmax_scale, bin)
     return dq, dk, dv
 
