@@ -661,6 +661,11 @@ def settings(config: type) -> Callable[[str], tuple[str, object]]:
     return setting
 
 
+def several(setting: Callable[[str], tuple[str, object]]) -> Callable[[str], dict[str, object]]:
+    """An argparse type: settings with spaces between them, by name."""
+    return lambda text: dict(setting(word) for word in text.split())
+
+
 def add_common_options(p: argparse.ArgumentParser) -> None:
     """Those of distill.py and evaluate.py alike."""
     add = p.add_argument
@@ -740,6 +745,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sea", type=settings(sea.SEAConfig), nargs="+", action="extend", default=[],
         metavar="NAME=VALUE", help="fields of SEAConfig for SEA students to be measured with instead of "
         f"their own: {', '.join(convert.OF_NO_WEIGHT)} and, without a CNN, width")
+    add("--variant", type=several(settings(sea.SEAConfig)), action="append", default=[],
+        metavar="\"NAME=VALUE ...\"", help="such fields to measure SEA students with as well, at each "
+        "--topk, too; may be given several times")
     add("--look", type=layer_and_head, nargs="+", default=[], metavar="LAYER.HEAD", help="heads to "
         "draw, counted from 0 (none: a median one)")
     add("--inside-documents", action="store_true", help="windows of one document each, shorter "
@@ -754,7 +762,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="tokens to continue each --prompt by "
         "(default: %(default)s)")
     args = p.parse_args(argv)
-    for name in ("seq_len", "eval_windows", "inside_documents", "from_token", "look", "prompt"):
+    for name in ("seq_len", "eval_windows", "inside_documents", "from_token", "look", "prompt",
+                 "variant"):
         if args.retrieval and getattr(args, name) != p.get_default(name):
             p.error(f"--retrieval: expected no --{name.replace('_', '-')} beside it, which it has no "
                     "use for")
@@ -880,12 +889,16 @@ def check_options(args) -> None:
             continue
         of_sea = args.sea if method == "sea" else {}
         free = convert.free_options(saved["sea"])
-        if fixed := [name for name in of_sea if name not in free]:
-            sys.exit(f"--sea: expected {', '.join(free)} for the student in {folder}, which has its own "
-                     f"of the others, got {', '.join(fixed)}")
+        for option, changes in [("--sea", of_sea), *(("--variant", x) for x in args.variant)]:
+            if fixed := [name for name in changes if name not in free and method == "sea"]:
+                sys.exit(f"{option}: expected {', '.join(free)} for the student in {folder}, which has "
+                         f"its own of the others, got {', '.join(fixed)}")
         cases = [("--sea: expected fields that the student in {} can have", of_sea)]
         cases += [(f"--topk: expected numbers of keys for the student in {{}}, got {k}",
                    of_sea | dict(topk=k)) for k in args.topk]
+        cases += [("--variant: expected fields that the student in {} can have at each --topk",
+                   of_sea | variant | topk) for variant in args.variant if method == "sea"
+                  for topk in ({}, *(dict(topk=k) for k in args.topk))]
         for expected, changes in cases:
             try:
                 with_options(saved, **changes)
@@ -1035,7 +1048,21 @@ def measure_student(name: str, folder: str, setting: Setting) -> dict[str, dict]
         row |= dict(layers=layer_report(student, teacher, setting.valid[:n_reported(args)], args))
     if method == "sea":
         draw(student, teacher, setting.valid[0], picture(name, args), args)
-    return {name: row} | (at_each_topk(name, method, student, setting) if method in WITH_TOPK else {})
+    rows, own = {name: row}, own_options(student) if method == "sea" else {}
+    if method in WITH_TOPK:
+        rows |= at_each_topk(name, method, student, setting)
+    for variant in args.variant if method == "sea" else []:
+        convert.set_option(student, **own | variant)
+        title = ", ".join([name, *(f"{field}={x}" for field, x in variant.items())])
+        rows[title] = measure(student, setting) | times(student, setting)
+        rows |= at_each_topk(title, method, student, setting)
+    return rows
+
+
+def own_options(student) -> dict[str, object]:
+    """The fields of SEAConfig that no weight depends on, as the student has them."""
+    options, config = student.config.sea, convert.attention_modules(student)[0].sea.config
+    return {field: options.get(field, getattr(config, field)) for field in convert.free_options(options)}
 
 
 def open_student(folder: str, original, teacher, args) -> tuple[str, nn.Module]:

@@ -80,6 +80,23 @@ def test_topk_measures_one_student_at_each(home, student, tmp_path, capsys, monk
     assert saved["models"] == json.loads(json.dumps(results)) and saved["args"]["topk"] == [5, 9, 20]
 
 
+def test_a_variant_is_the_student_with_those_options(home, student, tmp_path):
+    """As --sea gives them, each from the student's own, at its number of keys and at each of --topk."""
+    own = ["--students", student, "--topk", 20, "--out", tmp_path]
+    rows = evaluate.main(arguments(home, *own, "--variant", "topk=9 query_stride=2", "--variant", "bin=1 first=1"))
+    first, second = "sea, topk=9, query_stride=2", "sea, bin=1, first=1"
+    names = [name for title in ("sea", first, second) for name in (title, f"{title}, topk 20")]
+    assert list(rows) == ["teacher", *names] and rows[f"{first}, topk 20"]["student"] == first
+    for title, options in ((first, ["topk=9", "query_stride=2"]), (second, ["bin=1", "first=1"])):
+        alone = evaluate.main(arguments(home, *own, "--sea", *options))
+        for name in (title, f"{title}, topk 20"):
+            assert rows[name]["ppl"] == alone[name.replace(title, "sea")]["ppl"] != rows["sea"]["ppl"]
+            assert rows[name]["keys"] == alone[name.replace(title, "sea")]["keys"]
+    for variant, message in (("width=9", "expected topk, group, .*, got width"), ("local=9", "expected fields .* .topk: expected at least ")):
+        with pytest.raises(SystemExit, match=f"^--variant: {message}"):
+            evaluate.check_options(evaluate.parse(arguments(home, *own, "--variant", variant)))
+
+
 @pytest.mark.parametrize("measured", [["--seq-len", 16], ["--retrieval", 16]])
 def test_numbers_of_keys_that_a_student_cannot_have_are_refused_before_anything_is_measured(measured, home, student, tmp_path, monkeypatch):
     """Of every student that they are for; one without bins can have any."""
@@ -546,7 +563,8 @@ def test_lengths_without_room_are_refused(options, message, reader, tmp_path):
     (["--from-token", "17", "--seq-len", "16"], "--from-token: expected at most the 16 tokens of --seq-len, got 17"),
     (["--retrieval", "64", "--retrieval-examples", "0"], "--retrieval-examples: expected an integer >= 1, got 0"),
     *((["--retrieval", "64", *option.split()], f"--retrieval: expected no {option.split()[0]} beside it, which it has no use for") for option in
-      ("--seq-len 16", "--eval-windows 3", "--inside-documents", "--from-token 2", "--look 0.0", "--prompt x")),
+      ("--seq-len 16", "--eval-windows 3", "--inside-documents", "--from-token 2", "--look 0.0", "--prompt x", "--variant topk=8")),
+    (["--variant", "topk=8 wide=3"], "--variant: expected NAME=VALUE with one of "),
     (["--shard"], "--shard: expected several processes to spread over, under torchrun, got one"),
 ])
 def test_bad_options_name_the_option(argv, message, capsys):
