@@ -14,9 +14,9 @@
 Files have a header, sentence1, sentence2 (for tasks of pairs) and label, and tabs between; nothing is
 quoted. A label is a class, counted from 0 as nyu-mll/glue does, or stsb's score.
 
-Prints a line a step, and at the end a table of GLUE's metrics for the task, in percent, on each split
-whose labels are known but `train`. Writes the same records to OUT/log.jsonl, students to OUT/<name>, and
-a picture of one of SEA's heads to OUT/sea.png.
+Prints a line a step, and at the end a table, in percent, of each split whose labels are known but `train`:
+GLUE's metrics for the task, and the cosine of sentences' embeddings to the teacher's. Writes the same
+records to OUT/log.jsonl, students to OUT/<name>, and a picture of one of SEA's heads to OUT/sea.png.
 """
 
 import argparse
@@ -300,6 +300,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     inputs: Collection[str]  # names of what the model takes
     splits: dict[str, Examples]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)  # the teacher's, of splits: (n, E)
 
     def batch(self, split: str, index: Tensor) -> Batch:
         """The examples of these numbers, padded to the longest of them, on the device."""
@@ -349,18 +350,34 @@ def fit(name: str, model, losses: Callable[[Batch], dict[str, Tensor]], epochs: 
 
 
 @torch.no_grad()
-def measure(model, job: Job) -> dict[str, float]:
-    """Each metric of the task on each split but `train`, by "split metric"."""
+def outputs(model, split: str, job: Job) -> tuple[Tensor, Tensor]:
+    """Of the examples of a split: logits (n, n_labels), and embeddings (n, E), the means of the last hidden
+    states over tokens."""
     model.eval()
+    logits, embeddings = [], []
+    for index in torch.arange(len(job.splits[split].labels)).split(job.args.batch):
+        batch = job.batch(split, index)
+        with evaluate.autocast(job.args):
+            output = model(**batch.inputs, output_hidden_states=True)
+        valid = batch.valid[..., None]
+        embedding = (output.hidden_states[-1].float() * valid).sum(1) / valid.sum(1)
+        logits.append(output.logits.float().cpu())
+        embeddings.append(embedding.cpu())
+    return torch.cat(logits), torch.cat(embeddings)
+
+
+def measure(model, job: Job) -> dict[str, float]:
+    """Each metric of the task on each split but `train`, by "split metric", and the mean cosine of
+    embeddings to the teacher's."""
     scores, task = {}, TASKS[job.args.subset]
     for split in [name for name in job.splits if name != "train"]:
-        labels, predicted = job.splits[split].labels, []
-        for index in torch.arange(len(labels)).split(job.args.batch):
-            with evaluate.autocast(job.args):
-                logits = model(**job.batch(split, index).inputs).logits.float().cpu()
-            predicted.append(logits[:, 0] if task.n_labels == 1 else logits.argmax(-1))
+        logits, embeddings = outputs(model, split, job)
+        predicted = logits[:, 0] if task.n_labels == 1 else logits.argmax(-1)
         for metric in task.metrics:
-            scores[f"{split} {metric}"] = METRICS[metric](torch.cat(predicted), labels)
+            scores[f"{split} {metric}"] = METRICS[metric](predicted, job.splits[split].labels)
+        if split in job.embeddings:
+            cosine = F.cosine_similarity(embeddings, job.embeddings[split], dim=-1)
+            scores[f"{split} cosine"] = cosine.mean().item()
     return scores
 
 
@@ -417,7 +434,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)")
     add("--batch", type=int, default=32, help="examples a step (default: %(default)s)")
     add("--teacher-epochs", type=int, default=3, help="passes that fine-tune a teacher whose head is "
-        "new (default: %(default)s)")
+        "new; 0: none, where its embeddings are wanted and not its labels (default: %(default)s)")
     add("--teacher-lr", type=float, default=5e-5, help="their learning rate at its peak; it rises over "
         "a tenth of the steps and falls to 0 (default: %(default)s)")
     add("--topk", type=int, nargs="+", default=[], metavar="K", help="numbers of keys to measure "
@@ -443,9 +460,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def check_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what nothing can be done with; turn --sea into a dict, --loss and --optimizer into their
     dataclasses."""
-    for name in ("epochs", "batch", "teacher_epochs"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')}: expected an integer >= 1, got {getattr(args, name)}")
+    for name, least in (("epochs", 1), ("batch", 1), ("teacher_epochs", 0)):
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')}: expected an integer >= {least}, got {getattr(args, name)}")
     if args.seq_len < 8:
         p.error(f"--seq-len: expected an integer >= 8, up to 4 are special tokens, got {args.seq_len}")
     if any(k < 1 for k in args.topk):
@@ -559,9 +576,10 @@ def run(args, header: dict[str, str]) -> dict[str, dict[str, float]]:
     print(f"teacher {n / 1e6:.1f} M parameters, its head {'new' if is_new else 'trained'} | "
           f"{args.subset}: {sizes}", flush=True)
     log.record(**header, args=vars(args), parameters=n)
-    if is_new:
+    if is_new and args.teacher_epochs:
         fine_tune(teacher, job)
     teacher.eval().requires_grad_(False)
+    job.embeddings = {name: outputs(teacher, name, job)[1] for name in splits if name != "train"}
     lines = [Line("teacher", keys_per_query(teacher, job), measure(teacher, job))]
     print(f"teacher | {in_words(lines[0].scores)}", flush=True)
     for name in args.method:

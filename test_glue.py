@@ -223,7 +223,10 @@ def test_the_job_end_to_end(home, tmp_path, capsys):
     lines = [[name, f"{name} topk 3"] if name in evaluate.WITH_TOPK else [name] for name in ("teacher", *glue.METHODS)]
     assert list(results) == [*itertools.chain(*lines)]
     assert results["teacher"]["validation accuracy"] > 0.85 < results["sea"]["validation accuracy"], results
-    assert set(results["sea"]) == {f"{split} {metric}" for split in ("validation", "test") for metric in ("accuracy", "f1")}
+    assert set(results["sea"]) == {f"{split} {metric}" for split in ("validation", "test")
+                                   for metric in ("accuracy", "f1", "cosine")}
+    cosines = [results[name]["test cosine"] for name in ("sea topk 3", "sea", "dense", "teacher")]
+    assert cosines == sorted(cosines) and cosines[0] < cosines[1] and cosines[3] == pytest.approx(1)
     assert (out / "sea.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     for name in ("teacher", *glue.METHODS):
@@ -238,7 +241,8 @@ def test_the_job_end_to_end(home, tmp_path, capsys):
     for name, load in loaders.items():
         model = load(out / name)
         job = glue.Job(args, None, tokenizer(), ["input_ids", "token_type_ids", "attention_mask"], glue.load_splits(args))
-        assert type(model) is BertForSequenceClassification and glue.measure(model, job) == results[name]
+        of_labels = {key: score for key, score in results[name].items() if "cosine" not in key}
+        assert type(model) is BertForSequenceClassification and glue.measure(model, job) == of_labels
 
 
 def test_a_trained_head_is_the_teacher_as_it_is(home, tmp_path):
@@ -250,7 +254,7 @@ def test_a_trained_head_is_the_teacher_as_it_is(home, tmp_path):
                "--valid-data", one[1], "--method", "performer", "--epochs", "1", "--device", "cpu"]
     results = [distill.main([*command, "--out", str(tmp_path / out)]) for out in ("out", "again")]
     assert not (tmp_path / "out" / "teacher").exists() and results[0] == results[1]
-    assert set(results[0]["performer"]) == {"validation matthews"}
+    assert set(results[0]["performer"]) == {"validation matthews", "validation cosine"}
     before = AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained").classifier.weight
     assert torch.equal(before, tiny_bert().classifier.weight)
 
@@ -263,8 +267,24 @@ def test_a_score_is_learned_as_a_score(home, tmp_path):
     results = glue.main(["--subset", "stsb", "--model", str(tmp_path / "bert"), "--data", files[0], "--valid-data", files[1],
                          "--epochs", "1", "--teacher-epochs", "1", "--method", "sea", "--out", str(tmp_path / "out"),
                          "--device", "cpu"])
-    assert set(results["sea"]) == {"validation pearson", "validation spearman"}
+    assert set(results["sea"]) == {"validation pearson", "validation spearman", "validation cosine"}
     assert convert.load(tmp_path / "out" / "sea").classifier.out_features == 1
+
+
+def test_an_embedding_is_the_mean_of_its_tokens(home, tmp_path):
+    """As the model gives it for a sentence alone, without padding. No epochs of the teacher: it stays as it is."""
+    convert.save(tiny_bert(), tmp_path / "bert", tokenizer())
+    args = glue.parse(options(home, "--model", str(tmp_path / "bert"), "--teacher-epochs", "0"))
+    job = glue.Job(args, None, tokenizer(), ["input_ids", "token_type_ids", "attention_mask"], glue.load_splits(args))
+    model, (first, second) = tiny_bert(), job.splits["validation"].sentences
+    logits, embeddings = glue.outputs(model, "validation", job)
+    for i in range(3):
+        with torch.no_grad():
+            output = model(**tokenizer()(first[i], second[i], return_tensors="pt"), output_hidden_states=True)
+        torch.testing.assert_close(embeddings[i], output.hidden_states[-1][0].mean(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i], output.logits[0], atol=1e-5, rtol=1e-5)
+    glue.main(options(home, "--teacher-epochs", "0", "--epochs", "1", "--method", "dense", "--out", str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "teacher").exists()
 
 
 def test_splits_of_the_hub_are_those_with_labels(monkeypatch):
