@@ -47,7 +47,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -505,13 +505,19 @@ def measure(args, layer, inputs, T: int) -> dict[str, dict]:
         run = make(attention, q, k, v)  # forward_backward needs memory for it already
         return dict(ms=evaluate.milliseconds(run, graph=graph), mib=evaluate.peak_mib(run))
 
-    found = contestants(args, layer, T) | (peers(layer.config, q, k, v) if args.device == "cuda" else {})
-    for name, attention in found.items():
+    def rivals() -> Iterator[tuple[str, Callable]]:
+        yield from contestants(args, layer, T).items()
+        if args.device == "cuda":  # the last, since a compiler may take minutes
+            yield from peers(layer.config, q, k, v).items()
+
+    for name, attention in rivals():
         for kind, make in kinds.items():
             if name == NSA and kind != "forward":
                 continue
             measure_one = functools.partial(time_and_memory, make, attention, graph=name != PYTORCH)
-            results[f"{name} | {kind}"] = measured(measure_one)
+            result = results[f"{name} | {kind}"] = measured(measure_one)
+            found = f"{result['ms']:.3f} ms" if "ms" in result else f"left out ({result['error']})"
+            print(f"T {T:,} {name}, {kind}: {found}", flush=True)
     return results
 
 
@@ -519,9 +525,6 @@ def all_lengths(args, layer, inputs) -> dict[int, dict]:
     rows, of = {}, of_layer(args, layer.config)
     for T in args.lengths:
         rows[T] = {name: result | of for name, result in measure(args, layer, inputs, T).items()}
-        times = (f"{name} {result['ms']:.3f} ms" if "ms" in result else f"{name} left out ({result['error']})"
-                 for name, result in rows[T].items())
-        print(f"T {T:,}: " + ", ".join(times), flush=True)
     for kind in ("forward",) if args.forward_only else ("forward", "forward+backward"):
         print(table(rows, kind))
     return rows
