@@ -31,7 +31,8 @@ def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float,
 
 def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
     plt = evaluate.pyplot()
-    figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 4), layout="constrained", squeeze=False)
+    width = 8 if x == "attention_ms" else 5.2
+    figure, axes = plt.subplots(1, len(files), figsize=(width * len(files), 4), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], files.items()):
         models = {}
         for name in names.split(","):
@@ -46,17 +47,20 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
                 axis.annotate(f"{n:.0f}", (places[i], ys[i]), (4, 4), textcoords="offset points", fontsize=8)
         highest = max(y for points in curves.values() for _, y, _ in points)
         for style, (name, (place, y, _)) in zip(("--", ":", "-.") * len(flat), flat.items()):
-            if y <= 1.1 * highest and x == "attention_ms":
-                axis.plot(place, y, "s", label=name)
-            elif y <= 1.1 * highest:
-                axis.axhline(y, linestyle=style, color="gray", label=name)
-            else:  # far above all others: a number says more than a line
+            if y > (1.0 if x == "attention_ms" else 1.1) * highest:  # a number says more than so high a place
                 axis.plot([], [], " ", label=f"{name}: {y:.2f}")
+            elif x == "attention_ms":
+                axis.plot(place, y, "s", label=name)
+            else:
+                axis.axhline(y, linestyle=style, color="gray", label=name)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel=AXES[x], ylabel="perplexity over dense")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if x == "attention_ms":  # beside it, since its points are anywhere
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
