@@ -7,9 +7,9 @@ A chooser is the query heads that share a choice. Each query has, for each of C 
 (B, C, T, n) int32, ascending, with NONE behind the last. In all kernels t is the number of keys that a query
 sees, j a key, s a place among the keys of a list: key number s stands at j = list[s // BIN] * BIN + s % BIN.
 
-A tile holds the heads of a chooser, which visit the same keys: HEADS of them, padded to BLOCK_M. Where a
-chooser has more than a tile holds, its list is walked several times; where it has few, a tile holds them for
-QUERIES neighbouring queries. These choose much the same bins (two of SmolLM2's 1.2 to 1.4 times as many as
+A tile holds the heads of a chooser, which visit the same keys: HEADS of them. Where a chooser has more than a
+tile holds, its list is walked several times; where it has few, a tile holds them for QUERIES neighbouring
+queries. These choose much the same bins (two of SmolLM2's 1.2 to 1.4 times as many as
 one), so the tile walks their lists united, and each query masks what it has not chosen.
 """
 
@@ -29,7 +29,7 @@ else:
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants.
-VISITS = dict(QUERIES=128, most_chunks=256)  # queries whose visits a program lists; programs of a chooser
+CHUNKS = dict(queries=128, most=256)  # queries whose visits a program lists, at least; programs of a chooser
 VISITS_PER_PROGRAM = 64  # (unit, query) pairs that one program of the dk, dv kernel adds up, at least
 MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on units that many queries visit
 
@@ -42,8 +42,8 @@ def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int) -> dict:
 
 
 def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
-    """Of the forward and dq kernels. Two queries a tile if its 16 rows hold both: of four in 32 rows, more bins
-    are masked for most than sharing saves."""
+    """Of the forward and dq kernels. Two queries a tile if its 16 rows hold both: of four in 32 rows, more
+    bins are masked for most than sharing saves."""
     tile = _tile_sizes(dtype, d_head, heads)
     tile |= dict(QUERIES=2 if tile["HEADS"] <= 8 else 1, BLOCK_M=max(16, _next_power_of_2(tile["HEADS"])))
     if dtype == torch.float32:
@@ -100,7 +100,7 @@ def _rows_of(ptr, strides, b, h, i, offs_d):
 @triton.jit
 def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
     """Which of the numbers x are on a list of n, ascending, by bisection."""
-    place = tl.zeros_like(x)  # of the first number that is not less
+    place = tl.zeros_like(x)  # of the first number that is not less, or of the last
     for i in tl.static_range(LOG_LIST):
         step = 1 << (LOG_LIST - 1 - i)
         before = tl.load(bins_ptr + place + step - 1, mask=place + step <= n, other=NONE)
@@ -108,9 +108,13 @@ def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
     return tl.load(bins_ptr + place, mask=place < n, other=NONE) == x
 
 
-# The bins that a tile's queries have chosen, each once, in no order; and which of them have.
+# -- lists of a tile's queries, united
+
+
+# The bins that a tile's queries have chosen, each once, and which of them have: those of the first query,
+# then those that the next one adds, so that what a query sums does not depend on a later one, bit for bit.
 # One program: QUERIES neighbouring queries of a chooser; grid (cdiv(T, QUERIES) * B * C,).
-#   bins (B, C, T, n) int32
+#   bins (B, C, T, n) int32, below 2^29 but NONE
 #   united (B, C, cdiv(T, QUERIES), QUERIES * n) int32: 2^QUERIES * bin + a bit for each query; counts
 #   (B, C, cdiv(T, QUERIES)) int32: how many there are
 # A bin goes with the first query that has it: each looks for its own on the lists of the others.
@@ -121,7 +125,7 @@ def _unite_kernel(bins_ptr, united_ptr, counts_ptr, T, n, QUERIES: tl.constexpr,
     offs = tl.arange(0, 2**LOG_LIST)
     bins_ptr += pid_bc * T * n
     united_ptr += (pid_bc * n_tile + pid_tile) * QUERIES * n
-    count = pid_tile * 0
+    count = pid_tile * 0  # of the type that it will have
     for i in tl.static_range(QUERIES):
         query = pid_tile * QUERIES + i
         x = tl.load(bins_ptr + query.to(tl.int64) * n + offs, mask=(query < T) & (offs < n), other=NONE)
@@ -191,7 +195,8 @@ def _keys_of_tile(united_ptr, offs_s, n_slot, i_query, t, BIN: tl.constexpr, QUE
 #   q (B, H, T, D), k and v (B, Hkv, S, D), any strides; united and counts as above; seen (B, T) int
 #   o (B, H, T, D) and lse (B, H, T) fp32, contiguous
 # fp32: scores, m_i, l_i, acc; p until the dot, whose operands have the dtype of v. Reads the listed keys
-# once for all rows of a tile, where eager writes T x S scores. Keys that no query sees are not read.
+# once for all rows of a tile, where eager writes T x S scores. Keys that no query sees are not read; a value
+# that is not finite reaches all queries of a tile, whichever chose it.
 # Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
 def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, united_ptr, counts_ptr, seen_ptr, o_ptr, lse_ptr,
@@ -327,7 +332,7 @@ def _units_of_list(bins_ptr, n, n_bin, UNIT: tl.constexpr, BLOCK_LIST: tl.conste
     return unit, mask_first, bits
 
 
-# The visits of each chunk of QUERIES neighbouring queries of a chooser to the units: how many they are, or,
+# The visits of each chunk of neighbouring queries of a chooser to the units: how many they are, or,
 # WRITE, which.
 # One program: one chunk; grid (n_chunk * B * C,).
 #   bins (B, C, T, n) int32
@@ -469,7 +474,7 @@ def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key
 def _visits(bins: Tensor, Hkv: int, n_bin: int, n_unit: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
     """visitors, bits and firsts, as above."""
     B, C, T, n = bins.shape
-    queries = max(VISITS["QUERIES"], _cdiv(T, VISITS["most_chunks"]))
+    queries = max(CHUNKS["queries"], _cdiv(T, CHUNKS["most"]))
     n_chunk = _cdiv(T, queries)
     arguments = dict(T=T, n=n, n_bin=n_bin, n_unit=n_unit, n_chunk=n_chunk, queries=queries, UNIT=unit,
                      BLOCK_LIST=_next_power_of_2(n), num_warps=max(1, min(_next_power_of_2(n) // 128, 4)))
@@ -612,7 +617,8 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
             f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a multiple of the "
             f"{Hkv} key/value heads", tuple(bins.shape))
-    _expect(n >= 1, "bins", "at least one bin", tuple(bins.shape))
+    _expect(n >= 1 and bins.numel() < 2**31, "bins", "at least one bin, and fewer than 2^31 in all",
+            tuple(bins.shape))
     _expect(isinstance(bin, int) and bin >= 1, "bin", "an integer >= 1", bin)
     bins, seen = bins.contiguous(), seen.contiguous()
     order = None if order is None else order.contiguous()

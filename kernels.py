@@ -144,7 +144,8 @@ def _order_to_float(order):
 
 @triton.jit
 def _bisect(x, n, count, low, high):
-    """The largest float that at least n numbers of x reach, and how many reach it.
+    """A float that the n largest numbers of x reach, and how many reach it: n or, where others equal the n-th
+    largest, more.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
@@ -283,23 +284,23 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 
 # -- candidates and bins -----------------------------------------------------------------------------
 #
-# Three kernels. The first finds each row's best cells and lists their bins, the candidates. The second
-# multiplies the queries of a row (in group "kv" their means over the heads) with what stands for the
-# candidates' keys, so that they share what is read. The third ranks each query's products, and lists the
-# first bins, the chosen ones and the last. Candidates and products are scratch: the kernels run on so many
-# queries at a time that these stay in the L2 cache.
+# Three kernels, behind one that computes what stands for each bin. The first finds each row's best cells and
+# lists their bins, the candidates. The second multiplies the queries of a row (in group "kv" their means over
+# the heads) with what stands for the candidates' keys, so that they share what is read. The third ranks each
+# query's products, and lists the first bins, the chosen ones and the last. Candidates and products are
+# scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
 
 BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 PRODUCTS = dict(BLOCK_N=128, num_warps=4)
-# scratch: products at a time, but of so many queries at least; per_warp: numbers that a warp ranks
-CHOOSE = dict(scratch=2**25, queries=16, per_warp=2048)
+# scratch: products at a time, but of so many queries at least; what a warp ranks
+CHOOSE = dict(scratch=2**25, queries=16, cells_per_warp=1024, candidates_per_warp=2048)
 
 
-def _rank_warps(n: int, is_step: bool) -> int:
+def _rank_warps(n: int, per_warp: int, is_step: bool) -> int:
     """Warps that rank n numbers; more in a decoding step, which leaves most of a GPU idle."""
-    return min(max(n // CHOOSE["per_warp"], 8 if is_step else 1), 16)
+    return min(max(n // per_warp, 8 if is_step else 1), 16)
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
@@ -373,7 +374,8 @@ def _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t):
     return r, r <= tl.load(row_ptr + b * T + end_t - 1)
 
 
-# The bins of each row's best cells, ascending, without those of the first keys.
+# The bins of each row's best cells, ascending, without those of the first keys. n_key: keys, of which no row
+# sees more.
 # One program: one row and chooser; grid (n_row * B * C,), which may be more rows than queries begin_t ...
 # end_t - 1 use.
 #   x (B, E, R, WIDTH), any strides; row_seen (B, R), row (B, T) int; E is a divisor or a multiple of C
@@ -381,21 +383,21 @@ def _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t):
 # fp32: probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
 @triton.jit
 def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr, x_strides, C, E, T, R,
-                       begin_t, end_t, n_row, local, n_first, n_wanted, WIDTH: tl.constexpr,
+                       n_key, begin_t, end_t, n_row, local, n_first, n_wanted, WIDTH: tl.constexpr,
                        BIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     pid_r, pid_bc = _program(n_row)
     b, c = pid_bc // C, pid_bc % C
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
     if not is_row:
         return
-    row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
+    row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
     middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
     offs_p = tl.arange(0, BLOCK_P)
     begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
     mask_p = (begin < end) & (offs_p < WIDTH)  # cells without bins do not compete
 
     # -- the best cells, (BLOCK_P,)
-    x_ptr += b * x_strides[0] + r.to(tl.int64) * x_strides[2] + offs_p * x_strides[3]
+    x_ptr += b * x_strides[0] + r.to(tl.int64) * x_strides[2] + offs_p.to(tl.int64) * x_strides[3]
     probs = tl.zeros((BLOCK_P,), tl.float32)
     for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
         x = tl.load(x_ptr + i * x_strides[1], mask=mask_p, other=-float("inf"))
@@ -419,11 +421,12 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
 # (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
 #   q (B, C, T, D), any strides; begins (B, R + 1) int32: queries begins[r] ... begins[r + 1] - 1 use row r
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
-#   (B, Hkv, n_bin, 2, D) contiguous
-#   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate
+#   (B, Hkv, n_bin, 2, D) contiguous; n_key: keys or, FROM_BINS, bins. Else there is one query
+#   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
 # Operands of the dots have the dtype of k. Reads two numbers a dimension for each candidate (in a decoding
 # step: its keys), once for all queries of its row, so that rows times bins is neither computed nor written.
-# Reference: sea.choose_bins, whose products round differently.
+# Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
+# of one query as they are.
 @triton.jit
 def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_ptr, counts_ptr, products_ptr,
                      q_strides, k_strides, C, HKV, T, R, begin_t, end_t, n_row, n_key, softmax_scale,
@@ -437,6 +440,8 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_pt
     if not is_row:
         return
     n_candidate = tl.load(counts_ptr + pid_rbc)
+    if pid_n * BLOCK_N >= n_candidate:
+        return
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     offs_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c, mask_d = offs_c < n_candidate, offs_d < D
@@ -451,8 +456,10 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_pt
         centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
                                 mask_c, n_key, offs_d, D=D, BIN=BIN)
         centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
-    first_q = tl.maximum(tl.load(begins_ptr + b * (R + 1) + r), begin_t)
-    end_q = tl.minimum(tl.load(begins_ptr + b * (R + 1) + r + 1), end_t)
+    first_q, end_q = begin_t, end_t
+    if FROM_BINS:
+        first_q = tl.maximum(tl.load(begins_ptr + b * (R + 1) + r), begin_t)
+        end_q = tl.minimum(tl.load(begins_ptr + b * (R + 1) + r + 1), end_t)
     for start_q in range(first_q, end_q, BLOCK_M):
         query = start_q + offs_m
         mask_m = query < end_q
@@ -468,20 +475,21 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_pt
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
 # behind the row's cells, ascending.
 # One program: one query and chooser; grid ((end_t - begin_t) * B * C,).
-#   products, candidates, counts, row, row_seen as above; seen (B, T) int
+#   products, in blocks of BLOCK, candidates, counts, row, row_seen as above; seen (B, T) int
 #   bins (B, C, T, n_listed) int32
 # All products of a query are in registers until the n_chosen-th largest is found, and are then read again a
 # block at a time, so that a program needs few more. Few warps: in a warp a sum needs no shared memory.
 # Limits: MAX_CANDIDATES. Reference: sea.choose_bins.
 @triton.jit
 def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr,
-                        C, T, R, begin_t, end_t, n_row, local, n_first, n_chosen, n_listed,
-                        BIN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+                        C, T, R, n_key, begin_t, end_t, n_row, local, n_first, n_chosen, n_listed,
+                        BIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+                        BLOCK_N: tl.constexpr):
     pid_q, pid_bc = _program(end_t - begin_t)
     b, i = pid_bc // C, begin_t + pid_q
     r = tl.load(row_ptr + b * T + i)
-    seen = tl.load(seen_ptr + b * T + i).to(tl.int32)
-    row_seen = tl.load(row_seen_ptr + b * R + r).to(tl.int32)
+    seen = tl.minimum(tl.load(seen_ptr + b * T + i), n_key).to(tl.int32)
+    row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
     pid_row = pid_bc * n_row + r - tl.load(row_ptr + b * T + begin_t)
     n_candidate = tl.load(counts_ptr + pid_row)
     products_ptr += (pid_bc * (end_t - begin_t) + pid_q) * BLOCK_C
@@ -489,8 +497,8 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
     bins_ptr += (pid_bc * T + i) * n_listed
 
     # -- the n-th largest product, (BLOCK_C,)
-    offs_c = tl.arange(0, BLOCK_C)
-    products = tl.load(products_ptr + offs_c)  # NaN reaches nothing
+    offs_c, n_slot = tl.arange(0, BLOCK_C), tl.cdiv(n_candidate, BLOCK) * BLOCK
+    products = tl.load(products_ptr + offs_c, mask=offs_c < n_slot, other=float("nan"))  # it reaches nothing
     n = tl.where(seen > 0, tl.minimum(n_chosen, n_candidate), 0)
     high = _float_to_order(tl.max(products, axis=0)) + 1
     low = tl.minimum(_float_to_order(tl.min(products, axis=0)), high - 1)
@@ -504,7 +512,9 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
     first_end = tl.minimum(n_seen, n_first)
     chosen_end = first_end
     for start in range(0, tl.where(n > 0, n_candidate, 0), BLOCK_N):
-        s, candidate = tl.load(products_ptr + start + offs_n), tl.load(candidates_ptr + start + offs_n)
+        mask_n = start + offs_n < n_slot
+        s = tl.load(products_ptr + start + offs_n, mask=mask_n, other=float("nan"))
+        candidate = tl.load(candidates_ptr + start + offs_n, mask=mask_n, other=0)
         mask_chosen = s >= threshold
         if n_reach != n:
             mask_tie = (s == threshold).to(tl.int32)
@@ -528,7 +538,7 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
     """sea.choose_bins. row as of sea.choose_rows: each next row after query_stride queries, but that the
-    first may have fewer and the last any number."""
+    first may have fewer and the last any number. Scratch is sized by this: other rows are out of bounds."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -536,9 +546,10 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     _expect(len(scores) == B and E in (H, Hkv), "scores",
             f"shape (B, E, R, width) with B = {B} and E = {H} or {Hkv}", tuple(scores.shape))
     _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
-    _expect(k.shape[0] == B and k.shape[3] == D and H % Hkv == 0, "k",
-            f"a batch of {B}, a number of heads that divides {H}, and head size {D} as q", tuple(k.shape))
-    for name, x, n in (("seen", seen, T), ("row", row, T), ("row_seen", row_seen, R)):
+    _check_qk(q, k, seen)
+    _expect(T >= 1, "q", "at least one token", tuple(q.shape))
+    _expect(width <= MAX_WIDTH, "scores", f"a width of at most {MAX_WIDTH}", width)
+    for name, x, n in (("row", row, T), ("row_seen", row_seen, R)):
         _expect(x.shape == (B, n), name, f"shape {(B, n)}", tuple(x.shape))
     _expect(config.group in BIN_GROUPS, "group", f"one of {BIN_GROUPS}", repr(config.group))
     n_chosen, n_listed, n_bin = config.n_chosen(topk), config.n_listed(topk, S), _cdiv(S, bin)
@@ -556,31 +567,33 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
         q = q if C == H else q.unflatten(1, (C, -1)).mean(2)
-        numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
-        begins = torch.searchsorted(row, numbers, out_int32=True)
-        block_d = _dot_block(D, q.dtype)
+        block_d, begins = _dot_block(D, q.dtype), None
         if not is_step:
+            numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
+            begins = torch.searchsorted(row, numbers, out_int32=True)
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)
             _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
                 BLOCK_D=block_d, **BOXES)
             k, order = of_bins, None
-        warps = _rank_warps(block_c, is_step)
+        cell_warps = _rank_warps(block_p, CHOOSE["cells_per_warp"], is_step)
+        warps = _rank_warps(block_c, CHOOSE["candidates_per_warp"], is_step)
         tiles = dict(PRODUCTS) if q.dtype != torch.float32 else dict(PRODUCTS, BLOCK_N=16)  # no tensor cores
         for begin_t in range(0, T, n_query):
             end_t = min(begin_t + n_query, T)
             shared = dict(C=C, T=T, R=R, begin_t=begin_t, end_t=end_t, n_row=n_row, BIN=bin, BLOCK_C=block_c)
-            lists = dict(local=config.local, n_first=config.n_first, **shared)
+            lists = dict(n_key=S, local=config.local, n_first=config.n_first, **shared)
             _candidates_kernel[(n_row * B * C,)](
                 scores, row, row_seen, candidates, counts, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
-                WIDTH=width, BLOCK_P=block_p, num_warps=_rank_warps(block_p, is_step), **lists)
+                WIDTH=width, BLOCK_P=block_p, num_warps=cell_warps, **lists)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
                 q, k, order, row, begins, candidates, counts, products, q_strides=q.stride(),
                 k_strides=k.stride(), HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), D=D,
                 FROM_BINS=not is_step, BLOCK_M=16, BLOCK_D=block_d, **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
                 products, candidates, counts, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin),
-                n_listed=n_listed, BLOCK_N=min(block_c, 512 * warps), num_warps=warps, **lists)
+                n_listed=n_listed, BLOCK=tiles["BLOCK_N"], BLOCK_N=min(block_c, 512 * warps),
+                num_warps=warps, **lists)
     return bins
 
 
@@ -1559,10 +1572,14 @@ def supports(config, dtype: torch.dtype) -> str | None:
     if not config.has_bins:
         heads = config.n_head if config.group == "causal_batch" else 1
         tiles = _select_tiles(heads, width)
-        limits += [(f"n_head x width = {heads} x {width}, padded to powers of two,",
-                    tiles["BLOCK_H"] * tiles["BLOCK_P"], MAX_RANKED, "one program ranks all cells that compete")]
+        n_ranked = tiles["BLOCK_H"] * tiles["BLOCK_P"]
+        limits += [(f"n_head x width = {heads} x {width}, padded to powers of two,", n_ranked, MAX_RANKED,
+                    "one program ranks all cells that compete")]
     else:
-        _, n_candidate = _candidates(config, config.topk, width, config.max_positions)
+        if config.cnn:
+            _, n_candidate = _candidates(config, config.topk, width, config.max_positions)
+        else:  # a sequence of any length
+            n_candidate = config.candidates * config.n_chosen(config.topk)
         limits += [(f"candidates of topk {config.topk},", n_candidate, MAX_CANDIDATES,
                     "one program ranks them all")]
     if config.causal and config.cnn:  # the bidirectional estimator has no kernels

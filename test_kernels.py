@@ -432,6 +432,7 @@ def check_choose_bins(case):
 @example(Choice(torch.float32, "kv", (2, 2, 3), 4, 600, 16, 20, 8, 28, 8, 8, 3, 1, True, False, "gaps", 0))
 @example(Choice(torch.float32, "query", (1, 2, 2), 3, 600, 16, 20, 4, 1, 0, 2, 5, 3, False, False, "contiguous", 1))
 @example(Choice(torch.float16, "kv", (1, 1, 2), 3, 500, 64, 64, 1, 3, 1, 3, 7, 1, False, True, "heads last", 2))  # ties
+@example(Choice(torch.float32, "kv", (1, 1, 2), 3, 400, 16, 20, 4, 1, 0, 8, 5, 20, False, False, "contiguous", 0))  # a dot has 16 rows
 @settings(max_examples=30)
 def test_chosen_bins_are_those_of_sea(case):
     """Lists of ascending bins; ties to the lower cell and bin."""
@@ -749,7 +750,7 @@ def test_all_bins_are_dense_attention():
 def test_keys_that_a_query_does_not_see_are_not_read():
     q, k, v, bins, seen = Bins(torch.float32, 35, 20, (1, 1, 1, 2), 8, 8, 0.6, False, "contiguous", 64, 0).tensors()
     before = kernels.bin_attention(q, k, v, bins, seen, bin=8)
-    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf
+    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf  # that query 20 sees, and 21, with which it shares a tile
     after = kernels.bin_attention(q, k, v, bins, seen, bin=8)
     assert torch.equal(before[:, :, :20], after[:, :, :20]) and not torch.equal(before, after)
 
@@ -1616,6 +1617,7 @@ def test_kernels_support(change, dtype):
     (dict(n_head=1, d_head=32, width=2049), torch.bfloat16, "width with cell_keys 2049: at most 2048, "),
     (dict(BINS, group="causal_batch"), torch.bfloat16, "group causal_batch with bins: one of ('query', 'kv') only, "),
     (dict(BINS, bin=1, topk=8192), torch.bfloat16, "candidates of topk 8192, 32768: at most 16384, "),
+    (dict(BINS, bin=1, topk=2048, cnn=False), torch.bfloat16, "candidates of topk 2048, 32"),  # of any number of tokens
 ])
 def test_a_layer_that_the_kernels_cannot_run_is_left_to_sea_or_raises(change, dtype, reason):
     """With the field, its value and the limit. Only the choice is looked at, so that it needs no GPU."""
