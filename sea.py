@@ -35,7 +35,8 @@ same operations in Triton and takes over on a GPU.
     in_cells   -       number of these keys
     seen       t       number of keys that a query sees; 0 marks padding
     cell key   -       what stands for the keys of a cell; ours
-    bin, n     -       `bin` neighbouring keys, from a multiple of `bin` on; bins a query attends to
+    bin        -       `bin` neighbouring keys, chosen together, from a multiple of `bin` on
+    n          -       entries of a query's list of bins
     E          -       heads with an estimate of their own: the query heads, E = H, or without a
                        CNN the key/value heads, E = Hkv
     chooser, C -       what chooses bins: each query head, C = H, or all that share a key/value head
