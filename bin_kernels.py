@@ -9,8 +9,8 @@ sees, j a key, s a place among the keys of a list: key number s stands at j = li
 
 A tile holds the heads of a chooser, which visit the same keys: HEADS of them. Where a chooser has more than a
 tile holds, its list is walked several times; where it has few, a tile holds them for QUERIES neighbouring
-queries. These choose much the same bins (two of SmolLM2's 1.2 to 1.4 times as many as
-one), so the tile walks their lists united, and each query masks what it has not chosen.
+queries. These choose much the same bins, so the tile walks their lists united, and each query masks what it
+has not chosen.
 """
 
 import torch
@@ -29,7 +29,8 @@ else:
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
 # -- tuning. BLOCK_M, BLOCK_N >= 16, as tl.dot wants.
-CHUNKS = dict(queries=128, most=256)  # queries whose visits a program lists, at least; programs of a chooser
+# of the kernel that lists visits: queries of a program, at least, and programs of a chooser, at most
+QUERY_CHUNKS = dict(queries=128, most=256)
 VISITS_PER_PROGRAM = 64  # (unit, query) pairs that one program of the dk, dv kernel adds up, at least
 MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on units that many queries visit
 
@@ -202,9 +203,9 @@ def _keys_of_tile(united_ptr, offs_s, n_slot, i_query, t, BIN: tl.constexpr, QUE
 def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, united_ptr, counts_ptr, seen_ptr, o_ptr, lse_ptr,
                               q_strides, k_strides, v_strides, H, T, n, n_key, qk_scale,
                               CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
-                              D: tl.constexpr, HEADS: tl.constexpr,
-                              HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                              D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                              QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                              BLOCK_D: tl.constexpr):
     b, c, united_ptr, count, h, query, i_query, t, offs_bhm, mask_m = _tile_of_queries(
         seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS=CHOOSERS, HEADS=HEADS,
         HEAD_TILES=HEAD_TILES, QUERIES=QUERIES, BLOCK_M=BLOCK_M)
@@ -474,7 +475,7 @@ def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key
 def _visits(bins: Tensor, Hkv: int, n_bin: int, n_unit: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
     """visitors, bits and firsts, as above."""
     B, C, T, n = bins.shape
-    queries = max(CHUNKS["queries"], _cdiv(T, CHUNKS["most"]))
+    queries = max(QUERY_CHUNKS["queries"], _cdiv(T, QUERY_CHUNKS["most"]))
     n_chunk = _cdiv(T, queries)
     arguments = dict(T=T, n=n, n_bin=n_bin, n_unit=n_unit, n_chunk=n_chunk, queries=queries, UNIT=unit,
                      BLOCK_LIST=_next_power_of_2(n), num_warps=max(1, min(_next_power_of_2(n) // 128, 4)))
