@@ -315,9 +315,9 @@ class Job:
 
 
 def fit(name: str, model, losses: Callable[[Batch], dict[str, Tensor]], epochs: int,
-        config: distill.OptimizerConfig, job: Job) -> dict[str, float]:
-    """Train `model` by the sum of losses(batch), for some passes over the training split; returns what
-    `measure` says of it after the last. Raises distill.Diverged."""
+        config: distill.OptimizerConfig, job: Job, dropout: bool = True) -> dict[str, float]:
+    """Train `model` by the sum of losses(batch), for some passes over the training split, with the dropout
+    that it has or without; returns what `measure` says of it after the last. Raises distill.Diverged."""
     args, n = job.args, len(job.splits["train"].labels)
     step, steps, clock = 0, epochs * -(-n // args.batch), distill.Clock()
     optimizer = distill.make_optimizer(model, config)
@@ -325,7 +325,7 @@ def fit(name: str, model, losses: Callable[[Batch], dict[str, Tensor]], epochs: 
         generator = torch.Generator().manual_seed(distill.seed_of(epoch, args.seed))
         for index in torch.randperm(n, generator=generator).split(args.batch):
             step += 1
-            model.train()
+            model.train(dropout)
             share = distill.learning_rate(step, steps, config.schedule, config.warmup)
             lr = distill.set_learning_rate(optimizer, share)
             distill.redraw_features(model, step, args)
@@ -447,6 +447,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "hidden=10 kd=0.1 score=0 unless given, and ce=0, of the labels")
     add("--optimizer", type=evaluate.settings(distill.OptimizerConfig), **groups, help="of students; "
         "unless given lr=5e-5 lr_new=2e-3 schedule=linear, control_lr as lr, others as in distill.py")
+    add("--no-dropout", action="store_true", help="students learn without dropout, which the teacher whom "
+        "they are to equal has not either; a dense student then is the teacher")
     add("--seed", type=int, default=0, help="of weights, data order, dropout and redrawn features "
         "(default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device; bf16 "
@@ -526,7 +528,7 @@ def distil(name: str, teacher, job: Job) -> list[Line]:
     try:
         scores = fit(name, student,
                      lambda batch: distillation_losses(student, teacher, batch, args.loss),
-                     args.epochs, distill.optimizer_of(name, args), job)
+                     args.epochs, distill.optimizer_of(name, args), job, not args.no_dropout)
     except distill.Diverged as error:
         print(error, flush=True)
         return [Line(name)]

@@ -259,6 +259,18 @@ def test_a_trained_head_is_the_teacher_as_it_is(home, tmp_path):
     assert torch.equal(before, tiny_bert().classifier.weight)
 
 
+@pytest.mark.parametrize("given", [[], ["--no-dropout"]])
+def test_students_learn_with_dropout_or_without(home, tmp_path, given):
+    """A dense student begins as its teacher, which has none: with no dropout there is nothing to learn."""
+    convert.save(tiny_bert(hidden_dropout_prob=0.5), tmp_path / "bert", tokenizer())
+    out = tmp_path / "out"
+    glue.main([*options(home, "--method", "dense", "--epochs", "1", "--teacher-epochs", "0"), "--model",
+               str(tmp_path / "bert"), "--out", str(out), *given])
+    records = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    first = next(record["loss"] for record in records if "loss" in record)
+    assert first < 1e-6 if given else first > 1, first
+
+
 def test_a_score_is_learned_as_a_score(home, tmp_path):
     """stsb: one output, correlations; a head of two classes is not one for it, and is trained anew."""
     convert.save(tiny_bert(), tmp_path / "bert", tokenizer())
