@@ -43,13 +43,14 @@ def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int) -> dict:
 
 
 def _walk_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
-    """Of the forward and dq kernels. Two queries a tile if its 16 rows hold both: of four in 32 rows, more
-    bins are masked for most than sharing saves."""
+    """Of the forward and dq kernels. As many queries a tile, up to four, as its 16 rows hold: of four in 32
+    rows, more bins are masked for most than sharing saves."""
     tile = _tile_sizes(dtype, d_head, heads)
-    tile |= dict(QUERIES=2 if tile["HEADS"] <= 8 else 1, BLOCK_M=max(16, _next_power_of_2(tile["HEADS"])))
+    block_m = max(16, _next_power_of_2(tile["HEADS"]))
+    tile |= dict(QUERIES=min(block_m // _next_power_of_2(tile["HEADS"]), 4), BLOCK_M=block_m)
     if dtype == torch.float32:
         return dict(tile, BLOCK_N=16 if d_head > 64 else 32, num_warps=4, num_stages=1)
-    return dict(tile, BLOCK_N=32, num_warps=tile["BLOCK_M"] // 16 if d_head <= 128 else 4, num_stages=3)
+    return dict(tile, BLOCK_N=32, num_warps=tile["BLOCK_M"] // 16 if d_head <= 128 else 4, num_stages=2)
 
 
 def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, bin: int) -> dict:
@@ -115,7 +116,7 @@ def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
 # The bins that a tile's queries have chosen, each once, and which of them have: those of the first query,
 # then those that the next one adds, so that what a query sums does not depend on a later one, bit for bit.
 # One program: QUERIES neighbouring queries of a chooser; grid (cdiv(T, QUERIES) * B * C,).
-#   bins (B, C, T, n) int32, below 2^29 but NONE
+#   bins (B, C, T, n) int32, below 2^27 but NONE
 #   united (B, C, cdiv(T, QUERIES), QUERIES * n) int32: 2^QUERIES * bin + a bit for each query; counts
 #   (B, C, cdiv(T, QUERIES)) int32: how many there are
 # A bin goes with the first query that has it: each looks for its own on the lists of the others.
@@ -160,8 +161,9 @@ def _unite(bins: Tensor, queries: int) -> tuple[Tensor, Tensor]:
 def _tile_of_queries(seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS: tl.constexpr,
                      HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr,
                      BLOCK_M: tl.constexpr):
-    """b and c of a program's chooser, its tile's list and how many bins that has; and of the rows of the
-    tile, (BLOCK_M,) each: heads, queries, their numbers in the tile, t, offsets into (B, H, T) and mask."""
+    """b and c of a program's chooser, its tile's list and how many bins that has, none if no query sees a
+    key; and of the rows of the tile, (BLOCK_M,) each: heads, queries, their numbers in the tile, t, offsets
+    into (B, H, T) and mask."""
     n_tile = tl.cdiv(T, QUERIES)
     pid_tile, pid_bch = _program(n_tile)
     pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
@@ -172,18 +174,27 @@ def _tile_of_queries(seen_ptr, united_ptr, counts_ptr, H, T, n, n_key, CHOOSERS:
     mask_m = (i_query < QUERIES) & (query < T) & (i_head < H // CHOOSERS)
     t = tl.minimum(tl.load(seen_ptr + b * T + query, mask=mask_m, other=0), n_key).to(tl.int32)
     pid_list = pid_bc * n_tile + pid_tile
-    return (b, c, united_ptr + pid_list * QUERIES * n, tl.load(counts_ptr + pid_list), h, query, i_query, t,
-            (b * H + h) * T + query, mask_m)
+    count = tl.where(tl.max(t, axis=0) > 0, tl.load(counts_ptr + pid_list), 0)
+    return (b, c, united_ptr + pid_list * QUERIES * n, count, h, query, i_query, t, (b * H + h) * T + query,
+            mask_m)
 
 
 @triton.jit
 def _keys_of_tile(united_ptr, offs_s, n_slot, i_query, t, BIN: tl.constexpr, QUERIES: tl.constexpr):
-    """Keys at places offs_s of a tile's list; those that some query sees; and which row of the tile attends
-    to which, (BLOCK_M, BLOCK_N)."""
+    """Keys at places offs_s of a tile's list, and which row of the tile attends to which, (BLOCK_M,
+    BLOCK_N). In place of a key that no query sees stands the last that one does: a load without a mask."""
     entry = tl.load(united_ptr + offs_s // BIN, mask=offs_s < n_slot, other=0)  # 0: of no query
     j = (entry >> QUERIES) * BIN + offs_s % BIN
     mask_ms = (((entry[None, :] >> i_query[:, None]) & 1) != 0) & (j[None, :] < t[:, None])
-    return j, (offs_s < n_slot) & (j < tl.max(t, axis=0)), mask_ms
+    return tl.minimum(j, tl.max(t, axis=0) - 1).to(tl.int64), mask_ms
+
+
+@triton.jit
+def _load_rows(ptr, stride, i, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows i (int64), (rows, BLOCK_D); ptr (1, BLOCK_D) points to row 0."""
+    if D == BLOCK_D:
+        return tl.load(ptr + i[:, None] * stride)
+    return tl.load(ptr + i[:, None] * stride, mask=(offs_d < D)[None, :], other=0.0)
 
 
 # -- forward
@@ -220,18 +231,17 @@ def _bin_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, united_ptr, counts_ptr, seen_
     m_i, l_i = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_s in range(0, count * BIN, BLOCK_N):
-        j, mask_s, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
-                                           QUERIES=QUERIES)
-        mask_sd = mask_s[:, None] & mask_d[None, :]
+        j, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
+                                   QUERIES=QUERIES)
         # -- scores, (BLOCK_M, BLOCK_N)
-        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
+        k = _load_rows(k_ptr, k_strides[2], j, offs_d, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         s = tl.where(mask_ms, s, -float("inf"))
         # -- online softmax
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         p, alpha = tl.exp2(s - m_new[:, None]), tl.exp2(m_i - m_new)
         l_i, m_i = l_i * alpha + tl.sum(p, axis=1), m_new
-        v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+        v = _load_rows(v_ptr, v_strides[2], j, offs_d, D, BLOCK_D)
         acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     # -- write back
     mask_empty = l_i == 0
@@ -303,12 +313,11 @@ def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, united_ptr, cou
     tl.store(delta_ptr + offs_bhm, delta, mask=mask_m)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_s in range(0, count * BIN, BLOCK_N):
-        j, mask_s, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
-                                           QUERIES=QUERIES)
-        mask_sd = mask_s[:, None] & mask_d[None, :]
+        j, mask_ms = _keys_of_tile(united_ptr, start_s + offs_n, count * BIN, i_query, t, BIN=BIN,
+                                   QUERIES=QUERIES)
         # -- probabilities again, (BLOCK_M, BLOCK_N)
-        k = tl.load(k_ptr + j[:, None].to(tl.int64) * k_strides[2], mask=mask_sd, other=0.0)
-        v = tl.load(v_ptr + j[:, None].to(tl.int64) * v_strides[2], mask=mask_sd, other=0.0)
+        k = _load_rows(k_ptr, k_strides[2], j, offs_d, D, BLOCK_D)
+        v = _load_rows(v_ptr, v_strides[2], j, offs_d, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         p = tl.where(mask_ms, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")

@@ -1509,11 +1509,9 @@ CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more a
 
 
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
-    block_p = max(16, _next_power_of_2(width))
     is_half = dtype != torch.float32  # fp32 dots run without tensor cores
-    return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=block_p, BLOCK_D=_dot_block(D, dtype),
-                num_warps=min(max(block_p // (128 if is_half else 64), 1), 16),
-                num_stages=3 if is_half else 1)
+    return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=min(max(16, _next_power_of_2(width)), 128),
+                BLOCK_D=_dot_block(D, dtype), num_warps=4, num_stages=3 if is_half else 1)
 
 
 def _cell_keys_step_tiles(D: int, width: int) -> dict:
@@ -1617,12 +1615,27 @@ def _bucket_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_
             tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
 
 
+@triton.jit
+def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_r, softmax_scale, WIDTH: tl.constexpr,
+                       BOUNDS: tl.constexpr):
+    """softmax_scale * the product that stands for each cell, (rows, cells), of rows whose buckets are of
+    level e, mask_r; -inf elsewhere."""
+    PLACES: tl.constexpr = 2 if BOUNDS else 1
+    mask = mask_r[:, None] & (cells < WIDTH)[None, :]
+    p, t, n_in = cells[None, :], seen[:, None], in_cells[:, None]
+    s = tl.load(products_ptr + _bucket_of_cell(p, t, n_in, e, WIDTH, 0, PLACES), mask=mask, other=0.0)
+    if BOUNDS:
+        bucket = _bucket_of_cell(p, t, n_in, e, WIDTH, 1, PLACES)
+        s = tl.maximum(s, tl.load(products_ptr + bucket, mask=mask, other=0.0))
+    return tl.where(mask, s * softmax_scale, -float("inf"))
+
+
 # x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bucket in the middle of cell p),
 # or, BOUNDS, softmax_scale * [q ; |q|] . (key of a bucket), the larger one for the buckets in the middle of
 # its halves; or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
 # always one, it multiplies them with all buckets, BLOCK_B at a time, and then takes each cell's product out
-# of those of its row.
+# of those of its row, BLOCK_P at a time: once for the largest, and once more to add them.
 #   q (B, H, R, D), seen and in_cells (B, R) int, any strides; keys and count as above
 #   x (B, H, R, WIDTH) contiguous, in place
 #   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
@@ -1638,10 +1651,9 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
                       BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     N_BUCKETS: tl.constexpr = 2 * WIDTH
     KEYS: tl.constexpr = 2 * D if BOUNDS else D
-    PLACES: tl.constexpr = 2 if BOUNDS else 1
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
-    mask_d, mask_p = (offs_d < D)[None, :], (offs_p < WIDTH)[None, :]
+    mask_d = (offs_d < D)[None, :]
     products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r)[:, None] * N_BUCKETS
     for tile in range(tl.program_id(0), n_tile, tl.num_programs(0)):
         pid_bh = (tile // tl.cdiv(R, BLOCK_R)).to(tl.int64)
@@ -1660,7 +1672,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
         level_begin = tl.maximum(tl.min(tl.where(seen > 0, level, 64), axis=0), lowest)
         level_end = tl.minimum(tl.max(level, axis=0) + 1, lowest + n_level)
         keys_ptrs = keys_ptr + (b * (H // GROUP) + h // GROUP) * n_level * N_BUCKETS * KEYS
-        s = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+        part = 0.0
         for e in range(level_begin, level_end):
             mask_e = (level == e) & (seen > 0)
             for start in range(0, tl.max(tl.where(mask_e, seen >> e, 0), axis=0), BLOCK_B):
@@ -1674,25 +1686,27 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
                     products += tl.dot(tl.abs(q), tl.trans(key), input_precision="ieee")
                 tl.store(products_ptr + offs_bucket[None, :], products, mask=mask_b[None, :])
             tl.debug_barrier()
-            mask = mask_e[:, None] & mask_p
-            p, t, n_in = offs_p[None, :], seen[:, None], in_cells[:, None]
-            of_cell = _bucket_of_cell(p, t, n_in, e, WIDTH, 0, PLACES)
-            best = tl.load(products_ptr + of_cell, mask=mask, other=0.0)
-            if BOUNDS:
-                of_cell = _bucket_of_cell(p, t, n_in, e, WIDTH, 1, PLACES)
-                best = tl.maximum(best, tl.load(products_ptr + of_cell, mask=mask, other=0.0))
-            s += best
+            highest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+            for start in range(0, WIDTH, BLOCK_P):
+                s = _products_of_cells(products_ptr, start + offs_p, seen, in_cells, e, mask_e, softmax_scale,
+                                       WIDTH=WIDTH, BOUNDS=BOUNDS)
+                highest = tl.maximum(highest, tl.max(s, axis=1))
+            for start in range(0, WIDTH, BLOCK_P):
+                cells = start + offs_p
+                s = _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_e, softmax_scale,
+                                       WIDTH=WIDTH, BOUNDS=BOUNDS)
+                s = tl.maximum(s - highest[:, None], -32.0)
+                mask = mask_e[:, None] & (cells < WIDTH)[None, :]
+                x_ptrs = x_ptr + (pid_bh * R + row[:, None]) * WIDTH + cells[None, :]
+                x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+                if BACKWARD:
+                    part += tl.sum(tl.sum(tl.where(mask, x * s, 0.0), axis=1), axis=0)
+                else:
+                    x += tl.load(gain_ptr + h).to(tl.float32) * s
+                    tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask)
             tl.debug_barrier()  # before other products come
-        s = tl.where(mask_p, s * softmax_scale, -float("inf"))
-        s = tl.maximum(s - tl.max(s, axis=1)[:, None], -32.0)
-        mask_x = (seen > 0)[:, None] & mask_p
-        x_ptrs = x_ptr + (pid_bh * R + row[:, None]) * WIDTH + offs_p[None, :]
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0).to(tl.float32)
         if BACKWARD:
-            tl.store(parts_ptr + tile, tl.sum(tl.sum(x * s, axis=1), axis=0))
-        else:
-            x += tl.load(gain_ptr + h).to(tl.float32) * s
-            tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask_x)
+            tl.store(parts_ptr + tile, part)
 
 
 # One token per sequence: its key added to its bucket, the buckets moved up a level where it begins one, and

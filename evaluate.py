@@ -384,7 +384,7 @@ def follow_teacher(student, teacher) -> None:
         def follow_layer(ops, q, k, v, rows, softmax_scale, past):
             scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
             of_teacher, config = records[layer], attention.config
-            cells = config.cell_layout(rows.in_cells)
+            cells = config.cell_layout(config.in_cells(rows.seen))  # a row's, at its own query
             pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, config.width,
                                         of_teacher.scale, **cells)
             best = rows.of(best_scores(pooled, **cells))

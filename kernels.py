@@ -374,6 +374,14 @@ def _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t):
     return r, r <= tl.load(row_ptr + b * T + end_t - 1)
 
 
+@triton.jit
+def _end_of_first_row(row_ptr, b, T, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many queries use row 0, if not all."""
+    offs_s = tl.arange(0, BLOCK_S)
+    row = tl.load(row_ptr + b * T + offs_s, mask=(offs_s < STRIDE) & (offs_s < T), other=1)
+    return tl.sum((row == 0).to(tl.int32), axis=0)
+
+
 # The bins of each row's best cells, ascending, without those of the first keys. n_key: keys, of which no row
 # sees more.
 # One program: one row and chooser; grid (n_row * B * C,), which may be more rows than queries begin_t ...
@@ -419,7 +427,7 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
 # products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
 # One program: BLOCK_N candidates of one row and chooser, and the queries that use it; grid
 # (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
-#   q (B, C, T, D), any strides; begins (B, R + 1) int32: queries begins[r] ... begins[r + 1] - 1 use row r
+#   q (B, C, T, D), any strides; row (B, T) int, as choose_bins says
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous; n_key: keys or, FROM_BINS, bins. Else there is one query
 #   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
@@ -428,10 +436,11 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
 # Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
 # of one query as they are.
 @triton.jit
-def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_ptr, counts_ptr, products_ptr,
-                     q_strides, k_strides, C, HKV, T, R, begin_t, end_t, n_row, n_key, softmax_scale,
-                     D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr, BLOCK_C: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_ptr, products_ptr, q_strides,
+                     k_strides, C, HKV, T, R, begin_t, end_t, n_row, n_key, softmax_scale,
+                     STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
+                     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
     pid_n, pid_rbc = _program(tl.cdiv(BLOCK_C, BLOCK_N))
     pid_r, pid_bc = pid_rbc % n_row, pid_rbc // n_row
     b, c = pid_bc // C, pid_bc % C
@@ -458,8 +467,9 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, begins_ptr, candidates_pt
         centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
     first_q, end_q = begin_t, end_t
     if FROM_BINS:
-        first_q = tl.maximum(tl.load(begins_ptr + b * (R + 1) + r), begin_t)
-        end_q = tl.minimum(tl.load(begins_ptr + b * (R + 1) + r + 1), end_t)
+        first_row_end = _end_of_first_row(row_ptr, b, T, STRIDE, BLOCK_S)
+        first_q = tl.where(r == 0, begin_t, tl.maximum(first_row_end + (r - 1) * STRIDE, begin_t))
+        end_q = tl.where(r == R - 1, end_t, tl.minimum(first_row_end + r * STRIDE, end_t))
     for start_q in range(first_q, end_q, BLOCK_M):
         query = start_q + offs_m
         mask_m = query < end_q
@@ -537,8 +547,8 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """sea.choose_bins. row as of sea.choose_rows: each next row after query_stride queries, but that the
-    first may have fewer and the last any number. Scratch is sized by this: other rows are out of bounds."""
+    """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer or
+    none, and the last any number. Scratch is sized by this: other rows are out of bounds."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -567,10 +577,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
         q = q if C == H else q.unflatten(1, (C, -1)).mean(2)
-        block_d, begins = _dot_block(D, q.dtype), None
+        block_d, stride = _dot_block(D, q.dtype), config.query_stride
         if not is_step:
-            numbers = torch.arange(R + 1, dtype=row.dtype, device=row.device).repeat(B, 1)
-            begins = torch.searchsorted(row, numbers, out_int32=True)
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)
             _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
@@ -587,9 +595,10 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
                 scores, row, row_seen, candidates, counts, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
                 WIDTH=width, BLOCK_P=block_p, num_warps=cell_warps, **lists)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
-                q, k, order, row, begins, candidates, counts, products, q_strides=q.stride(),
-                k_strides=k.stride(), HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), D=D,
-                FROM_BINS=not is_step, BLOCK_M=16, BLOCK_D=block_d, **tiles, **shared)
+                q, k, order, row, candidates, counts, products, q_strides=q.stride(), k_strides=k.stride(),
+                HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
+                FROM_BINS=not is_step, BLOCK_M=16, BLOCK_D=block_d, BLOCK_S=_next_power_of_2(min(stride, T)),
+                **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
                 products, candidates, counts, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin),
                 n_listed=n_listed, BLOCK=tiles["BLOCK_N"], BLOCK_N=min(block_c, 512 * warps),

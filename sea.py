@@ -1180,7 +1180,7 @@ class SEAOutput:
     scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
-    in_cells: Tensor | None = None  # (B, T), keys that a query's cells share out, see SEAConfig
+    row_in_cells: Tensor | None = None  # (B, R), keys that a row's cells share out
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
     bin: int = 0  # keys of each
     dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
@@ -1221,6 +1221,11 @@ class SEAOutput:
         return torch.where(self.is_dense[:, None], self.seen[:, None], n)
 
     @property
+    def in_cells(self) -> Tensor | None:
+        """How many keys a query's cells share out, (B, T): with bins as many as its row's."""
+        return self.seen if self.bins is None else self.row_in_cells.gather(1, self.row)
+
+    @property
     def is_dense(self) -> Tensor:
         """Which queries attend to all keys that they see, (B, T)."""
         return (self.seen > 0) & (self.seen < self.dense_below)
@@ -1253,9 +1258,7 @@ class Tokens:
             back = self.came_from.argsort(dim=1)
             result.out, result.seen = take(result.out, back), result.seen.gather(1, back)
             result.bins = None if result.bins is None else take(result.bins, back)
-            for name in ("row", "in_cells"):
-                x = getattr(result, name)
-                setattr(result, name, None if x is None else x.gather(1, back))
+            result.row = None if result.row is None else result.row.gather(1, back)
         return result
 
 
@@ -1309,7 +1312,7 @@ class Rows:
     last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
     next_count: Tensor  # (B,) tokens of each sequence after this call
     n_new: Tensor  # (B,)
-    in_cells: Tensor  # (B, T) keys that the cells of each query share out
+    row_in_cells: Tensor  # (B, n_before + R) keys that the cells of each row share out
     stride: int
     aligned: bool  # rows stand at places 0, stride, 2 * stride, ... of every sequence
 
@@ -1492,8 +1495,8 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
                                                        scale, past)
-        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row, in_cells=rows.in_cells,
-                           dense_below=config.dense_below)
+        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,
+                           row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
         n_dense, all_dense = self.n_dense(past, q.shape[2], valid, kv_cached)
         if not all_dense:
             sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale)
@@ -1567,14 +1570,12 @@ class SEAttention(nn.Module):
         T, stride, n_new = tokens.q.shape[2], self.config.query_stride, tokens.n_new
         if not self.config.causal:
             chosen = all_rows(n_new, T)
-            return Rows(*chosen, n_new, chosen[0], stride, aligned=True)
-        n_before = past.last_scores.shape[2]
-        chosen = ops.choose_rows(past.count, n_new, T, stride, n_before)
+        else:
+            n_before = past.last_scores.shape[2]
+            chosen = ops.choose_rows(past.count, n_new, T, stride, n_before)
         # So they are in a sequence's first call; and of a single token it does not matter.
         aligned = stride == 1 or T == 1 or past.n_tokens == 0
-        seen, row, row_seen = chosen[:3]  # with bins a row's queries have its cells, else their own
-        in_cells = self.config.in_cells(row_seen).gather(1, row) if self.config.has_bins else seen
-        return Rows(*chosen, n_new, in_cells, stride, aligned)
+        return Rows(*chosen, n_new, self.config.in_cells(chosen[2]), stride, aligned)
 
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
@@ -1602,11 +1603,12 @@ class SEAttention(nn.Module):
             gates = self.gates[None, :, None].repeat(len(q), 1, q_row.shape[2], 1)
         key_sums = past.key_sums
         if config.cell_keys:
-            row_seen = rows.row_seen[:, -q_row.shape[2] :]  # without the row of the past
+            without_past = slice(-q_row.shape[2], None)
+            row_seen, in_cells = (x[:, without_past] for x in (rows.row_seen, rows.row_in_cells))
             key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
             scores, key_sums = key_ops.add_cell_keys(
                 scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
-                key_sums, config.in_cells(row_seen), bounds=config.has_bins)
+                key_sums, in_cells, bounds=config.has_bins)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
                         key_sums=key_sums, last_scores=take(scores, rows.last),

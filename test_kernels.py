@@ -363,7 +363,7 @@ class Choice:
 
     def tensors(self):
         """scores, q, k, seen, row, row_seen, order; keys that no query sees are NaN, some see nothing, and rows have `stride`
-        queries, or fewer, or none, and the last any number."""
+        queries, but the first may have fewer or none, and the last fewer or more."""
         (B, Hkv, group), generator = self.heads, torch.Generator().manual_seed(self.seed)
 
         def make(heads, *size):
@@ -375,9 +375,9 @@ class Choice:
         H = Hkv * group
         T = max(1, self.R * self.stride - self.seed % self.stride)
         row = torch.arange(T).expand(B, T) // self.stride
-        if self.seed % 3 == 1:  # begins inside a row, or behind that of the call before; padding has the last
-            first, last = torch.randint(2 * self.stride, (B, 1), generator=generator), torch.randint(self.R, (B, 1), generator=generator)
-            row = torch.minimum((torch.arange(T) + first) // self.stride, last)
+        if self.seed % 3 == 1:  # begins inside a row, or behind that of the call before
+            first = torch.randint(self.stride + 1, (B, 1), generator=generator)
+            row = ((torch.arange(T) + first) // self.stride).clamp(max=self.R - 1)
         n_estimates = (H, Hkv)[self.seed % 2]
         scores, q, k = make(n_estimates, self.R, self.width), make(H, T, self.D), make(Hkv, self.S, self.D)
         row_seen = torch.randint(self.S + 1, (B, self.R), generator=generator)
@@ -727,6 +727,7 @@ def check_bin_attention(case, change=lambda seen: seen):
 @given(bin_cases())
 @example(Bins(torch.float32, 35, 0, (1, 2, 1, 3), 8, 8, 0.3, False, "contiguous", 1, 0))
 @example(Bins(torch.float32, 5, 9, (1, 1, 1, 35), 8, 8, 0.3, False, "gaps", 1, 0))  # more heads than a tile holds
+@example(Bins(torch.float16, 35, 9, (1, 1, 1, 7), 16, 4, 0.3, True, "contiguous", 64, 2))  # two queries a tile, else four
 @example(Bins(torch.float16, 70, 9, (1, 1, 1, 3), 16, 100, 0.5, True, "contiguous", 1, 1))  # wide bins
 @example(Bins(torch.float32, 140, 9, (1, 1, 2, 1), 8, 2, 0.3, True, "gaps", 1, 1))  # several chunks of queries, bins of a unit
 @settings(FEW)
@@ -750,7 +751,7 @@ def test_all_bins_are_dense_attention():
 def test_keys_that_a_query_does_not_see_are_not_read():
     q, k, v, bins, seen = Bins(torch.float32, 35, 20, (1, 1, 1, 2), 8, 8, 0.6, False, "contiguous", 64, 0).tensors()
     before = kernels.bin_attention(q, k, v, bins, seen, bin=8)
-    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf  # that query 20 sees, and 21, with which it shares a tile
+    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf  # that query 20 sees, and 21 to 23, with which it shares a tile
     after = kernels.bin_attention(q, k, v, bins, seen, bin=8)
     assert torch.equal(before[:, :, :20], after[:, :, :20]) and not torch.equal(before, after)
 
