@@ -286,6 +286,11 @@ def extend(past: Tensor, x: Tensor) -> Tensor:
     return torch.cat([past.to(x.dtype), x], dim=2) if past.shape[2] else x
 
 
+def after(n: int, x: Tensor, value: float = 0) -> Tensor:
+    """x (B, heads, N, size) after n entries of `value`; x itself, not a copy, if there are none."""
+    return F.pad(x, (0, 0, n, 0), value=value) if n else x
+
+
 def is_token(x: Tensor, n: Tensor) -> Tensor:
     """Which entries of x (B, heads, T, size) are among the first n (B,): (B, 1, T, 1)."""
     return (torch.arange(x.shape[2], device=x.device) < n[:, None])[:, None, :, None]
@@ -1497,9 +1502,10 @@ class SEAttention(nn.Module):
                                                        scale, past)
         result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,
                            row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
-        n_dense, all_dense = self.n_dense(past, q.shape[2], valid, kv_cached)
-        if not all_dense:
-            sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale)
+        n_dense, n_sure = self.n_dense(past, q.shape[2], valid, kv_cached)
+        if n_sure < q.shape[2]:
+            begin = n_sure // rows.stride * rows.stride if rows.aligned else 0  # where a row does
+            sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale, begin)
             result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         else:
             self.choose_nothing(result)
@@ -1515,32 +1521,37 @@ class SEAttention(nn.Module):
         return tokens.back(result)
 
     def choose_and_attend(self, ops, tokens: Tokens, rows: Rows, result: SEAOutput, topk: int,
-                          softmax_scale: float) -> Tensor:
-        """Steps 6 to 9, (B, H, T, D); notes the choice in `result`."""
-        config, seen = self.config, rows.seen
+                          softmax_scale: float, begin: int) -> Tensor:
+        """Steps 6 to 9, (B, H, T, D), of queries from number `begin` on, which begins a row; those
+        before choose no bins, and get 0. Notes the choice in `result`."""
+        config, q, seen = self.config, tokens.q[:, :, begin:], rows.seen[:, begin:]
+        row, order = rows.row[:, begin:], tokens.key_order
         if config.has_bins:
-            result.bin = config.bin
-            result.bins = ops.choose_bins(result.scores, tokens.q, tokens.keys, seen, rows.row,
-                                          rows.row_seen, topk, config, softmax_scale,
-                                          order=tokens.key_order)
-            return ops.bin_attention(tokens.q, tokens.keys, tokens.values, result.bins, seen,
-                                     softmax_scale, bin=config.bin, order=tokens.key_order)
-        scores = repeat_heads(result.scores, config.n_head)
-        result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-        return ops.sparse_attention(tokens.q, tokens.keys, tokens.values, result.cells, seen,
-                                    softmax_scale, row=rows.row, order=tokens.key_order)
+            first = begin // rows.stride
+            bins = ops.choose_bins(result.scores[:, :, first:], q, tokens.keys, seen,
+                                   row - first if first else row, rows.row_seen[:, first:], topk,
+                                   config, softmax_scale, order=order)
+            result.bin, result.bins = config.bin, after(begin, bins, NONE)
+            out = ops.bin_attention(q, tokens.keys, tokens.values, bins, seen, softmax_scale,
+                                    bin=config.bin, order=order)
+        else:
+            scores = repeat_heads(result.scores, config.n_head)
+            result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
+            out = ops.sparse_attention(q, tokens.keys, tokens.values, result.cells, seen,
+                                       softmax_scale, row=row, order=order)
+        return after(begin, out)
 
     def n_dense(self, past: SEAState, T: int, valid: Tensor | None,
-                kv_cached: bool) -> tuple[int, bool]:
+                kv_cached: bool) -> tuple[int, int]:
         """How many queries, from the first one on, may see fewer than dense_below keys in one
-        sequence or another; and whether all do in each."""
+        sequence or another, and how many of these do in every one."""
         most = self.config.dense_below - 1
         if most < 1:
-            return 0, False
+            return 0, 0
         fewest = highest = past.n_tokens
         if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU is waited for
             fewest, highest = (int(x) for x in past.count.aminmax())
-        return min(max(most - fewest, 0), T), highest + T <= most
+        return min(max(most - fewest, 0), T), min(max(most - highest, 0), T)
 
     def attend_to_all(self, tokens: Tokens, seen: Tensor, n: int, softmax_scale: float,
                       is_first: bool) -> Tensor:

@@ -1534,13 +1534,14 @@ def check_decoding(case, first, rtol=1e-3):
 
 
 @pytest.mark.parametrize("bin", [4, 0])
-def test_a_layer_that_is_dense_at_first_is_the_same_on_both_backends(bin):
+@pytest.mark.parametrize("cuts", [(10, 23), (20,)])
+def test_a_layer_that_is_dense_at_first_is_the_same_on_both_backends(bin, cuts):
     """Calls of dense queries alone, of both kinds, and of others: the outputs and choices of the reference's one call."""
     case = Layer(torch.float32, 24, 3, (2, 1, 2), 16, 20, 4, True, "gaps", 1, bin=bin)
     ours, theirs = (case.layer(backend=backend, dense_below=14) for backend in ("triton", "torch"))
     (q, k, v), valid, state = case.qkv(), case.valid(), None
     whole = theirs(q, k, v, valid=valid)
-    for begin, end in ((0, 10), (10, 23), (23, 24)):
+    for begin, end in zip((0, *cuts), (*cuts, 24)):
         result = ours(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], valid=valid[:, :end], state=state, kv_cached=True)
         state = result.state
         torch.testing.assert_close(result.out, whole.out[:, :, begin:end], rtol=1e-3, atol=1e-4)

@@ -244,6 +244,17 @@ def test_a_query_that_sees_few_keys_attends_to_all(case, dense_below, padded, da
         torch.testing.assert_close(tensors_of(result.state)[name], x, **CLOSE, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_nothing_is_chosen_for_rows_whose_queries_are_all_dense(stride, monkeypatch):
+    layer, chosen_for = SEAttention(SEAConfig(n_head=2, d_head=4, topk=16, query_stride=stride, dense_below=12)), []
+    choose = sea.choose_bins
+    monkeypatch.setattr(sea, "choose_bins", lambda scores, q, *args, **kwargs: chosen_for.append(q.shape[2])
+                        or choose(scores, q, *args, **kwargs))
+    for n in (20, 12, 11):
+        layer(*(torch.randn(1, 2, n, 4) for _ in range(3)))
+    assert chosen_for == {1: [9, 1], 3: [11, 3]}[stride]
+
+
 def test_a_static_buffer_is_refused_while_its_queries_would_be_dense():
     """A graph of the step could not tell when they no longer are."""
     layer = SEAttention(SEAConfig(n_head=1, d_head=4, topk=16, dense_below=4))
