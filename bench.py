@@ -101,6 +101,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "candidates, group, nbf, cell_keys, cnn")
     add("--train-steps", type=int, help=f"steps that train the estimator (none: {defaults['train_steps']})")
     add("--forward-only", action="store_true", help="leave out the backward passes")
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="what others made: FlexAttention, "
+        "which compiles for a minute at each T, fla's sparse attention; or none")
     add("--break-even", action="store_true", help="only look for the T from which SEA is faster, by "
         "bisection")
     add("--distill", action="store_true", help="only measure steps of distill.py on an OPT (a Llama "
@@ -447,14 +449,14 @@ def native_sparse_attention(config: sea.SEAConfig, q, k, v) -> Callable:
     return lambda *_: parallel_nsa(q, k, v, **options)
 
 
-PEERS = {FLEX: flex_window, NSA: native_sparse_attention}
+PEERS = {"flex": (FLEX, flex_window), "nsa": (NSA, native_sparse_attention)}  # names of --peers
 
 
 @torch.no_grad()
-def peers(config: sea.SEAConfig, q, k, v) -> dict[str, Callable]:
-    """Sparse attention that others made. What does not run here is left out, with a sentence."""
+def peers(chosen: list[str], config: sea.SEAConfig, q, k, v) -> dict[str, Callable]:
+    """Sparse attention that others made, of --peers. What does not run here is left out, with a sentence."""
     found = {}
-    for name, make in PEERS.items():
+    for name, make in (PEERS[peer] for peer in chosen):
         try:
             attention = make(config, q, k, v)
             attention(q, k, v)
@@ -508,7 +510,7 @@ def measure(args, layer, inputs, T: int) -> dict[str, dict]:
     def rivals() -> Iterator[tuple[str, Callable]]:
         yield from contestants(args, layer, T).items()
         if args.device == "cuda":  # the last, since a compiler may take minutes
-            yield from peers(layer.config, q, k, v).items()
+            yield from peers(args.peers, layer.config, q, k, v).items()
 
     for name, attention in rivals():
         for kind, make in kinds.items():

@@ -2033,14 +2033,15 @@ def test_bench_has_native_sparse_attention_where_it_runs(monkeypatch, capsys):
     for name in ("fla", "fla.ops", "fla.ops.nsa"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "fla.ops.nsa.parallel", module)
-    monkeypatch.setitem(bench.PEERS, bench.FLEX, mock.Mock(side_effect=RuntimeError("no compiler\nat all")))
-    assert list(bench.peers(layer.config, q, k, v)) == [bench.NSA]
+    monkeypatch.setitem(bench.PEERS, "flex", (bench.FLEX, mock.Mock(side_effect=RuntimeError("no compiler\nat all"))))
+    assert args.peers == ["flex", "nsa"] and bench.peers([], layer.config, q, k, v) == {}
+    assert list(bench.peers(args.peers, layer.config, q, k, v)) == [bench.NSA]
     (qkv, options), = calls
     assert all(x.is_contiguous() and torch.equal(x.transpose(1, 2), y) for x, y in zip(qkv, (q, k, v)))
     assert {name: options.pop(name).shape for name in ("g_cmp", "g_slc")} == dict.fromkeys(("g_cmp", "g_slc"), (1, 64, 2))
     assert options == dict(g_swa=None, block_counts=16, block_size=64)
     monkeypatch.setitem(sys.modules, "fla.ops.nsa.parallel", None)
-    assert bench.peers(layer.config, q, k, v) == {}
+    assert bench.peers(args.peers, layer.config, q, k, v) == {}
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0] == lines[1] == f"T 64: {bench.FLEX} is left out (no compiler)" and lines[2].startswith(f"T 64: {bench.NSA} is left out (")
 

@@ -53,6 +53,7 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
                 axis.plot(place, y, "s", label=name)
             else:
                 axis.axhline(y, linestyle=style, color="gray", label=name)
+        axis.margins(x=0.08)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel=AXES[x], ylabel="perplexity over dense")
