@@ -1505,7 +1505,7 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
 # -- products with what stands for the keys of each cell ---------------------------------------------
 
 BUCKET_KEYS = dict(BLOCK_B=16, BLOCK_N=8, num_warps=4)
-CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors; more are slower there
+CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors
 
 
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
@@ -1638,7 +1638,7 @@ def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_r, softmax_s
 # of those of its row, BLOCK_P at a time: once for the largest, and once more to add them.
 #   q (B, H, R, D), seen and in_cells (B, R) int, any strides; keys and count as above
 #   x (B, H, R, WIDTH) contiguous, in place
-#   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile, which stays in the L2 cache
+#   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of keys rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
 # level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 buckets
