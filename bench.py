@@ -711,7 +711,7 @@ def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea
     n = prompt.shape[2]
     state = module(prompt, k[:, :, :n], v[:, :, :n], kv_cached=True, rows_at_once=TRAINED).state
     state.count.fill_(S - 1)
-    state.n_tokens = S - 1
+    state.n_tokens = state.n_least = S - 1
     last = q[:, :, -1:]
 
     def step():

@@ -1119,6 +1119,7 @@ class SEAState:
     key_sums: Tensor  # (B, Hkv, 2*width or 0, D, with bins 3D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
+    n_least: int = 0  # tokens so far of each sequence, at least
 
     @classmethod
     def empty(cls, config: SEAConfig, q: Tensor) -> "SEAState":
@@ -1169,7 +1170,7 @@ class SEAState:
             others.append(theirs)
         for mines, others in by_dtype.values():  # one copy a dtype, not one a tensor
             torch._foreach_copy_(mines, others)
-        self.n_tokens = other.n_tokens
+        self.n_tokens, self.n_least = other.n_tokens, other.n_least
 
 
 @dataclass
@@ -1517,6 +1518,10 @@ class SEAttention(nn.Module):
                                                 result.out[:, :, :n_dense]),
                                     result.out[:, :, n_dense:]], dim=2)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
+        if valid is None:
+            state.n_least = past.n_least + q.shape[2]
+        elif config.dense_below:  # else no GPU is waited for
+            state.n_least = int(state.count.min())
         result.state = state if config.causal else None
         return tokens.back(result)
 
@@ -1548,7 +1553,7 @@ class SEAttention(nn.Module):
         most = self.config.dense_below - 1
         if most < 1:
             return 0, 0
-        fewest = highest = past.n_tokens
+        fewest, highest = past.n_least, past.n_tokens
         if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU is waited for
             fewest, highest = (int(x) for x in past.count.aminmax())
         return min(max(most - fewest, 0), T), min(max(most - highest, 0), T)
@@ -1656,9 +1661,10 @@ class SEAttention(nn.Module):
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         n_past = 0 if state is None else state.n_tokens
         is_buffer = kv_cached and k.shape[2] > n_past + q.shape[2]
-        _expect(not is_buffer or n_past + 1 >= self.config.dense_below, "k",
+        n_least = 0 if state is None else state.n_least
+        _expect(not is_buffer or n_least + 1 >= self.config.dense_below, "k",
                 f"no static buffer until a query sees dense_below = {self.config.dense_below} keys",
-                f"one of {k.shape[2]} for {n_past + 1}")
+                f"one of {k.shape[2]} for {n_least + 1}")
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
                 f"at most max_positions = {longest} tokens, padding included", total)

@@ -265,6 +265,21 @@ def test_a_static_buffer_is_refused_while_its_queries_would_be_dense():
             layer(x[:, :, :1], x, x, state=state, kv_cached=True)
 
 
+def test_a_step_after_padding_is_dense_where_its_sequence_is_short():
+    """Without a mask, of keys that stand by rank: 24 places of which one sequence has 15. A buffer is refused for its sake."""
+    layer = SEAttention(SEAConfig(n_head=2, d_head=4, topk=8, local=2, dense_below=20)).double()
+    q, k, v = (torch.randn(2, 2, 64, 4, dtype=torch.float64) for _ in range(3))
+    n, valid = torch.tensor([24, 15]), torch.arange(24) < torch.tensor([[24], [15]])
+    state = layer(*(x[:, :, :24] for x in (q, k, v)), valid=valid, kv_cached=True).state
+    x = [sea.take(x, n[:, None]) for x in (q, k, v)]  # the next token of each, at its rank
+    result = layer(x[0], k[:, :, :25], v[:, :, :25], state=state, kv_cached=True)
+    dense = dense_attention(x[0][1:], k[1:, :, :16], v[1:, :, :16], torch.tensor([[16]]))
+    torch.testing.assert_close(result.out[1:], dense, **CLOSE)
+    assert result.is_dense.flatten().tolist() == [False, True]
+    with pytest.raises(ValueError, match="^k: expected no static buffer"):
+        layer(x[0], k, v, state=state, kv_cached=True)
+
+
 def tensors_of(state) -> dict[str, torch.Tensor]:
     """What a state holds, each of the two conv_rows by a name of its own."""
     values = {name: x if isinstance(x, tuple) else (x,) for name, x in vars(state).items()}
