@@ -1634,7 +1634,7 @@ def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_r, softmax_s
 # or, BOUNDS, softmax_scale * [q ; |q|] . (key of a bucket), the larger one for the buckets in the middle of
 # its halves; or, BACKWARD, the sum of x[p] max(..), the gradient of gain from x, that of the result.
 # One program: every n-th tile of BLOCK_R rows of one head; grid (n,). For each level of its rows, nearly
-# always one, it multiplies them with all buckets, BLOCK_B at a time, and then takes each cell's product out
+# always one, it multiplies them with its buckets, BLOCK_B at a time, and then takes each cell's product out
 # of those of its row, BLOCK_P at a time: once for the largest, and once more to add them.
 #   q (B, H, R, D), seen and in_cells (B, R) int, any strides; keys and count as above
 #   x (B, H, R, WIDTH) contiguous, in place

@@ -313,7 +313,7 @@ def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
 
 @triton.jit
 def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
-    """sea.boxes of bins (int64) of one head, centres and radii, (bins, BLOCK_D) fp32 each. order_ptr: the
+    """The two halves of sea.boxes of bins (int64) of one head, (bins, BLOCK_D) fp32 each. order_ptr: the
     place of the key of each rank, or None. The order of the sum is fixed."""
     total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
     highest, lowest = total - float("inf"), total + float("inf")
@@ -376,7 +376,7 @@ def _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t):
 
 @triton.jit
 def _end_of_first_row(row_ptr, b, T, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr):
-    """How many queries use row 0, if not all."""
+    """How many queries use row 0, unless it is the only row."""
     offs_s = tl.arange(0, BLOCK_S)
     row = tl.load(row_ptr + b * T + offs_s, mask=(offs_s < STRIDE) & (offs_s < T), other=1)
     return tl.sum((row == 0).to(tl.int32), axis=0)
@@ -547,8 +547,8 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
                 config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
-    """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer or
-    none, and the last any number. Scratch is sized by this: other rows are out of bounds."""
+    """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer
+    or none, and the last any number. Scratch is sized by this: other rows are out of bounds."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, H, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")

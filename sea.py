@@ -1505,7 +1505,7 @@ class SEAttention(nn.Module):
                            row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
         n_dense, n_sure = self.n_dense(past, q.shape[2], valid, kv_cached)
         if n_sure < q.shape[2]:
-            begin = n_sure // rows.stride * rows.stride if rows.aligned else 0  # where a row does
+            begin = n_sure // rows.stride * rows.stride if rows.aligned else 0  # a row's first
             sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale, begin)
             result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         else:

@@ -103,7 +103,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
     contributes, that of the smallest 90 %, while all of them together may have 30 times as much.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel; or, if
-    that is more, what `cancel` says for the number of a result. And 2^(score - lse) carries the fp32 rounding of its exponents, numbers of size 8 or so, even where outputs are fp32.
+    that is more, what `cancel` says for the number of a result. And 2^(score - lse) carries the fp32 rounding of its
+    exponents, numbers of size 8 or so, even where outputs are fp32.
     """
 
     def run(function, cast):
