@@ -59,9 +59,9 @@ class PerformerAttention(nn.Module):
         past = self.empty_state(q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached)
         if self.config.causal:
-            seen, _, _, place, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
+            seen, _, _, place, _, _, count, _ = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
         else:
-            seen, _, _, place, _, _, count = all_rows(tokens.n_new, q.shape[2])
+            seen, _, _, place, _, _, count, _ = all_rows(tokens.n_new, q.shape[2])
         out, sums = self.context(tokens.q, tokens.k, tokens.v, scale, tokens.n_new, past.sums, place)
         state = replace(past, count=count, n_tokens=past.n_tokens + q.shape[2], sums=sums)
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
@@ -116,7 +116,7 @@ class WindowAttention(nn.Module):
                              topk=topk)
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached)
-        seen, row, _, _, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
+        seen, row, _, _, _, _, count, _ = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
         middle = config.in_cells(seen) // config.bin
         bins = always_bins(seen, middle, config, tokens.keys.shape[2])
         bins = bins[:, None].expand(-1, config.kv_heads, -1, -1).int()
@@ -166,9 +166,9 @@ class ReformerAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached)
         if config.causal:
-            seen, row, _, _, _, _, count = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
+            seen, row, _, _, _, _, count, _ = choose_rows(past.count, tokens.n_new, q.shape[2], 1, 0)
         else:
-            seen, row, _, _, _, _, count = all_rows(tokens.n_new, q.shape[2])
+            seen, row, _, _, _, _, count, _ = all_rows(tokens.n_new, q.shape[2])
         rank = past.count[:, None] + row
         keys = tokens.keys if tokens.key_order is None else take(tokens.keys, tokens.key_order)
         chosen = lsh_keys(tokens.q, keys, seen, rank, self.rotations, chunk=max(1, config.topk // 4))

@@ -34,8 +34,9 @@ rows say so.
 --decode takes a trained estimator and random walks as well. Its state comes from a prefill of the first
 8,192 tokens of each context, and is then told the whole context's number of tokens: how many keys are
 selected depends on that, and they lie all over the context. A step is one CUDA graph: attention with
-its estimator, and the state written back for the next step; adding the new key and value to the cache,
-which dense attention needs as well, is left out of both. --prefill takes an OPT with random weights, or a
+its estimator, its state updated in place; adding the new key and value to the cache, which dense attention
+needs as well, is left out of both. Its time is the mean of 32 steps, of which one in --strides estimates a
+row. --prefill takes an OPT with random weights, or a
 Llama if heads share keys, whose cells are as good as random.
 """
 
@@ -64,6 +65,7 @@ import sea
 
 TRAINED = 2048
 ROOM = 64  # steps that --decode's static buffer of keys has room for
+STEPS = 32  # that --decode takes the mean of
 PROMPT = 8192  # tokens that --decode's state has seen
 REFERENCE = 16384  # longest T for plain PyTorch, which computes all scores
 PYTORCH = "plain PyTorch path of SEA"
@@ -715,11 +717,19 @@ def decoding_step(args, layer, S: int, stride: int, q, k, v) -> Callable[[], sea
     last = q[:, :, -1:]
 
     def step():
-        result = module(last, k, v, state=state, kv_cached=True)
-        state.copy_(result.state)
-        return result
+        return module(last, k, v, state=state, kv_cached=True, in_place=True)
 
     return step
+
+
+def step_milliseconds(args, step) -> float:
+    """Mean of STEPS steps, on a GPU of a CUDA graph, one after the other."""
+    if args.device != "cuda":
+        return evaluate.milliseconds(step, device=args.device)
+    evaluate.warm_up(step, 3)
+    replay = evaluate.captured(step)
+    replay()
+    return evaluate.gpu_milliseconds(lambda: [replay() for _ in range(STEPS)]) / STEPS
 
 
 @torch.no_grad()
@@ -739,7 +749,7 @@ def decode(args, layer, S: int, B: int) -> dict[str, dict]:
     for stride in args.strides:
         runs[f"SEA stride {stride}"] = decoding_step(args, layer, S, stride, q, k, v)
     for name, run in runs.items():
-        results[name] = measured(lambda run=run: dict(ms=evaluate.milliseconds(run)))
+        results[name] = measured(lambda run=run: dict(ms=step_milliseconds(args, run)))
         if name.startswith("SEA") and "ms" in results[name]:
             results[name] |= keys_visited(run())
     return results

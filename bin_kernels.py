@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 if __package__:  # the files were copied into a package
     from .estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
-                                    _new, _next_power_of_2, _program, _vector)
+                                    _load_tile, _new, _next_power_of_2, _program)
 else:
     from estimator_kernels import (LOG2_E, LOWEST, _cdiv, _check_attention, _expect, _in_order, _is_step,
-                                   _new, _next_power_of_2, _program, _vector)
+                                   _load_tile, _new, _next_power_of_2, _program)
 
 NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 
@@ -33,6 +33,7 @@ NONE = tl.constexpr(2**31 - 1)  # the number of no bin, behind all others
 QUERY_CHUNKS = dict(queries=128, most=256)
 VISITS_PER_PROGRAM = 64  # (unit, query) pairs that one program of the dk, dv kernel adds up, at least
 MAX_EXTRA_PROGRAMS = 4096  # of that kernel, to share the work on units that many queries visit
+MERGE = dict(BLOCK_N=16, num_warps=4)
 
 
 def _tile_sizes(dtype: torch.dtype, d_head: int, heads: int) -> dict:
@@ -67,29 +68,14 @@ def _dkdv_tiles(dtype: torch.dtype, d_head: int, heads: int, bin: int) -> dict:
                 num_stages=2 if is_half and not is_wide else 1)
 
 
-def _step_tiles(n: int, d_head: int) -> dict:
-    """Of a decoding step: blocks of 8,192 numbers, as many as registers hold."""
-    block_d = max(32, _next_power_of_2(d_head))  # Triton 3.6: wrong addresses if two threads read a head
-    return dict(BLOCK_LIST=_next_power_of_2(n), BLOCK_N=min(8192 // block_d, 256), BLOCK_D=block_d,
-                num_warps=8)
+def _step_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
+    """Of a decoding step."""
+    tile = _tile_sizes(dtype, d_head, heads)
+    block_n = (64 if d_head > 128 else 128) if dtype != torch.float32 else 32
+    return dict(tile, BLOCK_M=max(16, _next_power_of_2(tile["HEADS"])), BLOCK_N=block_n, num_warps=4)
 
 
 # -- tiles and lists inside a kernel
-
-
-@triton.jit
-def _n_slot(bins_ptr, n, t, BIN: tl.constexpr, BLOCK_LIST: tl.constexpr):
-    """How many keys a list's bins that begin before key t have, the last bin as if it were full."""
-    offs = tl.arange(0, BLOCK_LIST)
-    bins = tl.load(bins_ptr + offs, mask=offs < n, other=NONE)
-    return tl.sum((bins < (t + BIN - 1) // BIN).to(tl.int32), axis=0) * BIN
-
-
-@triton.jit
-def _key_of_slot(bins_ptr, offs_s, n_slot, BIN: tl.constexpr):
-    """Keys at places offs_s of a list, and which of these the list has, its bins as if they were full."""
-    mask_s = offs_s < n_slot
-    return tl.load(bins_ptr + offs_s // BIN, mask=mask_s, other=0) * BIN + offs_s % BIN, mask_s
 
 
 @triton.jit
@@ -543,58 +529,87 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
 # -- a decoding step
 
 
-# o as above, for one query per sequence.
-# One program: one head; grid (B * H,).
+# The same for one query per sequence, by parts of its list: a GPU has more multiprocessors than a batch has
+# choosers.
+# One program: a part, BLOCK_N keys, and HEADS heads of a chooser; grid (n_part * B * CHOOSERS * HEAD_TILES,).
 #   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, 1, n) int32
 #   seen (B, 1) int; order (B, S) int or None: the place of the key of each rank
-#   o (B, H, 1, D) contiguous
-# fp32: everything, and no dots: a tile of rows would hold a single query. Reads each listed key once, and
-# no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
+#   parts (B, H, n_part, D) and lse (B, H, n_part) fp32: o and lse of a part, -inf where it has no key
+# fp32: scores, parts; p until the dot, whose operands have the dtype of v. Reads each listed key once for all
+# heads, and no key from seen on, whatever it holds. Limits: MAX_D_HEAD. Reference: sea.bin_attention.
 @triton.jit
-def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, order_ptr, o_ptr, q_strides,
-                               k_strides, v_strides, H, n, n_key, qk_scale,
+def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, order_ptr, parts_ptr, lse_ptr,
+                               q_strides, k_strides, v_strides, H, n, n_key, n_part, qk_scale,
                                CHOOSERS: tl.constexpr, GROUP: tl.constexpr, BIN: tl.constexpr,
-                               D: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_N: tl.constexpr,
-                               BLOCK_D: tl.constexpr):
-    pid_bh = tl.program_id(0).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
+                               D: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_part, pid_bch = _program(n_part)
+    pid_bc, pid_head = pid_bch // HEAD_TILES, pid_bch % HEAD_TILES
+    b, c = pid_bc // CHOOSERS, pid_bc % CHOOSERS
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    i_head = pid_head * HEADS + offs_m
+    h, mask_m, mask_d = c * (H // CHOOSERS) + i_head, (offs_m < HEADS) & (i_head < H // CHOOSERS), offs_d < D
+    mask_md = mask_m[:, None] & mask_d[None, :]
+    # -- the part's keys
     t = tl.minimum(tl.load(seen_ptr + b), n_key).to(tl.int32)
-    bins_ptr += (b * CHOOSERS + h // (H // CHOOSERS)) * n
-    n_slot = _n_slot(bins_ptr, n, t, BIN=BIN, BLOCK_LIST=BLOCK_LIST)
+    offs_s = pid_part * BLOCK_N + offs_n
+    bins = tl.load(bins_ptr + pid_bc * n + offs_s // BIN, mask=offs_s < n * BIN, other=NONE)
+    j = tl.where(bins == NONE, t, bins * BIN + offs_s % BIN)  # NONE * BIN might overflow
+    mask_n, j = j < t, j.to(tl.int64)
+    if order_ptr is not None:
+        j = tl.load(order_ptr + b * n_key + j, mask=mask_n, other=0).to(tl.int64)
+    # -- scores, (BLOCK_M, BLOCK_N)
+    kv, mask_nd = c * (H // CHOOSERS) // GROUP, mask_n[:, None] & mask_d[None, :]
+    q = _load_tile(q_ptr + b * q_strides[0], h, offs_d, q_strides[1], q_strides[3], mask_md)
+    k_ptr, v_ptr = k_ptr + b * k_strides[0] + kv * k_strides[1], v_ptr + b * v_strides[0] + kv * v_strides[1]
+    k = _load_tile(k_ptr, j, offs_d, k_strides[2], k_strides[3], mask_nd)
+    v = _load_tile(v_ptr, j, offs_d, v_strides[2], v_strides[3], mask_nd)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    s = tl.where(mask_n[None, :], s, -float("inf"))
+    # -- softmax
+    m = tl.maximum(tl.max(s, axis=1), LOWEST)
+    p = tl.exp2(s - m[:, None])
+    total = tl.sum(p, axis=1)
+    o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0, 1.0, total)[:, None]
+    place = (b * H + h) * n_part + pid_part
+    tl.store(parts_ptr + place[:, None] * D + offs_d[None, :], o, mask=mask_md)
+    tl.store(lse_ptr + place, m + tl.log2(total), mask=mask_m)
 
+
+# o = the mean of a query's parts, weighted by 2^lse; 0 without a key.
+# One program: one head; grid (B * H,).
+#   parts and lse as above
+#   o (B, H, 1, D) contiguous
+# fp32: everything.
+@triton.jit
+def _merge_parts_kernel(parts_ptr, lse_ptr, o_ptr, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_D: tl.constexpr):
+    pid_bh = tl.program_id(0).to(tl.int64)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    q = _vector(q_ptr + b * q_strides[0] + h * q_strides[1], offs_d * q_strides[3], mask_d) * qk_scale
-    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1] + offs_d[None, :] * k_strides[3]
-    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1] + offs_d[None, :] * v_strides[3]
+    mask_d, parts_ptr, lse_ptr = offs_d < D, parts_ptr + pid_bh * n_part * D, lse_ptr + pid_bh * n_part
     m_i, l_i = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, n_slot, BLOCK_N):
-        j, mask_s = _key_of_slot(bins_ptr, start + offs_n, n_slot, BIN)
-        mask_s &= j < t
-        j = j.to(tl.int64)
-        if order_ptr is not None:
-            j = tl.load(order_ptr + b * n_key + j, mask=mask_s, other=0).to(tl.int64)
-        # (BLOCK_N, BLOCK_D)
-        mask_sd = mask_s[:, None] & mask_d[None, :]
-        k = tl.load(k_ptr + j[:, None] * k_strides[2], mask=mask_sd, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + j[:, None] * v_strides[2], mask=mask_sd, other=0.0).to(tl.float32)
-        s = tl.where(mask_s, tl.sum(q[None, :] * k, axis=1), -float("inf"))
-        # -- online softmax
-        m_new = tl.maximum(m_i, tl.max(s, axis=0))
-        p, alpha = tl.exp2(s - m_new), tl.exp2(m_i - m_new)
+    for start in range(0, n_part, BLOCK_N):
+        mask_n = start + offs_n < n_part
+        lse = tl.load(lse_ptr + start + offs_n, mask=mask_n, other=-float("inf"))
+        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+        p, alpha = tl.exp2(lse - m_new), tl.exp2(m_i - m_new)
+        o = _load_tile(parts_ptr, start + offs_n, offs_d, D, 1, mask_n[:, None] & mask_d[None, :])
         l_i, m_i = l_i * alpha + tl.sum(p, axis=0), m_new
-        acc = acc * alpha + tl.sum(p[:, None] * v, axis=0)
+        acc = acc * alpha + tl.sum(p[:, None] * o, axis=0)
     acc = acc / tl.where(l_i == 0, 1.0, l_i)
     tl.store(o_ptr + pid_bh * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=mask_d)
 
 
 def _bin_attention_step(q, k, v, bins, seen, order, softmax_scale, bin):
-    (B, H, _, D), n = q.shape, bins.shape[3]
-    o = _new(q, B, H, 1, D)
-    _bin_attention_step_kernel[(B * H,)](
-        q, k, v, bins, seen, order, o, n=n, **_sizes(q, k, v, bins, softmax_scale, bin),
-        **_step_tiles(n, D))
+    (B, H, _, D), (_, C, _, n) = q.shape, bins.shape
+    tiles = _step_tiles(q.dtype, D, H // C)
+    n_part, o = _cdiv(n * bin, tiles["BLOCK_N"]), _new(q, B, H, 1, D)
+    parts, lse = (_new(q, B, H, n_part, *size, dtype=torch.float32) for size in ((D,), ()))
+    _bin_attention_step_kernel[(n_part * B * C * tiles["HEAD_TILES"],)](
+        q, k, v, bins, seen, order, parts, lse, n=n, n_part=n_part,
+        **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
+    _merge_parts_kernel[(B * H,)](parts, lse, o, n_part=n_part, D=D, BLOCK_D=_next_power_of_2(D), **MERGE)
     return o
 
 

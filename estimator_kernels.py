@@ -127,6 +127,75 @@ def _vector(ptr, offs, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
+# -- a decoding step's entries, and means of heads ----------------------------------------------------
+
+TAKE = dict(num_warps=4)
+MEAN = dict(num_warps=4)
+
+
+# out = the entry of each head at its sequence's index.
+# One program: one head; grid (B * H,).
+#   x (B, H, N, SIZE), any strides; index (B,) int64
+#   out (B, H, 1, SIZE) contiguous
+# Eager's gather takes three times as long. Reference: sea.take.
+@triton.jit
+def _take_kernel(x_ptr, index_ptr, out_ptr, x_strides, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pid_bh, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    b, h = pid_bh // H, pid_bh % H
+    x_ptr += b * x_strides[0] + h * x_strides[1] + tl.load(index_ptr + b) * x_strides[2]
+    x = tl.load(x_ptr + offs.to(tl.int64) * x_strides[3], mask=offs < SIZE)
+    tl.store(out_ptr + pid_bh * SIZE + offs, x, mask=offs < SIZE)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """sea.take, in one kernel if that is one entry a sequence and no gradient is wanted."""
+    (B, H, _, size), n = x.shape, index.shape[1]
+    if n != 1 or torch.is_grad_enabled():
+        return x.gather(2, index[:, None, :, None].expand(-1, H, -1, size))
+    _check_device("x", x)
+    out = _new(x, B, H, 1, size)
+    with torch.cuda.device_of(x):
+        _take_kernel[(B * H,)](x, index.contiguous(), out, x_strides=x.stride(), H=H, SIZE=size,
+                               BLOCK=_next_power_of_2(size), **TAKE)
+    return out
+
+
+# out = the mean over every GROUP adjacent heads.
+# One program: BLOCK_T queries of one group; grid (cdiv(T, BLOCK_T) * B * N,).
+#   q (B, N * GROUP, T, D), any strides
+#   out (B, N, T, D) contiguous
+# fp32: the sum. Reads each query once. Reference: sea.mean_of_heads.
+@triton.jit
+def _mean_of_heads_kernel(q_ptr, out_ptr, q_strides, N, T, GROUP: tl.constexpr, D: tl.constexpr,
+                          BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_t, pid_bn = _program(tl.cdiv(T, BLOCK_T))
+    b, n = pid_bn // N, pid_bn % N
+    offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
+    mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
+    q_ptr += b * q_strides[0] + n * GROUP * q_strides[1]
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for g in tl.static_range(GROUP):
+        q = _load_tile(q_ptr + g * q_strides[1], offs_t, offs_d, q_strides[2], q_strides[3], mask)
+        total += q.to(tl.float32)
+    out_ptrs = out_ptr + (pid_bn * T + offs_t)[:, None] * D + offs_d[None, :]
+    mean = tl.div_rn(total, tl.full(total.shape, GROUP, tl.float32))  # "/" would not give x for GROUP times x
+    tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.no_grad()
+def mean_of_heads(q: Tensor, n: int) -> Tensor:
+    """sea.mean_of_heads, without a gradient."""
+    (B, H, T, D), block_d = q.shape, _next_power_of_2(q.shape[3])
+    if H == n:
+        return q
+    block_t, out = min(_next_power_of_2(T), max(2048 // block_d, 1)), _new(q, B, n, T, D)
+    with torch.cuda.device_of(q):
+        _mean_of_heads_kernel[(_cdiv(T, block_t) * B * n,)](
+            q, out, q_strides=q.stride(), N=n, T=T, GROUP=H // n, D=D, BLOCK_T=block_t, BLOCK_D=block_d,
+            **MEAN)
+    return out
+
+
 # -- rows --------------------------------------------------------------------------------------------
 
 ROWS = dict(BLOCK=256, num_warps=4)
@@ -134,12 +203,13 @@ ROWS = dict(BLOCK=256, num_warps=4)
 
 # Which tokens are rows, and which row each token uses.
 # One program: BLOCK tokens of one sequence, and as many rows; grid (cdiv(T, BLOCK) * B,).
-#   count, n_new, n_rows, next_count (B,), seen, row (B, T), row_seen (B, N_BEFORE + R), place (B, R), last
-#   (B, 1) or, with stride 1, (B, 0): int64, contiguous
+#   count, n_new, n_rows, next_count (B,), seen, row (B, T), row_seen and row_in_cells (B, N_BEFORE + R),
+#   place (B, R), last (B, 1) or, with stride 1, (B, 0): int64, contiguous
 # One launch for what eager computes in a dozen. Reference: sea.choose_rows.
 @triton.jit
 def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, place_ptr, n_rows_ptr,
-                        last_ptr, next_count_ptr, T, R, STRIDE: tl.constexpr, N_BEFORE: tl.constexpr,
+                        last_ptr, next_count_ptr, row_in_cells_ptr, T, R, STRIDE: tl.constexpr,
+                        N_BEFORE: tl.constexpr, LOCAL: tl.constexpr, BIN: tl.constexpr,
                         BLOCK: tl.constexpr):
     pid_t, b = _program(tl.cdiv(T, BLOCK))
     count, n_new = tl.load(count_ptr + b), tl.load(n_new_ptr + b)
@@ -154,29 +224,35 @@ def _choose_rows_kernel(count_ptr, n_new_ptr, seen_ptr, row_ptr, row_seen_ptr, p
     # -- rows
     mask_r, place = offs < R, first + offs * STRIDE
     row_seen_ptr += b * (N_BEFORE + R)
-    tl.store(row_seen_ptr + N_BEFORE + offs, tl.where(place < n_new, count + place + 1, 0), mask=mask_r)
+    row_in_cells_ptr += b * (N_BEFORE + R)
+    row_seen = tl.where(place < n_new, count + place + 1, 0)
+    tl.store(row_seen_ptr + N_BEFORE + offs, row_seen, mask=mask_r)
+    tl.store(row_in_cells_ptr + N_BEFORE + offs, tl.maximum(row_seen - LOCAL, 0) // BIN * BIN, mask=mask_r)
     tl.store(place_ptr + b * R + offs, tl.minimum(place, T - 1), mask=mask_r)
     if pid_t == 0:
         n_rows = tl.maximum(n_new - first + STRIDE - 1, 0) // STRIDE
         tl.store(n_rows_ptr + b, n_rows)
         tl.store(next_count_ptr + b, count + n_new)
         if N_BEFORE == 1:
-            tl.store(row_seen_ptr, tl.maximum(count + first - STRIDE + 1, 0))
+            of_past = tl.maximum(count + first - STRIDE + 1, 0)
+            tl.store(row_seen_ptr, of_past)
+            tl.store(row_in_cells_ptr, tl.maximum(of_past - LOCAL, 0) // BIN * BIN)
         if STRIDE > 1:
             tl.store(last_ptr + b, tl.maximum(N_BEFORE + n_rows - 1, 0))
 
 
-def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int) -> tuple[Tensor, ...]:
+def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int, local: int = 0,
+                bin: int = 1) -> tuple[Tensor, ...]:
     """sea.choose_rows."""
     _check_device("q", count)  # all tensors of a call are where q is
     B, R = len(count), (T - 1) // stride + 1
-    seen, row, row_seen, place = (_new(count, B, n) for n in (T, T, n_before + R, R))
+    seen, row, row_seen, row_in_cells, place = (_new(count, B, n) for n in (T, T, *[n_before + R] * 2, R))
     n_rows, last, next_count = _new(count, B), _new(count, B, min(stride - 1, 1)), _new(count, B)
     with torch.cuda.device_of(count):
         _choose_rows_kernel[(_cdiv(T, ROWS["BLOCK"]) * B,)](
             count.contiguous(), n_new.contiguous(), seen, row, row_seen, place, n_rows, last, next_count,
-            T=T, R=R, STRIDE=stride, N_BEFORE=n_before, **ROWS)
-    return seen, row, row_seen, place, n_rows, last, next_count
+            row_in_cells, T=T, R=R, STRIDE=stride, N_BEFORE=n_before, LOCAL=local, BIN=bin, **ROWS)
+    return seen, row, row_seen, place, n_rows, last, next_count, row_in_cells
 
 
 # -- running sums ------------------------------------------------------------------------------------
@@ -1509,15 +1585,18 @@ CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors
 
 
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
-    is_half = dtype != torch.float32  # fp32 dots run without tensor cores
-    return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=min(max(16, _next_power_of_2(width)), 128),
-                BLOCK_D=_dot_block(D, dtype), num_warps=4, num_stages=3 if is_half else 1)
+    is_half, block_p = dtype != torch.float32, max(16, _next_power_of_2(width))  # fp32: no tensor cores
+    is_narrow = block_p <= 256  # one block, and its products stay in registers for the second pass
+    num_warps = max(block_p // 128, 1) if is_narrow and is_half else 4
+    return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=block_p if is_narrow else 128,
+                BLOCK_D=_dot_block(D, dtype), num_warps=num_warps, num_stages=3 if is_half else 1)
 
 
-def _cell_keys_step_tiles(D: int, width: int) -> dict:
+def _cell_keys_step_tiles(D: int, width: int) -> tuple[dict, dict]:
+    """Of the kernel of buckets, blocks of 2,048 numbers, and of that of cells."""
     block_p, block_d = _next_power_of_2(width), _next_power_of_2(D)
-    return dict(BLOCK_P=block_p, BLOCK_B=min(2 * block_p, max(1, 16384 // block_d)), BLOCK_D=block_d,
-                num_warps=16 if block_p * block_d > 4096 else 4)
+    return (dict(BLOCK_B=min(2 * block_p, max(1, 2048 // block_d)), BLOCK_D=block_d, num_warps=4),
+            dict(BLOCK_P=block_p, num_warps=min(max(block_p // 256, 1), 8)))
 
 
 @triton.jit
@@ -1709,83 +1788,104 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
             tl.store(parts_ptr + tile, part)
 
 
-# One token per sequence: its key added to its bucket, the buckets moved up a level where it begins one, and
-# its row's scores.
-# One program: one key/value head and the query heads that share it; grid (B * Hkv,).
-#   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); q (B, H, 1, D), k (B, Hkv, 1, D), any strides
-#   seen, in_cells (B, 1), any strides; count, n_new (B,) int
-#   past and totals as above, of 2 * WIDTH buckets
-#   products (B * H, 2 * WIDTH) fp32 scratch: other threads want them
-# fp32: everything, no dots. Reads and writes the buckets once. Reference: sea.add_cell_keys.
+# One token per sequence: its key added to its bucket, in place, the buckets moved up a level where it begins
+# one, and the products of its row, if it is one, with what stands for each bucket.
+# One program: BLOCK_B buckets of one key/value head, and the query heads that share it; grid
+# (cdiv(2 * WIDTH, BLOCK_B) * B * Hkv,). At a new level a head's first program does the work of all, from the
+# first bucket on, since buckets move to lower places.
+#   q (B, H, 1, D), k (B, Hkv, 1, D), any strides; seen (B, 1), any strides: 0 if the token is no row
+#   count, n_new (B,) int; totals as above, of 2 * WIDTH buckets
+#   products (B * H, 2 * WIDTH) fp32
+# fp32: everything, no dots. Reads the buckets if the token is a row, else the one that its key is in.
+# Reference: sea.add_cell_keys.
 @triton.jit
-def _cell_keys_step_kernel(x_ptr, gain_ptr, q_ptr, k_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr,
-                           past_ptr, products_ptr, totals_ptr, q_strides, k_strides, seen_strides,
-                           in_cells_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
-                           WIDTH: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
-                           BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    N_BUCKETS: tl.constexpr = 2 * WIDTH
+def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_ptr, products_ptr, q_strides,
+                         k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
+                         N_BUCKETS: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
+                         BLOCK_D: tl.constexpr):
     TOTALS: tl.constexpr = 3 * D if BOUNDS else D
-    PLACES: tl.constexpr = 2 if BOUNDS else 1
-    pid_bkv = tl.program_id(0).to(tl.int64)
+    pid_b, pid_bkv = _program(tl.cdiv(N_BUCKETS, BLOCK_B))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
-    offs_d, offs_b, offs_p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_P)
-    mask_d, mask_p = offs_d < D, offs_p < WIDTH
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     level, last = _bucket_level(count, N_BUCKETS), _bucket_level(count + n_new, N_BUCKETS)
-    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)
-    n_past_bucket = (count + (1 << level) - 1) >> level  # from here on they are empty
-    for start in range(0, N_BUCKETS, BLOCK_B):
-        offs_bucket = start + offs_b
-        mask_b = offs_bucket < N_BUCKETS
-        mask = mask_b[:, None] & mask_d[None, :]
-        old = (offs_bucket << (last - level))[:, None]
-        past_ptrs = past_ptr + (pid_bkv * N_BUCKETS + old) * TOTALS + offs_d[None, :]
-        totals_ptrs = totals_ptr + (pid_bkv * N_BUCKETS + offs_bucket)[:, None] * TOTALS + offs_d[None, :]
-        mask_0 = mask & (old < tl.minimum(n_past_bucket, N_BUCKETS))
-        mask_1 = mask & (old + 1 < tl.minimum(n_past_bucket, N_BUCKETS)) & (last > level)
-        mask_new = (offs_bucket == (count >> last))[:, None] & (n_new > 0)
-        x = tl.load(past_ptrs, mask=mask_0, other=0.0)
-        x += tl.load(past_ptrs + TOTALS, mask=mask_1, other=0.0)
-        x += tl.where(mask_new, k[None, :], 0.0)
-        tl.store(totals_ptrs, x, mask=mask)
+    is_row = tl.load(seen_ptr + b * seen_strides[0]) > 0
+    # -- this program's buckets
+    begin = pid_b * BLOCK_B
+    end = tl.where(is_row | ((count >> last) // BLOCK_B == pid_b) & (n_new > 0), begin + BLOCK_B, begin)
+    begin = tl.where(last > level, 0, begin)
+    end = tl.where(last > level, tl.where(pid_b == 0, N_BUCKETS, 0), end)
+    n_past_bucket = tl.minimum((count + (1 << level) - 1) >> level, N_BUCKETS)  # from here on they are empty
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d, totals_ptr = offs_d < D, totals_ptr + pid_bkv * N_BUCKETS * TOTALS + offs_d[None, :]
+    k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)[None, :]
+    for start in range(begin, end, BLOCK_B):
+        offs_b = start + tl.arange(0, BLOCK_B)
+        mask = (offs_b < N_BUCKETS)[:, None] & mask_d[None, :]
+        # -- what was in them, and the new key
+        old = (offs_b << (last - level))[:, None]
+        mask_0, mask_1 = mask & (old < n_past_bucket), mask & (old + 1 < n_past_bucket) & (last > level)
+        mask_new = (offs_b == (count >> last))[:, None] & (n_new > 0)
+        old_ptrs, new_ptrs = totals_ptr + old * TOTALS, totals_ptr + offs_b[:, None] * TOTALS
+        x = tl.load(old_ptrs, mask=mask_0, other=0.0) + tl.load(old_ptrs + TOTALS, mask=mask_1, other=0.0)
+        x += tl.where(mask_new, k, 0.0)
         centre = x * tl.exp2(-last.to(tl.float32))
         radius = centre
         if BOUNDS:
-            top = tl.load(past_ptrs + D, mask=mask_0, other=-float("inf"))
-            top = tl.maximum(top, tl.load(past_ptrs + TOTALS + D, mask=mask_1, other=-float("inf")))
-            top = tl.maximum(top, tl.where(mask_new, k[None, :], -float("inf")))
-            top_neg = tl.load(past_ptrs + 2 * D, mask=mask_0, other=-float("inf"))
-            old_neg = tl.load(past_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf"))
-            top_neg = tl.maximum(top_neg, old_neg)
-            top_neg = tl.maximum(top_neg, tl.where(mask_new, -k[None, :], -float("inf")))
-            has_keys = ((offs_bucket << last) < count + n_new)[:, None] & mask_d[None, :]
+            top = tl.load(old_ptrs + D, mask=mask_0, other=-float("inf"))
+            top = tl.maximum(top, tl.load(old_ptrs + TOTALS + D, mask=mask_1, other=-float("inf")))
+            top = tl.maximum(top, tl.where(mask_new, k, -float("inf")))
+            top_neg = tl.load(old_ptrs + 2 * D, mask=mask_0, other=-float("inf"))
+            next_neg = tl.load(old_ptrs + TOTALS + 2 * D, mask=mask_1, other=-float("inf"))
+            top_neg = tl.maximum(tl.maximum(top_neg, next_neg), tl.where(mask_new, -k, -float("inf")))
+            has_keys = ((offs_b << last) < count + n_new)[:, None] & mask_d[None, :]
             top, top_neg = tl.where(has_keys, top, 0.0), tl.where(has_keys, top_neg, 0.0)
-            tl.store(totals_ptrs + D, top, mask=mask)
-            tl.store(totals_ptrs + 2 * D, top_neg, mask=mask)
             centre, radius = centre / 2 + (top - top_neg) / 4, (top + top_neg) / 4
             radius = radius.to(k_ptr.dtype.element_ty).to(tl.float32)
         centre = centre.to(k_ptr.dtype.element_ty).to(tl.float32)
-        for g in range(0, GROUP):
-            q = _vector(q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1], offs_d * q_strides[3],
-                        mask_d)
-            products = tl.sum(centre * q[None, :], axis=1)
-            if BOUNDS:
-                products += tl.sum(radius * tl.abs(q)[None, :], axis=1)
-            tl.store(products_ptr + (pid_bkv * GROUP + g) * N_BUCKETS + offs_bucket, products * softmax_scale,
-                     mask=mask_b)
-    tl.debug_barrier()
+        tl.debug_barrier()  # old buckets are read before new ones take their places
+        mask_changed = mask & (mask_new | (last > level))
+        tl.store(new_ptrs, x, mask=mask_changed)
+        if BOUNDS:
+            tl.store(new_ptrs + D, top, mask=mask_changed)
+            tl.store(new_ptrs + 2 * D, top_neg, mask=mask_changed)
+        # -- products
+        if is_row:
+            for g in range(0, GROUP):
+                q_ptrs = q_ptr + b * q_strides[0] + (kv * GROUP + g) * q_strides[1]
+                q = _vector(q_ptrs, offs_d * q_strides[3], mask_d)[None, :]
+                products = tl.sum(centre * q, axis=1)
+                if BOUNDS:
+                    products += tl.sum(radius * tl.abs(q), axis=1)
+                products_ptrs = products_ptr + (pid_bkv * GROUP + g) * N_BUCKETS + offs_b
+                tl.store(products_ptrs, products * softmax_scale, mask=offs_b < N_BUCKETS)
+
+
+# x as _cell_keys_kernel leaves it, of one token per sequence, from those products.
+# One program: one head; grid (B * H,).
+#   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); seen, in_cells (B, 1), any strides; count, n_new (B,)
+# fp32: everything. Reference: sea.add_cell_keys.
+@triton.jit
+def _step_cells_kernel(x_ptr, gain_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr, products_ptr,
+                       seen_strides, in_cells_strides, H, WIDTH: tl.constexpr, BOUNDS: tl.constexpr,
+                       BLOCK_P: tl.constexpr):
+    N_BUCKETS: tl.constexpr = 2 * WIDTH
+    PLACES: tl.constexpr = 2 if BOUNDS else 1
+    pid_bh = tl.program_id(0).to(tl.int64)
+    b, offs_p = pid_bh // H, tl.arange(0, BLOCK_P)
     seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
+    if seen == 0:
+        return
     in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0]).to(tl.int32)
+    last = _bucket_level((tl.load(count_ptr + b) + tl.load(n_new_ptr + b)).to(tl.int32), N_BUCKETS)
+    mask_p, products_ptr = offs_p < WIDTH, products_ptr + pid_bh * N_BUCKETS
     bucket_0 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, 0, PLACES)
     bucket_1 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, PLACES - 1, PLACES)
-    for g in range(0, GROUP):
-        h = pid_bkv * GROUP + g  # of all sequences
-        s = tl.load(products_ptr + h * N_BUCKETS + bucket_0, mask=mask_p, other=-float("inf"))
-        s = tl.maximum(s, tl.load(products_ptr + h * N_BUCKETS + bucket_1, mask=mask_p, other=-float("inf")))
-        s = tl.maximum(s - tl.max(s, axis=0), -32.0)
-        x = _vector(x_ptr + h * WIDTH, offs_p, mask_p)
-        x += tl.load(gain_ptr + kv * GROUP + g).to(tl.float32) * s
-        tl.store(x_ptr + h * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p & (seen > 0))
+    s = tl.load(products_ptr + bucket_0, mask=mask_p, other=-float("inf"))
+    s = tl.maximum(s, tl.load(products_ptr + bucket_1, mask=mask_p, other=-float("inf")))
+    s = tl.maximum(s - tl.max(s, axis=0), -32.0)
+    x = _vector(x_ptr + pid_bh * WIDTH, offs_p, mask_p)
+    x += tl.load(gain_ptr + pid_bh % H).to(tl.float32) * s
+    tl.store(x_ptr + pid_bh * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p)
 
 
 def _cell_keys_launch(x, gain, q, keys, row_seen, in_cells, count, parts, softmax_scale):
@@ -1825,8 +1925,9 @@ class _AddCellKeys(torch.autograd.Function):
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
                   count: Tensor, n_new: Tensor, past: Tensor,
-                  in_cells: Tensor | None = None, *, bounds: bool = False) -> tuple[Tensor, Tensor]:
-    """sea.add_cell_keys, in place. A row sees `count` keys at least, or none."""
+                  in_cells: Tensor | None = None, *, bounds: bool = False,
+                  in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """sea.add_cell_keys, scores in place. A row sees `count` keys at least, or none."""
     _check_tensor("scores", scores, 4, "(B, H, R, width)")
     _check_tensor("q", q, 4, "(B, H, R, D)")
     _check_tensor("k", k, 4, "(B, Hkv, T, D)")
@@ -1838,26 +1939,33 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     in_cells = row_seen if in_cells is None else in_cells
     for name, x in (("row_seen", row_seen), ("in_cells", in_cells)):
         _expect(x.shape == (B, R), name, f"shape (B, R) = {(B, R)}", tuple(x.shape))
-    q, k, past, softmax_scale = q.detach(), k.detach(), past.float().contiguous(), float(softmax_scale)
+    q, k, softmax_scale = q.detach(), k.detach(), float(softmax_scale)
     count, n_new, gain, n_buckets = count.contiguous(), n_new.contiguous(), gain.contiguous(), 2 * width
-    totals = _new(k, B, Hkv, n_buckets, 3 * D if bounds else D, dtype=torch.float32)
-    _expect(past.shape == totals.shape, "past", f"shape {tuple(totals.shape)}", tuple(past.shape))
+    of_past = B, Hkv, n_buckets, 3 * D if bounds else D
+    _expect(past.shape == of_past, "past", f"shape {of_past}", tuple(past.shape))
+    totals = past.float().contiguous()
     with torch.cuda.device_of(q):
         if _is_step(q) and T == 1:
+            totals = totals if in_place else totals.clone()
             products = _new(q, B * H, n_buckets, dtype=torch.float32)
-            _cell_keys_step_kernel[(B * Hkv,)](
-                scores, gain, q, k, row_seen, in_cells, count, n_new, past, products, totals,
-                q_strides=q.stride(), k_strides=k.stride(), seen_strides=row_seen.stride(),
-                in_cells_strides=in_cells.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
-                WIDTH=width, BOUNDS=bounds, **_cell_keys_step_tiles(D, width))
-            return scores, totals
+            of_buckets, of_cells = _cell_keys_step_tiles(D, width)
+            _step_buckets_kernel[(_cdiv(n_buckets, of_buckets["BLOCK_B"]) * B * Hkv,)](
+                q, k, row_seen, count, n_new, totals, products, q_strides=q.stride(), k_strides=k.stride(),
+                seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
+                N_BUCKETS=n_buckets, BOUNDS=bounds, **of_buckets)
+            _step_cells_kernel[(B * H,)](
+                scores, gain, row_seen, in_cells, count, n_new, products, seen_strides=row_seen.stride(),
+                in_cells_strides=in_cells.stride(), H=H, WIDTH=width, BOUNDS=bounds, **of_cells)
+            return scores, past.copy_(totals) if in_place else totals
+        past_totals, totals = totals, torch.empty_like(totals)
         # T tokens raise the level to at most one above their own, bucket_level(T), or above that of count.
         n_level = ((T - 1) // n_buckets).bit_length() + 2
         keys = _new(k, B, Hkv, n_level, n_buckets, 2 * D if bounds else D)
         _bucket_keys_kernel[(_cdiv(n_buckets, BUCKET_KEYS["BLOCK_B"]) * n_level * B * Hkv,)](
-            k, count, n_new, past, keys, totals, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
+            k, count, n_new, past_totals, keys, totals, k_strides=k.stride(), HKV=Hkv, n_level=n_level, D=D,
             N_BUCKETS=n_buckets, BOUNDS=bounds, BLOCK_D=_next_power_of_2(D), **BUCKET_KEYS)
-        return _AddCellKeys.apply(scores, gain, q, keys, row_seen, in_cells, count, softmax_scale), totals
+        scores = _AddCellKeys.apply(scores, gain, q, keys, row_seen, in_cells, count, softmax_scale)
+    return scores, past.copy_(totals) if in_place else totals
 
 
 # -- mix ---------------------------------------------------------------------------------------------
@@ -2002,25 +2110,24 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
 
 
 # The same as _mix_kernel for one query per sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
-# One program: one key/value head and the query heads that share it; grid (B * Hkv,). past as sums; the rest
-# as above, with T = 1. fp32: everything. Reference: sea.mix_average.
+# One program: one head; grid (B * H,). past as sums; the rest as above, with T = 1. fp32: everything.
+# Reference: sea.mix_average.
 @triton.jit
 def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides,
-                     HKV, R, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_bkv, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    b, kv, mask_d = pid_bkv // HKV, pid_bkv % HKV, offs_d < D
-    seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b).to(tl.int64)
+                     H, R, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    pid_bh, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    b, kv, pid_bkv, mask_d = pid_bh // H, pid_bh % H // GROUP, pid_bh // GROUP, offs_d < D
+    seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b)
     v = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
     total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bkv * D, offs_d, mask_d)
-    tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
+    if pid_bh % GROUP == 0:
+        tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
+    s_prob = tl.sigmoid(tl.load(gates_ptr + (pid_bh * R + row) * 2).to(tl.float32))
+    s_mix = tl.sigmoid(tl.load(gates_ptr + (pid_bh * R + row) * 2 + 1).to(tl.float32))
     mean = total / tl.maximum(seen, 1).to(tl.float32)
-    for g in range(0, GROUP):
-        h = pid_bkv * GROUP + g  # of all sequences
-        s_prob = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2).to(tl.float32))
-        s_mix = tl.sigmoid(tl.load(gates_ptr + (h * R + row) * 2 + 1).to(tl.float32))
-        out = s_mix * s_prob * _vector(sparse_ptr + h * D, offs_d, mask_d) + (1.0 - s_mix) * mean
-        out = tl.where(seen > 0, out, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + h * D + offs_d, out, mask=mask_d)
+    out = s_mix * s_prob * _vector(sparse_ptr + pid_bh * D, offs_d, mask_d) + (1.0 - s_mix) * mean
+    out = tl.where(seen > 0, out, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pid_bh * D + offs_d, out, mask=mask_d)
 
 
 class _MixAverage(torch.autograd.Function):
@@ -2066,8 +2173,8 @@ class _MixAverage(torch.autograd.Function):
 def _mix_average_step(sparse, v, gates, past, seen, row):
     (B, H, _, D), Hkv = sparse.shape, v.shape[1]
     out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
-    _mix_step_kernel[(B * Hkv,)](
-        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), HKV=Hkv,
+    _mix_step_kernel[(B * H,)](
+        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), H=H,
         R=gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), **MIX_STEP)
     return out, sums
 

@@ -41,14 +41,15 @@ if __package__:  # the files were copied into a package
                                     MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
                                     _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                     _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                    causal_context, choose_rows, encode_rows, mix_average)
+                                    causal_context, choose_rows, encode_rows, mean_of_heads, mix_average,
+                                    take)
 else:
     from bin_kernels import NONE, bin_attention
     from estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                    MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
                                    _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                   causal_context, choose_rows, encode_rows, mix_average)
+                                   causal_context, choose_rows, encode_rows, mean_of_heads, mix_average, take)
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -143,14 +144,15 @@ def _order_to_float(order):
 
 
 @triton.jit
-def _bisect(x, n, count, low, high):
+def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
     """A float that the n largest numbers of x reach, and how many reach it: n or, where others equal the n-th
     largest, more.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
     queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
-    none takes long.
+    none takes long. SNAP: moves both ends on to numbers of x, so that a third of the steps do where many are
+    equal, as in half precision.
     """
     step, log_n = n * 0, tl.log2(n.to(tl.float32))
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
@@ -163,8 +165,14 @@ def _bisect(x, n, count, low, high):
         mask_reached = x >= _order_to_float(middle)
         reached = tl.sum(tl.where(mask_reached, 1.0, 0.0), axis=0).to(tl.int32)  # faster than of integers
         enough = reached >= n
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        if SNAP:
+            lowest_above = tl.min(tl.where(mask_reached, x, float("inf")), axis=0)
+            highest_below = tl.max(tl.where(x < _order_to_float(middle), x, -float("inf")), axis=0)
+            low = tl.where(enough, _float_to_order(lowest_above), low)
+            high = tl.where(enough, high, _float_to_order(highest_below) + 1)
+        else:
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
         count = tl.where(enough, reached, count)
         to_go = tl.log2(tl.maximum(reached.to(tl.float32), 0.5)) - log_n
         above, below = tl.where(enough, above, -to_go), tl.where(enough, to_go, below)
@@ -172,9 +180,9 @@ def _bisect(x, n, count, low, high):
 
 
 @triton.jit
-def _keep_best(x, n, count, low, high):
+def _keep_best(x, n, count, low, high, SNAP: tl.constexpr = False):
     """Which of the numbers x are the n largest, ties to the lower index; arguments as in _bisect."""
-    threshold, count = _bisect(x, n, count, low, high)
+    threshold, count = _bisect(x, n, count, low, high, SNAP)
     mask_kept = x >= threshold
     if count != n:  # more numbers than wanted equal the n-th largest
         mask_tie = x == threshold
@@ -294,13 +302,14 @@ BIN_GROUPS = ("query", "kv")
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 PRODUCTS = dict(BLOCK_N=128, num_warps=4)
+PRODUCTS_STEP = dict(BLOCK_N=64, num_warps=4)  # of a decoding step, which reads keys
 # scratch: products at a time, but of so many queries at least; what a warp ranks
 CHOOSE = dict(scratch=2**25, queries=16, cells_per_warp=1024, candidates_per_warp=2048)
 
 
 def _rank_warps(n: int, per_warp: int, is_step: bool) -> int:
     """Warps that rank n numbers; more in a decoding step, which leaves most of a GPU idle."""
-    return min(max(n // per_warp, 8 if is_step else 1), 16)
+    return min(max(n // per_warp, 4 if is_step else 1), 16)
 
 
 def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
@@ -317,14 +326,17 @@ def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.con
     place of the key of each rank, or None. The order of the sum is fixed."""
     total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
     highest, lowest = total - float("inf"), total + float("inf")
-    for i in range(BIN):
-        j = bins * BIN + i
-        mask_j = mask_bin & (j < n_key)
-        place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
-        key = _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
-                         mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
-        total += key
-        highest, lowest = tl.maximum(highest, key), tl.minimum(lowest, key)
+    AT_ONCE: tl.constexpr = BIN if BIN < 8 else 8  # loads that do not wait for each other
+    for start in range(0, BIN, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            j, is_key = bins * BIN + start + i, start + i < BIN
+            mask_j = mask_bin & (j < n_key) & is_key
+            place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
+            key = _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
+                             mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+            total += key
+            highest = tl.where(is_key, tl.maximum(highest, key), highest)
+            lowest = tl.where(is_key, tl.minimum(lowest, key), lowest)
     return total / (2 * BIN) + (highest + lowest) / 4, (highest - lowest) / 4
 
 
@@ -357,7 +369,7 @@ def _keep_best_where(x, mask, n):
     high = _float_to_order(tl.max(tl.where(mask, x, -float("inf")), axis=0)) + 1
     low = tl.minimum(_float_to_order(tl.min(tl.where(mask, x, float("inf")), axis=0)), high - 1)
     x = tl.where(mask, x, float("nan"))  # NaN reaches nothing
-    return _keep_best(x, tl.minimum(n, count), count, low, high)
+    return _keep_best(x, tl.minimum(n, count), count, low, high, SNAP=True)
 
 
 @triton.jit
@@ -576,7 +588,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
-        q = q if C == H else q.unflatten(1, (C, -1)).mean(2)
+        q = mean_of_heads(q, C)
         block_d, stride = _dot_block(D, q.dtype), config.query_stride
         if not is_step:
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)
@@ -586,7 +598,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             k, order = of_bins, None
         cell_warps = _rank_warps(block_p, CHOOSE["cells_per_warp"], is_step)
         warps = _rank_warps(block_c, CHOOSE["candidates_per_warp"], is_step)
-        tiles = dict(PRODUCTS) if q.dtype != torch.float32 else dict(PRODUCTS, BLOCK_N=16)  # no tensor cores
+        tiles = dict(PRODUCTS_STEP if is_step else PRODUCTS)
+        if q.dtype == torch.float32:  # no tensor cores
+            tiles["BLOCK_N"] = 16
         for begin_t in range(0, T, n_query):
             end_t = min(begin_t + n_query, T)
             shared = dict(C=C, T=T, R=R, begin_t=begin_t, end_t=end_t, n_row=n_row, BIN=bin, BLOCK_C=block_c)

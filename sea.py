@@ -250,14 +250,22 @@ class SEAConfig:
     def in_cells(self, seen: Tensor) -> Tensor:
         """How many keys the cells of a row that sees `seen` share out: all, or with bins those
         before the last `local`, rounded down to whole bins."""
-        if not self.has_bins:
-            return seen
-        return (seen - self.local).clamp(min=0) // self.bin * self.bin
+        return keys_in_cells(seen, *self.behind_cells)
+
+    @property
+    def behind_cells(self) -> tuple[int, int]:
+        """`local` and `bin` of keys_in_cells."""
+        return (self.local, self.bin) if self.has_bins else (0, 1)
 
     def cell_layout(self, in_cells: Tensor) -> dict:
         """Keywords of pool_attention and estimate_loss that say which keys are in which cell, of
         queries with in_cells (B, T) keys in cells."""
         return dict(in_cells=in_cells, unit=self.unit, first=self.n_first * self.bin)
+
+
+def keys_in_cells(seen: Tensor, local: int, bin: int) -> Tensor:
+    """How many of `seen` keys lie before the last `local`, in whole bins."""
+    return seen if (local, bin) == (0, 1) else (seen - local).clamp(min=0) // bin * bin
 
 
 # -- small tools -----------------------------------------------------------------------------------
@@ -660,7 +668,8 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
 
 def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
                   softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
-                  in_cells: Tensor | None = None, *, bounds: bool = False) -> tuple[Tensor, Tensor]:
+                  in_cells: Tensor | None = None, *, bounds: bool = False,
+                  in_place: bool = False) -> tuple[Tensor, Tensor]:
     """scores + gain * max(s - s_max, -32): (B, E, R, width). s is the scaled product of q with what
     stands for a cell's keys, s_max the row's largest. Differs: the paper has no such term.
 
@@ -680,6 +689,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and
     the second result (B, Hkv, 2*width, D): bucket_sums before the new keys, at the level of count,
     and after them; with bounds (B, Hkv, 2*width, 3D): the sums, then bucket_tops of [k ; -k].
+    in_place: the second result is past, overwritten.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
     trained mainly through this term. The limit of -32 keeps layers whose products lie thousands
@@ -689,6 +699,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         in_cells = row_seen if in_cells is None else in_cells
         products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
                                            softmax_scale, count, n_new, past, bounds)
+        totals = past.copy_(totals) if in_place else totals
     return _add_products(scores, gain, products), totals
 
 
@@ -1156,20 +1167,14 @@ class SEAState:
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
-        """Copy `other` into this state in place: the last thing in a CUDA graph of one decoding
-        step, whose replay then goes on from there. Only for states without a KV cache, since that
+        """Copy `other` into this state in place. Only for states without a KV cache, since that
         grows. It also changes those tensors of the SEAOutput that this state came with."""
         _expect(self.k is None and other.k is None, "state",
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
-        by_dtype = {}
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
-            mines, others = by_dtype.setdefault(mine.dtype, ([], []))
-            mines.append(mine)
-            others.append(theirs)
-        for mines, others in by_dtype.values():  # one copy a dtype, not one a tensor
-            torch._foreach_copy_(mines, others)
+            mine.copy_(theirs)
         self.n_tokens, self.n_least = other.n_tokens, other.n_least
 
 
@@ -1269,8 +1274,9 @@ class Tokens:
 
 
 def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEAState,
-             kv_cached: bool) -> Tokens:
+             kv_cached: bool, take: Callable = take) -> Tokens:
     """The border on the way in, Tokens.back on the way out; arguments as in SEAttention.forward.
+    take: of one backend or the other.
 
     Whatever padding holds, nan included, goes no further. Without padding nothing moves.
     """
@@ -1317,8 +1323,8 @@ class Rows:
     n_rows: Tensor  # (B,) rows of this call
     last: Tensor  # (B, 0 or 1) the last row, if the next call may still use it
     next_count: Tensor  # (B,) tokens of each sequence after this call
-    n_new: Tensor  # (B,)
     row_in_cells: Tensor  # (B, n_before + R) keys that the cells of each row share out
+    n_new: Tensor  # (B,)
     stride: int
     aligned: bool  # rows stand at places 0, stride, 2 * stride, ... of every sequence
 
@@ -1327,13 +1333,14 @@ class Rows:
         return x[:, :, :: self.stride] if self.aligned else take(x, self.place)
 
 
-def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int,
-                n_before: int) -> tuple[Tensor, ...]:
-    """The first seven fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
+def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int, n_before: int, local: int = 0,
+                bin: int = 1) -> tuple[Tensor, ...]:
+    """The first eight fields of Rows for a causal call: the rows are the tokens of rank 0, stride,
     2 * stride, ...
 
-    count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1.
-    Query skipping is the paper's; a row is reused by later queries only, so it stays causal.
+    count, n_new (B,); T: queries, padding included; n_before: rows kept from the past, 0 or 1;
+    local, bin: as in keys_in_cells, by default all keys that a row sees are in its cells. Query
+    skipping is the paper's; a row is reused by later queries only, so it stays causal.
     """
     i, place = torch.arange(T, device=count.device), row_places(count, T, stride)
     first = place[:, :1]
@@ -1346,14 +1353,15 @@ def choose_rows(count: Tensor, n_new: Tensor, T: int, stride: int,
     n_rows = (place < n_new[:, None]).sum(1)
     last = (n_before + n_rows - 1).clamp(min=0)[:, None]
     last = last[:, : stride - 1]  # at stride 1 no later query reuses a row
-    return seen, row, row_seen, place.clamp(max=T - 1), n_rows, last, count + n_new
+    place, row_in_cells = place.clamp(max=T - 1), keys_in_cells(row_seen, local, bin)
+    return seen, row, row_seen, place, n_rows, last, count + n_new, row_in_cells
 
 
 def all_rows(n_new: Tensor, T: int) -> tuple[Tensor, ...]:
     """The same for a bidirectional call: every query is a row and sees all n_new keys."""
     i = torch.arange(T, device=n_new.device).expand(len(n_new), T)
     seen = n_new[:, None] * (i < n_new[:, None])
-    return seen, i, seen, i, n_new, i[:, :0], n_new
+    return seen, i, seen, i, n_new, i[:, :0], n_new, seen
 
 
 # -- the module ------------------------------------------------------------------------------------
@@ -1474,7 +1482,7 @@ class SEAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None,
                 softmax_scale: float | None = None, state: SEAState | None = None,
                 topk: int | None = None, kv_cached: bool = False,
-                rows_at_once: int | None = None) -> SEAOutput:
+                rows_at_once: int | None = None, in_place: bool = False) -> SEAOutput:
         """q (B, H, T, D); k, v (B, Hkv, T, D) or, with kv_cached, (B, Hkv, S, D), the past first.
 
         valid: bool, as long as k, False where a token is padding (either side, or between); the
@@ -1486,9 +1494,15 @@ class SEAttention(nn.Module):
         state.count[b], and any finite numbers follow (not below config.dense_below keys).
         rows_at_once: compute this many queries at a time, each chunk with the state of the one
         before (causal only): the same output and state, less memory, no scores, cells or bins.
-        Raises ValueError if arguments do not fit.
+        in_place: overwrite `state` with the state after this call, which the result then carries:
+        a CUDA graph of one decoding step, replayed, goes on from there. Raises ValueError if
+        arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
+        can_be = (state is not None and kv_cached and rows_at_once is None
+                  and not torch.is_grad_enabled())
+        _expect(not in_place or can_be, "in_place", "False where there is no state to overwrite, "
+                "without kv_cached, with rows_at_once or where gradients are wanted", in_place)
         config, ops = self.config, operations(self.config, q)
         scale = scale_or_default(softmax_scale, config.d_head)
         topk = config.topk if topk is None else topk
@@ -1497,10 +1511,10 @@ class SEAttention(nn.Module):
                              softmax_scale=scale, topk=topk)
 
         past = SEAState.empty(config, q) if state is None else state
-        tokens = to_front(q, k, v, valid, past, kv_cached)
+        tokens = to_front(q, k, v, valid, past, kv_cached, ops.take)
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
-                                                       scale, past)
+                                                       scale, past, in_place)
         result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,
                            row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
         n_dense, n_sure = self.n_dense(past, q.shape[2], valid, kv_cached)
@@ -1522,6 +1536,9 @@ class SEAttention(nn.Module):
             state.n_least = past.n_least + q.shape[2]
         elif config.dense_below:  # else no GPU is waited for
             state.n_least = int(state.count.min())
+        if in_place:
+            past.copy_(state)
+            state = past
         result.state = state if config.causal else None
         return tokens.back(result)
 
@@ -1588,13 +1605,15 @@ class SEAttention(nn.Module):
             chosen = all_rows(n_new, T)
         else:
             n_before = past.last_scores.shape[2]
-            chosen = ops.choose_rows(past.count, n_new, T, stride, n_before)
+            behind = self.config.behind_cells
+            chosen = ops.choose_rows(past.count, n_new, T, stride, n_before, *behind)
         # So they are in a sequence's first call; and of a single token it does not matter.
         aligned = stride == 1 or T == 1 or past.n_tokens == 0
-        return Rows(*chosen, n_new, self.config.in_cells(chosen[2]), stride, aligned)
+        return Rows(*chosen, n_new, stride, aligned)
 
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
-                           softmax_scale: float, past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
+                           softmax_scale: float, past: SEAState,
+                           in_place: bool) -> tuple[Tensor, Tensor, SEAState]:
         """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
 
         Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
@@ -1614,7 +1633,7 @@ class SEAttention(nn.Module):
         if config.cnn:
             scores, gates, state = self.run_cnn(ops, q_row, k, v, rows, softmax_scale, past)
         else:
-            q_row, state = mean_of_heads(q_row, config.kv_heads), past
+            q_row, state = ops.mean_of_heads(q_row, config.kv_heads), past
             scores = q_row.new_zeros(*q_row.shape[:3], config.width)
             gates = self.gates[None, :, None].repeat(len(q), 1, q_row.shape[2], 1)
         key_sums = past.key_sums
@@ -1624,11 +1643,11 @@ class SEAttention(nn.Module):
             key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
             scores, key_sums = key_ops.add_cell_keys(
                 scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
-                key_sums, in_cells, bounds=config.has_bins)
+                key_sums, in_cells, bounds=config.has_bins, in_place=in_place)
         scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
-                        key_sums=key_sums, last_scores=take(scores, rows.last),
-                        last_gates=take(gates, rows.last))
+                        key_sums=key_sums, last_scores=ops.take(scores, rows.last),
+                        last_gates=ops.take(gates, rows.last))
         return scores, gates, state
 
     def run_cnn(self, ops, q_row: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,

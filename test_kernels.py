@@ -140,8 +140,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
             assert error.square().mean().sqrt() <= 30 * budget, f"result {i}, all of it, budget {budget:.2e}: {case}"
 
 
-TWINS = ["choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask", "select_cells",
-         "choose_bins", "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
+TWINS = ["take", "mean_of_heads", "choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask",
+         "select_cells", "choose_bins", "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
@@ -403,7 +403,7 @@ CHOICES = st.builds(
     Choice, dtype=st.sampled_from(DTYPES), group=st.sampled_from(kernels.BIN_GROUPS[::-1]),
     heads=st.sampled_from([(1, 1, 2), (2, 2, 3)] if CUDA else [(1, 1, 1), (1, 1, 2), (2, 2, 3)]), R=st.integers(1, 4),
     S=st.integers(1, 60) | st.integers(300, 700), D=sizes(1, 35, 7, 35), width=sizes(1, 70, 3, 70),
-    bin=st.sampled_from([8, 1] if CUDA else [8, 1, 4, 5, 16]), local=st.sampled_from([28, 1, 3]), first=st.sampled_from([8, 0, 1]),
+    bin=st.sampled_from([8, 1] if CUDA else [8, 1, 4, 5, 12, 16]), local=st.sampled_from([28, 1, 3]), first=st.sampled_from([8, 0, 1]),
     candidates=st.sampled_from([8, 1, 3]), n_chosen=st.sampled_from([2, 1, 7]), stride=st.integers(1, 4), ordered=st.booleans(),
     exact=st.booleans(), layout=LAYOUTS, seed=st.integers(0, 99))
 
@@ -1084,18 +1084,35 @@ def check_layer(case, *, rtol=2e-4):
         torch.testing.assert_close(torch.cat([head.out, tail.out], 2), results[0]["out"], rtol=1e-3, atol=1e-4)
 
 
+@given(st.sampled_from(DTYPES), HEADS, sizes(1, 70, 1, 33), sizes(1, 80, 35, 64), LAYOUTS, st.integers(0, 99))
+@settings(max_examples=20)
+def test_entries_and_means_are_those_of_sea(dtype, heads, T, D, layout, seed):
+    """An entry a sequence bit for bit, any number of them and with gradients in PyTorch; the mean of equal heads is each of them."""
+    (B, Hkv, group), generator = heads, torch.Generator().manual_seed(seed)
+    x = lay_out(torch.randn(B, Hkv * group, T, D, generator=generator).to(dtype), layout)
+    for n in 1, 3:
+        index = torch.randint(T, (B, n), generator=generator).to(DEVICE)
+        with guarded(), torch.no_grad():
+            assert torch.equal(kernels.take(x, index), sea.take(x, index))
+    assert kernels.take(x.detach().requires_grad_(), index[:, :1]).requires_grad
+    with guarded():
+        mean, equal = kernels.mean_of_heads(x, Hkv), kernels.mean_of_heads(sea.repeat_heads(x[:, :Hkv], Hkv * group), Hkv)
+    torch.testing.assert_close(mean, sea.mean_of_heads(x, Hkv))
+    assert torch.equal(equal, x[:, :Hkv])
+
+
 @given(st.integers(1, 3), st.integers(1, 40) | st.sampled_from([255, 256, 257, 600]), st.integers(1, 40), st.booleans(),
-       st.integers(0, 99))
-@example(2, 1, 3, True, 1)  # a decoding step
+       st.sampled_from([(0, 1), (8, 4), (3, 1)]), st.integers(0, 99))
+@example(2, 1, 3, True, (8, 4), 1)  # a decoding step
 @settings(max_examples=40)
-def test_rows_are_those_of_sea(B, T, stride, has_past, seed):
+def test_rows_are_those_of_sea(B, T, stride, has_past, behind, seed):
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(3 * stride, (B,), generator=generator).to(DEVICE) * has_past
     n_new = torch.randint(T + 1, (B,), generator=generator).to(DEVICE)
     n_before = int(has_past and stride > 1)
     with guarded():
-        ours = kernels.choose_rows(count, n_new, T, stride, n_before)
-    for x, y in zip(ours, sea.choose_rows(count, n_new, T, stride, n_before), strict=True):
+        ours = kernels.choose_rows(count, n_new, T, stride, n_before, *behind)
+    for x, y in zip(ours, sea.choose_rows(count, n_new, T, stride, n_before, *behind), strict=True):
         assert x.dtype == torch.int64 and x.is_contiguous() and torch.equal(x, y)
 
 
@@ -1512,7 +1529,7 @@ def test_a_step_of_bin_attention_matches_reference(case):
 
 def check_decoding(case, first, rtol=1e-3):
     """Token by token after `first`: the outputs and cells or bins of the reference's one call, in fp32. Without padding, keys and
-    values may be a static buffer, which goes on behind them, and the state is then kept in place."""
+    values may be a static buffer, which goes on behind them, and the state is then overwritten."""
     ours, theirs, valid = case.layer(backend="triton"), case.layer(backend="torch"), case.valid()
     (q, k, v), of = case.qkv(), lambda n: None if valid is None else valid[:, :n]
     longer = 0 if case.padded else case.seed % 3 * 7
@@ -1525,13 +1542,11 @@ def check_decoding(case, first, rtol=1e-3):
         state = ours(*(x[:, :, :first] for x in (q, k, v)), valid=of(first), kv_cached=True).state
         for n in range(first, case.T):
             with no_tiles():
-                result = ours(q[:, :, n : n + 1], buffer(k, n + 1), buffer(v, n + 1), valid=of(n + 1), state=state, kv_cached=True)
+                result = ours(q[:, :, n : n + 1], buffer(k, n + 1), buffer(v, n + 1), valid=of(n + 1), state=state, kv_cached=True,
+                              in_place=longer > 0)
             torch.testing.assert_close(result.out, whole.out[:, :, n : n + 1], rtol=rtol, atol=1e-4)
             assert torch.equal(kept(result, case.T), kept(whole, case.T)[:, :, n : n + 1]), case
-            if longer:
-                state.copy_(result.state)
-            else:
-                state = result.state
+            state = result.state
 
 
 @pytest.mark.parametrize("bin", [4, 0])
@@ -2258,9 +2273,7 @@ def test_a_captured_step_replayed_is_eager_steps(stride, width, cell_keys, bin):
     def step(tokens, state, buffers):
         for x, buffer in zip(tokens[1:], buffers):
             buffer.scatter_(2, state.count[:, None, None, None].expand_as(x), x)
-        result = layer(tokens[0], *buffers, state=state, kv_cached=True)
-        state.copy_(result.state)
-        return result.out
+        return layer(tokens[0], *buffers, state=state, kv_cached=True, in_place=True).out
 
     tokens = lambda n: [x[:, :, n : n + 1] for x in (q, k, v)]
     (state, buffers), eager = start(), []

@@ -335,8 +335,10 @@ def test_packed_documents_are_each_alone(case, kind, data):
 
 @given(causal_cases, st.integers(1, 5), st.integers(0, 3), st.sampled_from([SEAttention, ReformerAttention]), st.data())
 def test_a_static_buffer_holds_sequences_of_any_lengths(case, steps, room, kind, data):
-    """Each sequence alone, decoded token by token, is its row of a batch in one long buffer, whose state is kept in place."""
+    """Each sequence alone, decoded token by token, is its row of a batch in one long buffer, whose state is kept in place: by the
+    call itself, or afterwards."""
     case = of_kind(case, kind)
+    options = dict(in_place=True) if kind is SEAttention and data.draw(st.booleans(), label="in place") else {}
     layer, (q, k, v) = case.layer(kind), case.qkv(max(case.tokens) + steps)
     longest = max(case.tokens)
     valid = torch.arange(longest) < torch.tensor(case.tokens)[:, None]
@@ -345,11 +347,13 @@ def test_a_static_buffer_holds_sequences_of_any_lengths(case, steps, room, kind,
     pad = lambda x: F.pad(x, (0, 0, 0, room), value=9.0)
     for i in range(steps):
         new = torch.stack([x[:, n + i] for x, n in zip(q, case.tokens)])[:, :, None]
-        result = layer(new, pad(k), pad(v), state=state, kv_cached=True)
+        with torch.no_grad() if options else contextlib.nullcontext():
+            result = layer(new, pad(k), pad(v), state=state, kv_cached=True, **options)
         for b, n in enumerate(case.tokens):
             alone = layer(*(x[b : b + 1, :, : n + i + 1] for x in (q, k, v)))
             torch.testing.assert_close(result.out[b, :, 0], alone.out[0, :, -1], **CLOSE)
             assert torch.equal(result.attended(n + i + 1)[b, :, 0], alone.attended(n + i + 1)[0, :, -1])
+        assert not options or result.state is state
         state.copy_(result.state)
         assert all(x is held[name] for name, x in tensors_of(state).items())
 
@@ -1322,6 +1326,10 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
     ("rows_at_once", ">= 1", "0", lambda a, q, k, v: a(q, k, v, rows_at_once=0)),
+    ("in_place", "no state to overwrite", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, kv_cached=True, in_place=True))),
+    ("in_place", "without kv_cached", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, state=a(q, k, v).state, in_place=True))),
+    ("in_place", "where gradients are wanted", "True", lambda a, q, k, v: a(q[:, :, 5:], k, v, kv_cached=True, in_place=True,
+                                                                           state=a(*(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state)),
     ("state", "the caller keeps", "its own", lambda a, q, k, v: a(q, k, v).state.copy_(a(q, k, v).state)),
     ("other", "count of shape (2,)", "(1,)", lambda a, q, k, v: a(q, k, v, kv_cached=True).state.copy_(
         a(q[:1], k[:1], v[:1], kv_cached=True).state)),
