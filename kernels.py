@@ -326,7 +326,7 @@ def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.con
     place of the key of each rank, or None. The order of the sum is fixed."""
     total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
     highest, lowest = total - float("inf"), total + float("inf")
-    AT_ONCE: tl.constexpr = BIN if BIN < 8 else 8  # loads that do not wait for each other
+    AT_ONCE: tl.constexpr = BIN if BIN < 8 else 8  # loads that do not wait for each other  # noqa: FURB136
     for start in range(0, BIN, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             j, is_key = bins * BIN + start + i, start + i < BIN
@@ -340,7 +340,7 @@ def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.con
     return total / (2 * BIN) + (highest + lowest) / 4, (highest - lowest) / 4
 
 
-# keys = what stands for every BIN keys: centre and radius.
+# out = what stands for every BIN keys: the two halves of sea.boxes.
 # One program: BLOCK_N bins of one key/value head; grid (cdiv(n_bin, BLOCK_N) * B * Hkv,).
 #   k (B, Hkv, S, D), any strides; order (B, S) int or None: the place of the key of each rank
 #   out (B, Hkv, n_bin, 2, D) in the dtype of k, contiguous
