@@ -381,8 +381,8 @@ def follow_teacher(student, teacher) -> None:
     def follow(layer: int, attention: sea.SEAttention):
         estimate_attention = attention.estimate_attention
 
-        def follow_layer(ops, q, k, v, rows, softmax_scale, past):
-            scores, gates, state = estimate_attention(ops, q, k, v, rows, softmax_scale, past)
+        def follow_layer(ops, q, k, v, rows, *others):
+            scores, gates, state = estimate_attention(ops, q, k, v, rows, *others)
             of_teacher, config = records[layer], attention.config
             cells = config.cell_layout(config.in_cells(rows.seen))  # a row's, at its own query
             pooled = ops.pool_attention(of_teacher.q, of_teacher.k, rows.seen, config.width,

@@ -1280,6 +1280,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             bins = sea.SEAConfig(n_head=2, d_head=2, width=4)
             kernels.choose_bins(qkv[0].repeat(1, 1, 1, 2), *qkv[:2], result.seen, result.row, result.seen, 64, bins, 1.0)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
+            kernels.mean_of_heads(qkv[0], 1)
         bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
         kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
         with torch.no_grad():
