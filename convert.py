@@ -41,7 +41,7 @@ from transformers.masking_utils import (bidirectional_mask_function, causal_mask
 
 from baselines import BASELINES
 from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
-                 first_key_of_cell, in_documents, is_autocast, scale_or_default, take, valid_first)
+                 dense_attention, first_key_of_cell, in_documents, is_autocast, scale_or_default, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -177,6 +177,10 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     if sea_layer is not None and sea_layer.is_first:  # a look at the mask's numbers, which a GPU has to be waited for
         sea_layer.see(valid, query.shape[2])
     in_chunks = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
+    if in_chunks and sea_layer is None and valid is None and query.shape[2] < module.sea.config.dense_below:
+        # No later call wants to know what the estimator would.
+        out = dense_attention(query, key, value, None, scale_or_default(scaling, query.shape[3]), is_first=True)
+        return out.transpose(1, 2).contiguous(), None
     result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,
                         kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if in_chunks else None)
     if sea_layer is not None:

@@ -1031,13 +1031,13 @@ def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
     return torch.cat(outs, dim=2)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softmax_scale: float,
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softmax_scale: float,
                     is_first: bool) -> Tensor:
     """softmax(q k^T * softmax_scale) v over all keys that each query sees: (B, H, T, D), anything
     for a query with no key.
 
     q (B, H, T, D); k, v (B, Hkv, S, D) by rank; seen (B, T). is_first: the queries are those of the
-    T first keys, so that PyTorch needs no mask to know what they see.
+    T first keys, so that PyTorch needs neither a mask nor `seen` to know what they see.
     """
     k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     if is_first:

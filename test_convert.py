@@ -557,6 +557,24 @@ def test_a_student_is_its_model_up_to_dense_below(kind, bin, cnn, tmp_path):
     assert torch.equal(model.generate(x, **call), recomputed(model, x, mask.bool(), 9))
 
 
+@torch.no_grad()
+def test_a_call_of_dense_queries_alone_estimates_nothing(monkeypatch):
+    """Where no cache asks for a state: the same logits, and those of one query more come from SEA."""
+    model, x = convert.attach(tiny("llama"), **SEA, dense_below=7), tokens(n=7)
+    cached = model(x[:, :6], use_cache=True).logits
+
+    def estimate(*args, **options):
+        raise RuntimeError("estimates")
+
+    monkeypatch.setattr(sea.SEAttention, "forward", estimate)
+    assert torch.equal(model(x[:, :6], use_cache=False).logits, cached)
+    for call in dict(use_cache=True), dict(use_cache=False, attention_mask=x[:, :6] * 0 + torch.arange(6).clamp(max=1)):
+        with pytest.raises(RuntimeError, match="estimates"):
+            model(x[:, :6], **call)
+    with pytest.raises(RuntimeError, match="estimates"):
+        model(x, use_cache=False)
+
+
 @pytest.mark.parametrize("kind, bin", [("opt", 2), ("llama", 2), ("llama", 0)])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @torch.no_grad()
