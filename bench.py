@@ -35,8 +35,8 @@ rows say so.
 8,192 tokens of each context, and is then told the whole context's number of tokens: how many keys are
 selected depends on that, and they lie all over the context. A step is one CUDA graph: attention with
 its estimator, its state updated in place; adding the new key and value to the cache, which dense attention
-needs as well, is left out of both. Its time is the mean of 32 steps, of which one in --strides estimates a
-row. --prefill takes an OPT with random weights, or a
+needs as well, is left out of both. Its time is on a GPU the mean of 32 steps, of which one in --strides
+estimates a row. --prefill takes an OPT with random weights, or a
 Llama if heads share keys, whose cells are as good as random.
 """
 

@@ -72,6 +72,7 @@ def _step_tiles(dtype: torch.dtype, d_head: int, heads: int) -> dict:
     """Of a decoding step."""
     tile = _tile_sizes(dtype, d_head, heads)
     block_n = (64 if d_head > 128 else 128) if dtype != torch.float32 else 32
+    tile["BLOCK_D"] = max(32, tile["BLOCK_D"])  # Triton 3.6: wrong addresses if two threads read a head
     return dict(tile, BLOCK_M=max(16, _next_power_of_2(tile["HEADS"])), BLOCK_N=block_n, num_warps=4)
 
 
@@ -529,8 +530,8 @@ def _bin_attention_bwd(q, k, v, o, lse, do, bins, seen, softmax_scale, bin):
 # -- a decoding step
 
 
-# The same for one query per sequence, by parts of its list: a GPU has more multiprocessors than a batch has
-# choosers.
+# o and lse of the forward kernel for one query per sequence, by parts of its list: a GPU has more
+# multiprocessors than a batch has choosers.
 # One program: a part, BLOCK_N keys, and HEADS heads of a chooser; grid (n_part * B * CHOOSERS * HEAD_TILES,).
 #   q (B, H, 1, D), k and v (B, Hkv, S, D), any strides; bins (B, CHOOSERS, 1, n) int32
 #   seen (B, 1) int; order (B, S) int or None: the place of the key of each rank

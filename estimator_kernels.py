@@ -133,29 +133,32 @@ TAKE = dict(num_warps=4)
 MEAN = dict(num_warps=4)
 
 
-# out = the entry of each head at its sequence's index.
+# out = the entry of each head at its sequence's index; NaN where there is none, as when a CUDA graph of a
+# step is replayed beyond the end of its buffer of keys.
 # One program: one head; grid (B * H,).
 #   x (B, H, N, SIZE), any strides; index (B,) int64
 #   out (B, H, 1, SIZE) contiguous
-# Eager's gather takes three times as long. Reference: sea.take.
+# Eager's gather takes three times as long. Reference: sea.take, which raises in place of NaN.
 @triton.jit
-def _take_kernel(x_ptr, index_ptr, out_ptr, x_strides, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _take_kernel(x_ptr, index_ptr, out_ptr, x_strides, H, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     pid_bh, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     b, h = pid_bh // H, pid_bh % H
-    x_ptr += b * x_strides[0] + h * x_strides[1] + tl.load(index_ptr + b) * x_strides[2]
-    x = tl.load(x_ptr + offs.to(tl.int64) * x_strides[3], mask=offs < SIZE)
+    i = tl.load(index_ptr + b)
+    x_ptr += b * x_strides[0] + h * x_strides[1] + i * x_strides[2]
+    mask = (offs < SIZE) & (i >= 0) & (i < N)
+    x = tl.load(x_ptr + offs.to(tl.int64) * x_strides[3], mask=mask, other=float("nan"))
     tl.store(out_ptr + pid_bh * SIZE + offs, x, mask=offs < SIZE)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """sea.take, in one kernel if that is one entry a sequence and no gradient is wanted."""
-    (B, H, _, size), n = x.shape, index.shape[1]
+    (B, H, N, size), n = x.shape, index.shape[1]
     if n != 1 or torch.is_grad_enabled():
         return x.gather(2, index[:, None, :, None].expand(-1, H, -1, size))
     _check_device("x", x)
     out = _new(x, B, H, 1, size)
     with torch.cuda.device_of(x):
-        _take_kernel[(B * H,)](x, index.contiguous(), out, x_strides=x.stride(), H=H, SIZE=size,
+        _take_kernel[(B * H,)](x, index.contiguous(), out, x_strides=x.stride(), H=H, N=N, SIZE=size,
                                BLOCK=_next_power_of_2(size), **TAKE)
     return out
 
@@ -172,10 +175,10 @@ def _mean_of_heads_kernel(q_ptr, out_ptr, q_strides, N, T, GROUP: tl.constexpr, 
     b, n = pid_bn // N, pid_bn % N
     offs_t, offs_d = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
-    q_ptr += b * q_strides[0] + n * GROUP * q_strides[1]
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for g in tl.static_range(GROUP):
-        q = _load_tile(q_ptr + g * q_strides[1], offs_t, offs_d, q_strides[2], q_strides[3], mask)
+        head_ptr = q_ptr + b * q_strides[0] + (n * GROUP + g) * q_strides[1]
+        q = _load_tile(head_ptr, offs_t, offs_d, q_strides[2], q_strides[3], mask)
         total += q.to(tl.float32)
     out_ptrs = out_ptr + (pid_bn * T + offs_t)[:, None] * D + offs_d[None, :]
     mean = tl.div_rn(total, tl.full(total.shape, GROUP, tl.float32))  # "/" would not give x for GROUP times x
@@ -184,7 +187,7 @@ def _mean_of_heads_kernel(q_ptr, out_ptr, q_strides, N, T, GROUP: tl.constexpr, 
 
 @torch.no_grad()
 def mean_of_heads(q: Tensor, n: int) -> Tensor:
-    """sea.mean_of_heads, without a gradient."""
+    """sea.mean_of_heads. The means have no gradient."""
     (B, H, T, D), block_d = q.shape, _next_power_of_2(q.shape[3])
     if H == n:
         return q
@@ -1796,7 +1799,8 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
 #   q (B, H, 1, D), k (B, Hkv, 1, D), any strides; seen (B, 1), any strides: 0 if the token is no row
 #   count, n_new (B,) int; totals as above, of 2 * WIDTH buckets
 #   products (B * H, 2 * WIDTH) fp32
-# fp32: everything, no dots. Reads the buckets if the token is a row, else the one that its key is in.
+# fp32: everything, no dots. Reads all buckets if the token is a row or at a new level, else the block that
+# its key is in.
 # Reference: sea.add_cell_keys.
 @triton.jit
 def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_ptr, products_ptr, q_strides,

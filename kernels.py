@@ -18,7 +18,8 @@ i of the n of head h, of all sequences. The other axes hold at most 65,535, fewe
 Offsets are 64-bit where B, H, T or a stride is a factor.
 
 A decoding step, one query per sequence without gradient, is bound by launch overhead and latency. So
-most operations have a separate kernel for it: one launch, without tiles, chunks or segments.
+most operations have separate kernels for it: few launches, and parts where one program a head would leave a
+GPU idle.
 """
 
 import functools
@@ -151,8 +152,8 @@ def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
     queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
-    none takes long. SNAP: moves both ends on to numbers of x, so that a third of the steps do where many are
-    equal, as in half precision.
+    none takes long. SNAP: moves low on to a number of x and high to just above one, so that a third of the
+    steps do where many are equal, as in half precision.
     """
     step, log_n = n * 0, tl.log2(n.to(tl.float32))
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
@@ -168,8 +169,8 @@ def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
         if SNAP:
             lowest_above = tl.min(tl.where(mask_reached, x, float("inf")), axis=0)
             highest_below = tl.max(tl.where(x < _order_to_float(middle), x, -float("inf")), axis=0)
-            low = tl.where(enough, _float_to_order(lowest_above), low)
-            high = tl.where(enough, high, _float_to_order(highest_below) + 1)
+            low = tl.where(enough, tl.maximum(_float_to_order(lowest_above), middle), low)  # 0 >= -0, too
+            high = tl.where(enough, high, tl.minimum(_float_to_order(highest_below) + 1, middle))
         else:
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)

@@ -1494,18 +1494,19 @@ class SEAttention(nn.Module):
         state.count[b], and any finite numbers follow (not below config.dense_below keys).
         rows_at_once: compute this many queries at a time, each chunk with the state of the one
         before (causal only): the same output and state, less memory, no scores, cells or bins.
-        in_place: overwrite `state` with the state after this call, which the result then carries:
-        a CUDA graph of one decoding step, replayed, goes on from there. Raises ValueError if
-        arguments do not fit.
+        in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
+        which the result then carries, so that a CUDA graph of a decoding step goes on from there
+        when it is replayed; without gradients and rows_at_once, and if it fails the state is lost.
+        Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
-        can_be = (state is not None and kv_cached and rows_at_once is None
-                  and not torch.is_grad_enabled())
-        _expect(not in_place or can_be, "in_place", "False where there is no state to overwrite, "
-                "without kv_cached, with rows_at_once or where gradients are wanted", in_place)
+        if in_place:
+            check_in_place(state, kv_cached, rows_at_once)
         config, ops = self.config, operations(self.config, q)
         scale = scale_or_default(softmax_scale, config.d_head)
         topk = config.topk if topk is None else topk
+        if config.has_bins:
+            config.n_chosen(topk)  # raises
         if rows_at_once is not None and q.shape[2] > rows_at_once:
             return in_chunks(self, rows_at_once, q, k, v, valid, state, kv_cached,
                              softmax_scale=scale, topk=topk)
@@ -1780,6 +1781,15 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
     if rows_at_once is not None:
         ok = isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal
         _expect(ok, "rows_at_once", "an integer >= 1, and a causal layer, or None", rows_at_once)
+
+
+def check_in_place(state: SEAState | None, kv_cached: bool, rows_at_once: int | None) -> None:
+    """Raises ValueError where a state cannot be overwritten."""
+    can_be = (state is not None and state.k is None and kv_cached and rows_at_once is None
+              and not torch.is_grad_enabled())
+    _expect(can_be, "in_place", "False where there is no state to overwrite, or one with a KV "
+            "cache of its own, without kv_cached, with rows_at_once, or where gradients are wanted",
+            True)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

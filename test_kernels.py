@@ -1095,6 +1095,8 @@ def test_entries_and_means_are_those_of_sea(dtype, heads, T, D, layout, seed):
         with guarded(), torch.no_grad():
             assert torch.equal(kernels.take(x, index), sea.take(x, index))
     assert kernels.take(x.detach().requires_grad_(), index[:, :1]).requires_grad
+    with torch.no_grad():  # behind the last entry there is nothing, not the next head's
+        assert all(kernels.take(x, torch.full_like(index[:, :1], i)).isnan().all() for i in (-1, T))
     with guarded():
         mean, equal = kernels.mean_of_heads(x, Hkv), kernels.mean_of_heads(sea.repeat_heads(x[:, :Hkv], Hkv * group), Hkv)
     torch.testing.assert_close(mean, sea.mean_of_heads(x, Hkv))

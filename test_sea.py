@@ -1327,6 +1327,8 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
     ("rows_at_once", ">= 1", "0", lambda a, q, k, v: a(q, k, v, rows_at_once=0)),
     ("in_place", "no state to overwrite", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, kv_cached=True, in_place=True))),
+    ("in_place", "KV cache of its own", "True", torch.no_grad()(lambda a, q, k, v: a(
+        q[:, :, 5:], k, v, kv_cached=True, in_place=True, state=a(*(x[:, :, :5] for x in (q, k, v))).state))),
     ("in_place", "without kv_cached", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, state=a(q, k, v).state, in_place=True))),
     ("in_place", "where gradients are wanted", "True", lambda a, q, k, v: a(q[:, :, 5:], k, v, kv_cached=True, in_place=True,
                                                                            state=a(*(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state)),
