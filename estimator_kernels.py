@@ -1698,12 +1698,12 @@ def _bucket_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_
 
 
 @triton.jit
-def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_r, softmax_scale, WIDTH: tl.constexpr,
+def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_e, softmax_scale, WIDTH: tl.constexpr,
                        BOUNDS: tl.constexpr):
     """softmax_scale * the product that stands for each cell, (rows, cells), of rows whose buckets are of
-    level e, mask_r; -inf elsewhere."""
+    level e, mask_e; -inf elsewhere."""
     PLACES: tl.constexpr = 2 if BOUNDS else 1
-    mask = mask_r[:, None] & (cells < WIDTH)[None, :]
+    mask = mask_e[:, None] & (cells < WIDTH)[None, :]
     p, t, n_in = cells[None, :], seen[:, None], in_cells[:, None]
     s = tl.load(products_ptr + _bucket_of_cell(p, t, n_in, e, WIDTH, 0, PLACES), mask=mask, other=0.0)
     if BOUNDS:

@@ -1186,8 +1186,8 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # None, all of these, if computed in chunks (rows_at_once), or what a layer does not have: cells
-    # or bins, or what a control (baselines.py) lacks. R: with a row of the past, if there is one.
+    # Of these a call in chunks (rows_at_once) has none, a layer of bins no cells, one of cells no
+    # bins, and a control (baselines.py) what it computes. R: rows, one of the past among them.
     scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
@@ -1312,9 +1312,9 @@ def append(cache: Tensor, x: Tensor, count: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Which queries are estimated, and where every query finds its row: rank // stride, counted
-    from the start of the sequence. Row 0 may be one of the past, for the queries that still use
-    it."""
+    """Which queries are estimated, and which row every query uses: that of the last query whose
+    rank in its sequence is a multiple of the stride. Row 0 may be one of the past, for the queries
+    that still use it."""
 
     seen: Tensor  # (B, T) keys that each query sees, 0 behind the last token
     row: Tensor  # (B, T) the row of each query
