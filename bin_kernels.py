@@ -610,7 +610,7 @@ def _bin_attention_step(q, k, v, bins, seen, order, softmax_scale, bin):
     _bin_attention_step_kernel[(n_part * B * C * tiles["HEAD_TILES"],)](
         q, k, v, bins, seen, order, parts, lse, n=n, n_part=n_part,
         **_sizes(q, k, v, bins, softmax_scale, bin), **tiles)
-    _merge_parts_kernel[(B * H,)](parts, lse, o, n_part=n_part, D=D, BLOCK_D=_next_power_of_2(D), **MERGE)
+    _merge_parts_kernel[(B * H,)](parts, lse, o, n_part=n_part, D=D, BLOCK_D=tiles["BLOCK_D"], **MERGE)
     return o
 
 

@@ -176,13 +176,13 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     state = None if sea_layer is None else sea_layer.state
     if sea_layer is not None and sea_layer.is_first:  # a look at the mask's numbers, which a GPU has to be waited for
         sea_layer.see(valid, query.shape[2])
-    in_chunks = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
-    if in_chunks and sea_layer is None and valid is None and query.shape[2] < module.sea.config.dense_below:
+    output_alone = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
+    if output_alone and sea_layer is None and valid is None and query.shape[2] < module.sea.config.dense_below:
         # No later call wants to know what the estimator would.
         out = dense_attention(query, key, value, None, scale_or_default(scaling, query.shape[3]), is_first=True)
         return out.transpose(1, 2).contiguous(), None
     result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,
-                        kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if in_chunks else None)
+                        kv_cached=sea_layer is not None, rows_at_once=ROWS_AT_ONCE if output_alone else None)
     if sea_layer is not None:
         sea_layer.state = result.state
     _record(module, query, key, value, scaling, result.out, result)

@@ -152,8 +152,8 @@ def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
     queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
-    none takes long. SNAP: moves low on to a number of x and high to just above one, so that a third of the
-    steps do where many are equal, as in half precision.
+    none takes long. SNAP: moves low on to a number of x and high to just above one, so that fewer steps do
+    where many are equal, as in half precision.
     """
     step, log_n = n * 0, tl.log2(n.to(tl.float32))
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
