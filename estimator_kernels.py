@@ -1800,8 +1800,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
 #   count, n_new (B,) int; totals as above, of 2 * WIDTH buckets
 #   products (B * H, 2 * WIDTH) fp32
 # fp32: everything, no dots. Reads all buckets if the token is a row or at a new level, else the block that
-# its key is in.
-# Reference: sea.add_cell_keys.
+# its key is in. Reference: sea.add_cell_keys.
 @triton.jit
 def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_ptr, products_ptr, q_strides,
                          k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
