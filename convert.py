@@ -177,7 +177,7 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     if sea_layer is not None and sea_layer.is_first:  # a look at the mask's numbers, which a GPU has to be waited for
         sea_layer.see(valid, query.shape[2])
     output_alone = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
-    if output_alone and sea_layer is None and valid is None and query.shape[2] < module.sea.config.dense_below:
+    if output_alone and sea_layer is None and valid is None and is_dense(module.sea, query.shape[2]):
         # No later call wants to know what the estimator would.
         out = dense_attention(query, key, value, None, scale_or_default(scaling, query.shape[3]), is_first=True)
         return out.transpose(1, 2).contiguous(), None
@@ -188,6 +188,11 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     _record(module, query, key, value, scaling, result.out, result)
     weights = _weights(query, key, valid, scaling, result) if wants_weights else None
     return result.out.transpose(1, 2).contiguous(), weights
+
+
+def is_dense(layer: nn.Module, n_tokens: int) -> bool:
+    """Whether all queries of a sequence's first n_tokens attend to all keys that they see."""
+    return n_tokens < layer.config.dense_below
 
 
 def _check_attention(module: nn.Module, mask: Tensor | None, documents: Tensor | None, is_causal: bool | None, kwargs: dict) -> None:

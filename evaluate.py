@@ -992,8 +992,9 @@ def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
 @torch.no_grad()
 def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): a
-    student's modules, their weights in the dtype of q, or PyTorch's SDPA. clock: how it was timed; on a
-    GPU all of it is one replayed CUDA graph, where a graph can hold it."""
+    student's modules, their weights in the dtype of q, or PyTorch's SDPA, which a student runs below
+    dense_below. clock: how it was timed; on a GPU all of it is one replayed CUDA graph, where a graph can
+    hold it."""
     model.eval()
     with autocast(args), convert.record(model) as records:
         model(x.to(args.device), use_cache=False, logits_to_keep=1)
@@ -1001,16 +1002,15 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     del records  # a student's hold its scores
     runs, graph = [], True
     for module, (q, k, v, scale) in zip(convert.attention_modules(model), inputs, strict=True):
-        if hasattr(module, "sea"):
+        if hasattr(module, "sea") and not convert.is_dense(module.sea, q.shape[2]):
             layer = copy.deepcopy(module.sea).to(q.dtype)
             runs.append(functools.partial(layer, q, k, v, softmax_scale=scale))
             # plain PyTorch's sparse attention checkpoints, which no graph can hold
             on_kernels = sea.operations(layer.config, q) is not sea.torch_operations
             graph = graph and (on_kernels or isinstance(layer, baselines.PerformerAttention))
         else:
-            grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
             runs.append(functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True,
-                                          scale=scale, **grouped))
+                                          scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
 
     def run():
         return [attention() for attention in runs]

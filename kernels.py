@@ -145,12 +145,12 @@ def _order_to_float(order):
 
 
 @triton.jit
-def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
+def _bisect(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constexpr = False):
     """A float that the n largest numbers of x reach, and how many reach it: n or, where others equal the n-th
     largest, more.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
-    early at a float that exactly n reach. Guesses by the logarithms of counts, which in the tail of what
+    early at a float that exactly n reach. GUESS: by the logarithms of counts, which in the tail of what
     queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
     none takes long. SNAP: moves low on to a number of x and high to just above one, so that fewer steps do
     where many are equal, as in half precision.
@@ -159,10 +159,11 @@ def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
     while (count != n) & (low + 1 < high):
         middle = (low & high) + ((low ^ high) >> 1)  # rounded down; low + high might overflow
-        x_low, x_high = _order_to_float(low), _order_to_float(high)
-        guess = _float_to_order(x_low + (x_high - x_low) * (below / (above + below)))
-        guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)  # whatever infinities make of it
-        middle, step = tl.where(step == 2, middle, guess), tl.where(step == 2, 0, step + 1)
+        if GUESS:
+            x_low, x_high = _order_to_float(low), _order_to_float(high)
+            guess = _float_to_order(x_low + (x_high - x_low) * (below / (above + below)))
+            guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)  # whatever infinities make of it
+            middle, step = tl.where(step == 2, middle, guess), tl.where(step == 2, 0, step + 1)
         mask_reached = x >= _order_to_float(middle)
         reached = tl.sum(tl.where(mask_reached, 1.0, 0.0), axis=0).to(tl.int32)  # faster than of integers
         enough = reached >= n
@@ -175,15 +176,16 @@ def _bisect(x, n, count, low, high, SNAP: tl.constexpr = False):
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
         count = tl.where(enough, reached, count)
-        to_go = tl.log2(tl.maximum(reached.to(tl.float32), 0.5)) - log_n
-        above, below = tl.where(enough, above, -to_go), tl.where(enough, to_go, below)
+        if GUESS:
+            to_go = tl.log2(tl.maximum(reached.to(tl.float32), 0.5)) - log_n
+            above, below = tl.where(enough, above, -to_go), tl.where(enough, to_go, below)
     return _order_to_float(low), count
 
 
 @triton.jit
-def _keep_best(x, n, count, low, high, SNAP: tl.constexpr = False):
+def _keep_best(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constexpr = False):
     """Which of the numbers x are the n largest, ties to the lower index; arguments as in _bisect."""
-    threshold, count = _bisect(x, n, count, low, high, SNAP)
+    threshold, count = _bisect(x, n, count, low, high, GUESS, SNAP)
     mask_kept = x >= threshold
     if count != n:  # more numbers than wanted equal the n-th largest
         mask_tie = x == threshold
@@ -206,8 +208,8 @@ def _keep_best(x, n, count, low, high, SNAP: tl.constexpr = False):
 def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl.constexpr,
                    WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
     WORDS: tl.constexpr = (WIDTH + 31) // 32
-    pid_r, pid_group = _program(R)
-    b, h = pid_group * HEADS // H, pid_group * HEADS % H
+    pid_r, pid_group = tl.program_id(0) % R, tl.program_id(0) // R
+    b, h = (pid_group * HEADS // H).to(tl.int64), pid_group * HEADS % H  # divided in 32 bits
     offs_h, offs_p = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P)
     mask_hp = (offs_h < HEADS)[:, None] & (offs_p < WIDTH)[None, :]
     # (BLOCK_H, BLOCK_P)
@@ -233,7 +235,7 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl
     seen = tl.load(seen_ptr + b * R + pid_r).to(tl.int64)
     t = tl.maximum(seen, 1)
     n = tl.minimum(tl.maximum((budget + t) // (2 * t), 1), HEADS * WIDTH).to(tl.int32)
-    mask_kept = _keep_best(x, n, n * 0 + HEADS * WIDTH, low, high)
+    mask_kept = _keep_best(x, n, n * 0 + HEADS * WIDTH, low, high, GUESS=False)
 
     # -- pack, (BLOCK_H * BLOCK_P / 32, 32) cells
     kept = tl.reshape((mask_kept & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32))
@@ -457,17 +459,18 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_pt
     pid_n, pid_rbc = _program(tl.cdiv(BLOCK_C, BLOCK_N))
     pid_r, pid_bc = pid_rbc % n_row, pid_rbc // n_row
     b, c = pid_bc // C, pid_bc % C
-    kv = c * HKV // C
+    kv, offs_c = c * HKV // C, pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # three loads that do not wait for each other, though the first ones may say that the last is for nothing
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
+    n_candidate = tl.load(counts_ptr + pid_rbc)
+    bins = tl.load(candidates_ptr + pid_rbc * BLOCK_C + offs_c)
     if not is_row:
         return
-    n_candidate = tl.load(counts_ptr + pid_rbc)
     if pid_n * BLOCK_N >= n_candidate:
         return
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    offs_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c, mask_d = offs_c < n_candidate, offs_d < D
-    bins = tl.load(candidates_ptr + pid_rbc * BLOCK_C + offs_c, mask=mask_c, other=0).to(tl.int64)
+    bins = tl.where(mask_c, bins, 0).to(tl.int64)
     # (BLOCK_N, BLOCK_D)
     if FROM_BINS:
         k_ptr += ((b * HKV + kv) * n_key + bins)[:, None] * 2 * D + offs_d[None, :]

@@ -1039,10 +1039,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softma
     q (B, H, T, D); k, v (B, Hkv, S, D) by rank; seen (B, T). is_first: the queries are those of the
     T first keys, so that PyTorch needs neither a mask nor `seen` to know what they see.
     """
-    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     if is_first:
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     sees = torch.arange(k.shape[2], device=k.device) < seen.clamp(min=1)[:, None, :, None]
     return F.scaled_dot_product_attention(q, k, v, sees, scale=softmax_scale)
 
@@ -1112,9 +1113,9 @@ class SEAState:
 
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
     conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins
-    three times as many, and with a stride E*width + 2*H. At 12 heads of 64 and width 256, in bf16:
-    0.23 MB, with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what stands for the keys
-    of a bin is computed from the KV cache in every call.
+    three times as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and
+    width 256, in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what
+    stands for the keys of a bin is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1126,7 +1127,7 @@ class SEAState:
     v_sum: Tensor  # (B, Hkv, D)
     conv_rows: tuple[Tensor, Tensor]  # (B, 2H, 0 or 4, P), the last that entered each convolution
     last_scores: Tensor  # (B, E, 0 or 1, width), the last row, if the stride lets a query reuse it
-    last_gates: Tensor  # (B, H, 0 or 1, 2)
+    last_gates: Tensor  # (B, H, 0 or 1, 2); 0 without a CNN, where all rows have the same
     key_sums: Tensor  # (B, Hkv, 2*width or 0, D, with bins 3D), of add_cell_keys
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
@@ -1636,7 +1637,6 @@ class SEAttention(nn.Module):
         else:
             q_row, state = ops.mean_of_heads(q_row, config.kv_heads), past
             scores = q_row.new_zeros(*q_row.shape[:3], config.width)
-            gates = self.gates[None, :, None].repeat(len(q), 1, q_row.shape[2], 1)
         key_sums = past.key_sums
         if config.cell_keys:
             without_past = slice(-q_row.shape[2], None)
@@ -1645,10 +1645,14 @@ class SEAttention(nn.Module):
             scores, key_sums = key_ops.add_cell_keys(
                 scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
                 key_sums, in_cells, bounds=config.has_bins, in_place=in_place)
-        scores, gates = extend(past.last_scores, scores), extend(past.last_gates, gates)
+        scores = extend(past.last_scores, scores)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
-                        key_sums=key_sums, last_scores=ops.take(scores, rows.last),
-                        last_gates=ops.take(gates, rows.last))
+                        key_sums=key_sums, last_scores=ops.take(scores, rows.last))
+        if config.cnn:
+            gates = extend(past.last_gates, gates)
+            state.last_gates = ops.take(gates, rows.last)
+        else:
+            gates = self.gates[None, :, None].repeat(len(q), 1, scores.shape[2], 1)
         return scores, gates, state
 
     def run_cnn(self, ops, q_row: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,

@@ -204,18 +204,21 @@ def test_a_teacher_that_is_recorded_continues_as_itself(home, llama, kind):
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("method", ["sea", "performer", "window", "reformer", "dense"])
+@pytest.mark.parametrize("method", ["sea", "performer", "window", "reformer", "dense", "dense_below"])
 @torch.no_grad()
 def test_what_is_timed_is_the_attention_of_the_model(kind, method, monkeypatch):
     model, x, timed = tiny(kind), tokens(1), []
     if method == "dense":
         model.set_attn_implementation("sea_teacher")
+    elif method == "dense_below":
+        convert.attach(model, **SEA, dense_below=x.shape[1] + 1)
     else:
         convert.attach(model, **SEA, method=method)
     monkeypatch.setattr(evaluate, "milliseconds", lambda run, graph, device: timed.extend(run()) or 7.0)
     assert evaluate.attention_time(model, x, distill.parse(SMALL)) == dict(attention_ms=7.0, clock="wall clock")
     with convert.record(model) as records:
         model(x, use_cache=False)
+    assert all(isinstance(result, torch.Tensor) for result in timed) == method.startswith("dense")
     for r, result in zip(records, timed, strict=True):
         torch.testing.assert_close(getattr(result, "out", result), r.out)
 
