@@ -269,12 +269,13 @@ def _bin_attention_fwd(q, k, v, bins, seen, softmax_scale, bin):
 # order of queries. Nothing depends on which program is first.
 
 
-# dq, and delta.
+# dq = ds k * softmax_scale, and delta.
 # One program: the tile and the walk of the forward kernel.
 #   o (B, H, T, D) contiguous, do (B, H, T, D) any strides, lse (B, H, T) fp32; the others as there
 #   delta (B, H, T) fp32, dq (B, H, T, D) contiguous
 # fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
-# Reference: autograd through sea.bin_attention.
+# Computes p again from lse in place of reading it: keys and values are read once more, q, do and dq stay in
+# registers. Reference: autograd through sea.bin_attention.
 @triton.jit
 def _bin_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, united_ptr, counts_ptr, seen_ptr, lse_ptr,
                              delta_ptr, dq_ptr, q_strides, k_strides, v_strides, do_strides, H, T, n, n_key,
@@ -367,8 +368,9 @@ def _visits_kernel(bins_ptr, places_ptr, visitors_ptr, bits_ptr, T, n, n_bin, n_
 #   part_ends (n_list,) int64: running sum of the programs of each list; slots (n_list,) int64: the same, of
 #   lists shared by several
 #   part (slots, CHUNKS, 2, BLOCK_N, BLOCK_D) fp32; dk, dv (B, Hkv, S, D) contiguous
-# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Deterministic; no
-# count has to reach the CPU, so a CUDA graph can hold it.
+# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Reads a unit's keys and
+# values once for all its visits, and sums in registers in place of adding to memory by atomic operations.
+# Deterministic; no count has to reach the CPU, so a CUDA graph can hold it.
 # Reference: autograd through sea.bin_attention.
 @triton.jit
 def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, lse_ptr, delta_ptr, visitors_ptr,
@@ -443,7 +445,8 @@ def _bin_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, seen_ptr, lse_ptr, d
 
 
 # dk, dv of the units that several programs share: the sum of their parts, in order.
-# One program: BLOCK_N keys of one unit; grid (n_list * CHUNKS,). Pointers as above.
+# One program: BLOCK_N keys of one unit; grid (n_list * CHUNKS,). Those with one program return at once.
+# Pointers as above.
 @triton.jit
 def _sum_bin_parts_kernel(firsts_ptr, slots_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_unit, per_program,
                           UNIT_KEYS: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
@@ -579,9 +582,9 @@ def _bin_attention_step_kernel(q_ptr, k_ptr, v_ptr, bins_ptr, seen_ptr, order_pt
 
 # o = the mean of a query's parts, weighted by 2^lse; 0 without a key.
 # One program: one head; grid (B * H,).
-#   parts and lse as above
+#   parts (B, H, n_part, D) and lse (B, H, n_part) as above
 #   o (B, H, 1, D) contiguous
-# fp32: everything.
+# fp32: everything. A launch more, but a query's keys are read by n_part programs instead of one.
 @triton.jit
 def _merge_parts_kernel(parts_ptr, lse_ptr, o_ptr, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_D: tl.constexpr):

@@ -16,7 +16,7 @@
       window      control: the first and the last keys alone, as many as SEA attends to
       reformer    control: keys found by hashing, about as many as SEA attends to
       dense       control: the teacher's own attention
-      oracle      SEA whose cells come from the teacher's attention: the bound for any estimate
+      oracle      SEA whose cells come from the teacher's attention: what is lost to the estimate
     loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + context + 0 score)
       ce          cross entropy of the next token
       hidden      mean square between hidden states of student and teacher, mean over layers

@@ -138,7 +138,8 @@ MEAN = dict(num_warps=4)
 # One program: one head; grid (B * H,).
 #   x (B, H, N, SIZE), any strides; index (B,) int64
 #   out (B, H, 1, SIZE) contiguous
-# Faster than eager's gather. Reference: sea.take, which raises in place of NaN.
+# One launch; eager expands the index, and its gather reads one for every number. Reference: sea.take, which
+# raises in place of NaN.
 @triton.jit
 def _take_kernel(x_ptr, index_ptr, out_ptr, x_strides, H, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     pid_bh, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -521,7 +522,8 @@ def _context_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr, s
         norm += tl.sum(f_k, axis=0)
 
 
-# dq, and the sums that the keys' gradients need.
+# dq, and the sums that the keys' gradients need. g is dcontext / den, the gradient of phi(q) sum phi(k)^T v,
+# g_den = -rowsum(g context) that of the denominator.
 # One program: the segment and walk of _context_kernel.
 #   context, dcontext (B, H, R, 2D), den (B, H, R): contiguous
 #   dq (B, H, R, D), g_den (B, H, R) fp32, contiguous; dsums (B * H, n_segment, m, 2D+1) fp32: the segment's
@@ -586,7 +588,8 @@ def _context_dq_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, w_ptr, count_ptr, n_new_ptr
     _store_sums(dsums_ptr, dsum_pos, dsum_v, dnorm, D, M, BLOCK_D, BLOCK_F)
 
 
-# dk, dv, dpos.
+# dk, dv, dpos: through phi(k) and v of each key from the sum of phi(q)^T [g ; g_den] over the later queries,
+# the mirror of the forward walk, so in O(T) as well.
 # One program: one segment of one key/value head, from its last chunk to its first; grid
 # (n_segment * B * Hkv,).
 #   dsums (B * Hkv, n_segment + 1, m, 2D+1) fp32: sum of phi(q)^T [g ; g_den] from each segment on
@@ -913,7 +916,8 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_
 #   z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the gradients before the two norms
 #   sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, gain1, bias1 (2D), b2 (2P),
 #   gain2, bias2 (P)
-# fp32: norms, GELU and sums. Reference: autograd through sea.encode_rows.
+# fp32: norms, GELU and sums. Computing z again is cheaper than keeping it from the forward pass; the weights'
+# gradients themselves are matmuls of what it writes. Reference: autograd through sea.encode_rows.
 @triton.jit
 def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_ptr, b2_ptr, gain2_ptr,
                        wg_ptr, dimage_ptr, dgates_ptr, dcontext_ptr, dv_ptr, z_ptr, dz1_ptr, dx_ptr, sums_ptr,
@@ -1305,7 +1309,8 @@ def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexp
 
 
 # The whole CNN for one token per sequence, where it is a row (n_rows 1); the other sequences keep their past.
-# One program: one sequence, all channels; grid (B,).
+# One program: one sequence, all channels, since the second convolution wants all of the first's; grid (B,). A
+# barrier costs less than a second launch.
 #   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, HISTORY, P), middle (B, C, P) scratch: contiguous
 #   w1, w2 (C, C, 3, 3), up (4H, C) and the vectors: any dtype; n_rows (B,) int -> scores (B, H, 1, width)
 # fp32: accumulators and the norm. Reference: sea.causal_cnn.
@@ -1335,7 +1340,8 @@ def _cnn_step_kernel(image_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, up_ptr, up_b_ptr
 
 
 # From the gradient of scores to dx, that of the second convolution's sum.
-# One program: `n_block` rows, all channels; grid (n_program * B,). It computes their cells again.
+# One program: `n_block` rows, all channels; grid (n_program * B,). It computes their cells again, which are
+# wider than the image, in place of reading them.
 #   x (B, C, R, P) what the second convolution gave, dx likewise, channels last in memory
 #   dscores (B, H, R, width) contiguous
 #   each program's share of the gradients of up, of its bias, and of the norm's gain and bias, all fp32:
@@ -1866,7 +1872,8 @@ def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_pt
 # x as _cell_keys_kernel leaves it, of one token per sequence, from those products.
 # One program: one head; grid (B * H,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); seen, in_cells (B, 1), any strides; count, n_new (B,)
-# fp32: everything. Reference: sea.add_cell_keys.
+# fp32: everything. A launch of its own, since a row's largest product is of all buckets, on which
+# _step_buckets_kernel has many programs. Reference: sea.add_cell_keys.
 @triton.jit
 def _step_cells_kernel(x_ptr, gain_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr, products_ptr,
                        seen_strides, in_cells_strides, H, WIDTH: tl.constexpr, BOUNDS: tl.constexpr,
@@ -1978,8 +1985,11 @@ MIX_STEP = dict(num_warps=1)
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 
-# sums (B * Hkv, n_block, D) fp32, of each block of BLOCK_T values; grid (n_block * B * Hkv,). v and seen as
-# below.
+# The sum of each block of BLOCK_T values: the first of two passes over v, in place of a running sum that
+# would go from block to block.
+# One program: a block of one key/value head; grid (n_block * B * Hkv,).
+#   v (B, Hkv, T, D) any strides, seen (B, T) int, 0 where v is padding
+#   sums (B * Hkv, n_block, D) fp32
 @triton.jit
 def _block_sums_kernel(v_ptr, seen_ptr, sums_ptr, v_strides, HKV, T, D: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_D: tl.constexpr):
@@ -2096,7 +2106,7 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
 # out[r] = sum of x over the queries of row r, neighbours since `row` does not fall.
 # One program: BLOCK_R rows of one head, a query of each at a time; grid (cdiv(R, BLOCK_R) * B * H,).
 #   x (B, H, T, 2), ends (B, R) int: the first query after row r -> out (B, H, R, 2), fp32, contiguous
-# In a fixed order. Reference: Tensor.scatter_add.
+# In a fixed order, which Tensor.scatter_add, the reference, does not have on a GPU.
 @triton.jit
 def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
     pid_r, pid_bh = _program(tl.cdiv(R, BLOCK_R))
@@ -2112,9 +2122,9 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
     tl.store(out_ptr + (pid_bh * R + row)[:, None] * 2 + offs_2, total, mask=(row < R)[:, None])
 
 
-# The same as _mix_kernel for one query per sequence. Besides out, sums (B, Hkv, D) fp32 = past + v.
-# One program: one head; grid (B * H,). past as sums; the rest as above, with T = 1. fp32: everything.
-# Reference: sea.mix_average.
+# The same as _mix_kernel for one query per sequence, in one launch; besides out, sums = past + v.
+# One program: one head; grid (B * H,). sums, past (B, Hkv, D) fp32; the rest as above, with T = 1.
+# fp32: everything. Reference: sea.mix_average.
 @triton.jit
 def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides,
                      H, R, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):

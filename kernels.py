@@ -150,10 +150,11 @@ def _bisect(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constex
     largest, more.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
-    early at a float that exactly n reach. GUESS: by the logarithms of counts, which in the tail of what
-    queries and keys give are nearly straight: half the steps of bisection, which is every third step, so that
-    none takes long. SNAP: moves low on to a number of x and high to just above one, so that fewer steps do
-    where many are equal, as in half precision.
+    early at a float that exactly n reach. GUESS: takes the logarithm of the count for linear between low and
+    high, as it nearly is in the tail of what queries and keys give: half as many steps; every third bisects,
+    so that none takes long. In _select_kernel it does not pay.
+    SNAP: moves low on to a number of x and high to just above one: fewer steps where many are equal, as in
+    half precision.
     """
     step, log_n = n * 0, tl.log2(n.to(tl.float32))
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
@@ -796,7 +797,8 @@ def _max(a, b):
 # always join, so there are at most cdiv(width, 2) runs. A run and the gap after it take GAP + 2 units or
 # more, so there are at most cdiv(n_key, UNIT * (GAP + 2)). max_runs is the smaller of the two.
 # Cost: loads the bits twice, as they are and shifted by a word (from the cache), scans the cells, padded
-# to a power of two, whatever is kept, and writes at most 8 bytes of runs per 2 cells of a tile.
+# to a power of two, whatever is kept, and writes at most 8 bytes of runs per 2 cells of a tile. Computed
+# once, it spares the kernels that walk the keys, forward and backward, all search.
 @triton.jit
 def _plan_kernel(bits_ptr, seen_ptr, row_ptr, runs_ptr, steps_ptr, union_ptr, H, T, R, n_key, max_runs,
                  WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -1056,11 +1058,13 @@ def _attend_bwd(q, do, lse, delta, k_ptr, v_ptr, t, words_ptr, runs_ptr, n_step,
     return dq
 
 
-# dq = ds k * softmax_scale, and delta.
+# dq = ds k * softmax_scale, and delta = rowsum(o do); ds as above.
 # One program: the tile and the walk of the forward kernel.
 #   o (B, H, T, D) contiguous, do (B, H, T, D) any strides, lse (B, H, T) fp32; the others as there
 #   delta (B, H, T) fp32, dq (B, H, T, D) contiguous
 # fp32: delta, dq; p, dp and ds until the dots, whose operands have the dtype of q.
+# Computes p again from lse in place of reading it: keys and values are read once more, q, do and dq stay in
+# registers.
 # Reference: autograd through sea.sparse_attention.
 @triton.jit
 def _sparse_attention_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, bits_ptr, seen_ptr, row_ptr, runs_ptr,
@@ -1271,8 +1275,9 @@ def _sparse_attention_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, bits_ptr, seen_pt
         tl.store(part_ptr + (slot * 2 + 1) * BLOCK_N * BLOCK_D + offs_nd, dv)
 
 
-# dk, dv of the key blocks that several programs share: the sum of their parts, in order.
-# One program: one key block; grid (lists,). Pointers as above.
+# dk, dv of the key blocks that several programs share: the sum of their parts, in order, so that reruns are
+# equal to the bit, as sums by atomic operations would not be.
+# One program: one key block; grid (lists,). Those with one program return at once. Pointers as above.
 @triton.jit
 def _sum_parts_kernel(counts_ptr, slots_ptr, per_program_ptr, part_ptr, dk_ptr, dv_ptr, n_key, n_block,
                       D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):

@@ -5,24 +5,27 @@ transformer. It estimates each attention row in `width` cells with linear attent
 keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all
 this by distilling the teacher's attention. One layer, SEAttention.forward, computes:
 
-    tokens  valid tokens of q, k, v at the front, padding behind them                    border
-    rows    the queries whose attention is estimated: all, or every stride-th            border
-    c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))         steps 1, 2  |
-    z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates        step 3  | estimate_
-    scores  CNN(image)                                                             step 4  | attention
-            + gain * q . (cell key), ours                                          step 5  |
-    cells   the best of softmax(scores)                                            step 6
-    bins    the best of all bins of keys in those cells, the first and the last,
-            ours, causal only; bin=0: all keys in the cells, as in the paper       step 7
-    sparse  softmax(q k^T * softmax_scale) v over these keys                       steps 8, 9
-    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v                   step 10
-    back    each query to where it came from, and the state that the next call needs     border
+            what                                                              step   by
+    tokens  valid tokens of q, k, v at the front, padding behind them         -      to_front
+    rows    the queries whose attention is estimated: all, or every stride-th -      choose_rows
+    c       phi(q) (sum phi(k)^T [position ; v]) / (phi(q) sum phi(k))        1, 2   causal_context
+    z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates   3      encode_rows
+    scores  CNN(image)                                                        4      causal_cnn
+            + gain * q . (cell key), ours                                     5      add_cell_keys
+    cells   the best of softmax(scores)                                       6      select_cells
+    bins    the best of all bins of keys in those cells, the first and the
+            last, ours, causal only; bin=0: all keys in the cells, as in the
+            paper                                                             7      choose_bins
+    sparse  softmax(q k^T * softmax_scale) v over these keys                  8, 9   bin_attention
+    out     s_mix * s_prob * sparse + (1 - s_mix) * average of v              10     mix_average
+    back    each query to where it came from, beside the next call's state    -      Tokens.back
 
-This file is the readable reference: a function for each step, in that order, then state, border and
-module, for every dtype and device, with autograd. Steps take what they need of the past as tensors;
-SEAState holds these. Copy the file away and it works: it needs torch and einops only. Its sparse
-attention looks at all keys and masks them, which is easy to check and not fast; kernels.py has the
-same operations in Triton and takes over on a GPU.
+This file is the readable reference: a function for each step, in that order, then state, the border
+(from a model's tokens to compact ones and back) and module, for every dtype and device, with
+autograd. Steps take what they need of the past as tensors; SEAState holds these. Copy the file away
+and it works: it needs torch and einops only. Its sparse attention looks at all keys and masks them,
+which is easy to check and not fast; kernels.py has the same operations in Triton and takes over on
+a GPU.
 
     name       paper   meaning
     B, H, T    N,H,T   batch, query heads, queries (the new tokens of a call)
@@ -212,15 +215,21 @@ class SEAConfig:
 
     @property
     def n_last(self) -> float:
-        """Last keys that a query attends to, on average: the `local` last of its row; those before
-        them whose bin is not full, and so in no cell, yet; and those since the row, which sees a
-        multiple of the stride and one key more."""
+        """Last keys that a query attends to, on average: the `local` last of its row, those before
+        them whose bin is not full, and so in no cell, yet, and those since the row.
+
+        A row sees one key more than a multiple of the stride. So the keys of the bin that is not
+        full number r, r + step, r + 2 * step, ... < bin, where step = gcd(bin, query_stride) and
+        r = (1 - local) % step: on average r + (bin - step) / 2. Since the row there have been 0, 1,
+        ... query_stride - 1 keys.
+        """
         step = math.gcd(self.bin, self.query_stride)
         return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
     def n_chosen(self, topk: int) -> int:
         """How many bins to choose for a query and head, so that with its first and last keys it
-        attends to at most topk keys on average; may be 0."""
+        attends to at most topk keys on average; may be 0. Raises ValueError if topk is less than
+        the first and last keys."""
         always = self.n_first * self.bin + self.n_last
         _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many "
@@ -244,7 +253,8 @@ class SEAConfig:
 
     @property
     def n_always(self) -> int:
-        """The most bins that hold first and last keys."""
+        """The most bins that hold first and last keys: the last number local + bin - 1 +
+        query_stride - 1 at most, from a bin's beginning on."""
         return self.n_first + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
 
     def in_cells(self, seen: Tensor) -> Tensor:
@@ -446,7 +456,10 @@ def row_places(count: Tensor, T: int, stride: int) -> Tensor:
 
 def bidirectional_context(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, softmax_scale: float,
                           n_new: Tensor) -> Tensor:
-    """Linear attention over [position ; v] and all keys with softmax features: (B, H, T, 2D)."""
+    """Linear attention over [position ; v] and all keys with softmax features: (B, H, T, 2D).
+
+    q (B, H, T, D), k, v (B, Hkv, T, D), of which the first n_new (B,) are tokens.
+    """
     T, D = q.shape[2:]
     q, k_scaled = scaled_qk(q, k, softmax_scale)
     with no_autocast(q):
@@ -566,11 +579,11 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 
 # -- 5. cell keys, ours: each query's product with what stands for the keys of every cell ----------
 #
-# Random features do not tell single keys apart: without this step the estimate is little more than
-# a mean over all texts. The keys of a sequence are summed up in 2 * width buckets, whatever its
-# length, so this step, too, is causal, linear in T and its state constant. (With sums alone it is
-# linear attention, q sum_j k_j onehot(bucket(j))^T, with the identity for phi and one-hot numbers
-# of buckets for values.)
+# Random features do not tell single keys apart: without this step the cells kept miss much of the
+# attention (results/README.md, What each choice is worth). The keys of a sequence are summed up in
+# 2 * width buckets, whatever its length, so this step, too, is causal, linear in T and its state
+# constant. (With sums alone it is linear attention, q sum_j k_j onehot(bucket(j))^T, with the
+# identity for phi and one-hot numbers of buckets for values.)
 #
 # Buckets get wider while the sequence grows, unlike the bins of step 7. Whenever it is about to
 # outgrow all buckets of 2**e keys, e, the level, rises by one, and buckets 2b and 2b + 1 become
@@ -581,7 +594,8 @@ def causal_cnn(image: Tensor, cnn: CausalCNN, past: tuple[Tensor, Tensor],
 
 
 def bucket_level(seen, n_buckets: int):
-    """The smallest e >= 0 for which n_buckets of 2**e keys hold `seen` (int or tensor) keys."""
+    """The smallest e >= 0 for which n_buckets of 2**e keys hold `seen` keys: an int, or a tensor of
+    any shape, as `seen` is."""
     if isinstance(seen, int):
         return (max(0, seen - 1) // n_buckets).bit_length()
     if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
@@ -592,7 +606,7 @@ def bucket_level(seen, n_buckets: int):
 
 
 def bucket_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
-             past: Tensor) -> Tensor:
+                past: Tensor) -> Tensor:
     """Sums of the keys in each bucket of 2**level keys, bucket b from rank b * 2**level on:
     (B, Hkv, n_buckets, D).
 
@@ -614,7 +628,7 @@ def _add_to_buckets(sums: Tensor, x: Tensor, buckets: Tensor) -> Tensor:
 
 
 def bucket_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
-             past: Tensor) -> Tensor:
+                past: Tensor) -> Tensor:
     """As bucket_sums, but the largest number in each dimension; 0 where there is none."""
     n_buckets, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
     number = torch.arange(n_buckets, device=x.device)
@@ -634,7 +648,8 @@ def bucket_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tenso
 def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, width: int,
                     softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                     bounds: bool) -> tuple[Tensor, Tensor]:
-    """s of add_cell_keys, at least fp32, and its second result."""
+    """s of add_cell_keys, which says what the arguments are: (B, E, R, width), at least fp32; and
+    its second result."""
     n_buckets, D = 2 * width, k.shape[3]
     q, k = at_least_fp32(q) * softmax_scale, at_least_fp32(k)
     past = past.to(k.dtype)
@@ -645,7 +660,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
     row_level, level_of_past, next_level = (
         bucket_level(n, n_buckets) for n in (row_seen, count, count + n_new))
     scores, totals = q.new_zeros(*q.shape[:3], width), past
-    # T new keys end at most one level above the higher of bucket_level(count) and bucket_level(T).
+    # level(count + T) <= max(level(count), level(T)) + 1: T new keys rise by level(T) + 1 at most.
     for rise in range(bucket_level(k.shape[2], n_buckets) + 2):
         level = level_of_past + rise  # (B,)
         of_level = bucket_sums(k, level, rise, count, n_new, past[..., :D])
@@ -743,7 +758,8 @@ def add_mean_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, n_new: Ten
 
 
 def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
-    """topk_mask of softmax(scores) over the cells of each row."""
+    """topk_mask of softmax(scores), scores (B, H, R, width), over the cells of each row, which sees
+    seen (B, R) keys."""
     return topk_mask(at_least_fp32(scores).softmax(-1), seen, topk, group)
 
 
@@ -866,8 +882,8 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
     share a choice.
 
     scores (B, E, R, width); n_in_cells (B, R): how many bins the cells of a row share out. Cells
-    without a bin do not compete. As many are taken as never hold more bins than are wanted, but at
-    least one.
+    without a bin do not compete. The largest number of cells is taken that cannot hold more bins
+    than are wanted, but at least one.
     """
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
@@ -990,7 +1006,7 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     """sparse_attention over the keys in the chosen bins, of `bin` keys each: (B, H, T, D).
 
     bins (B, C, T, n) int32, of choose_bins; H / C adjacent query heads share those of a chooser.
-    The other arguments as in sparse_attention.
+    The other arguments as in sparse_attention. Raises ValueError if shapes do not fit.
     """
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
@@ -1051,8 +1067,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softma
 def attention_weights(q: Tensor, k: Tensor, keep: Tensor,
                       softmax_scale: float | None = None) -> Tensor:
     """The sparse attention matrix, written out: (B, H, T, S), rows of sum 1, or 0 for a query with
-    no key. keep (B, H, T, S) bool: which keys each query attends to, of expand_mask or
-    expand_bins."""
+    no key. q (B, H, T, D), k (B, Hkv, S, D); keep (B, H, T, S) bool: which keys each query attends
+    to, of expand_mask or expand_bins."""
     scale = scale_or_default(softmax_scale, q.shape[-1])
     with no_autocast(q):
         scores = (at_least_fp32(q) * scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -1098,7 +1114,8 @@ def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tenso
 
 def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
                 past: Tensor) -> tuple[Tensor, Tensor]:
-    """mix with the running_mean of v, and the sum of v after the last token; arguments as there."""
+    """mix with the running_mean of v (B, Hkv, T, D), and the sum of v after the last token, past
+    (B, Hkv, D) the one before the first; the other arguments as in mix."""
     average, v_sum = running_mean(v, seen, past)
     return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
 
@@ -1169,7 +1186,8 @@ class SEAState:
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
         """Copy `other` into this state in place. Only for states without a KV cache, since that
-        grows. It also changes those tensors of the SEAOutput that this state came with."""
+        grows. It also changes those tensors of the SEAOutput that this state came with. Raises
+        ValueError for other states, or other shapes."""
         _expect(self.k is None and other.k is None, "state",
                 "one whose KV cache the caller keeps (kv_cached=True)", "one with its own")
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
@@ -1187,8 +1205,8 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # Of these a call in chunks (rows_at_once) has none, a layer of bins no cells, one of cells no
-    # bins, and a control (baselines.py) what it computes. R: rows, one of the past among them.
+    # A call in chunks (rows_at_once) has none of these, a layer of bins no cells, one of cells no
+    # bins, and a control (baselines.py) what it computes. R: rows, with that kept from the past.
     scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
@@ -1517,9 +1535,9 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
                                                        scale, past, in_place)
-        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,
+        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,  # `out` comes below
                            row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
-        n_dense, n_sure = self.n_dense(past, q.shape[2], valid, kv_cached)
+        n_dense, n_sure = self.count_dense(past, q.shape[2], valid, kv_cached)
         if n_sure < q.shape[2]:
             begin = n_sure // rows.stride * rows.stride if rows.aligned else 0  # a row's first
             sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale, begin)
@@ -1536,7 +1554,7 @@ class SEAttention(nn.Module):
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         if valid is None:
             state.n_least = past.n_least + q.shape[2]
-        elif config.dense_below:  # else no GPU is waited for
+        elif config.dense_below:  # it is read for this alone, since int() waits for the GPU
             state.n_least = int(state.count.min())
         if in_place:
             past.copy_(state)
@@ -1565,21 +1583,21 @@ class SEAttention(nn.Module):
                                        softmax_scale, row=row, order=order)
         return after(begin, out)
 
-    def n_dense(self, past: SEAState, T: int, valid: Tensor | None,
-                kv_cached: bool) -> tuple[int, int]:
+    def count_dense(self, past: SEAState, T: int, valid: Tensor | None,
+                    kv_cached: bool) -> tuple[int, int]:
         """How many queries, from the first one on, may see fewer than dense_below keys in one
         sequence or another, and how many of these do in every one."""
         most = self.config.dense_below - 1
         if most < 1:
             return 0, 0
         fewest, highest = past.n_least, past.n_tokens
-        if past.n_tokens and (valid is not None or not kv_cached):  # else no GPU is waited for
+        if past.n_tokens and (valid is not None or not kv_cached):  # int() waits for the GPU
             fewest, highest = (int(x) for x in past.count.aminmax())
         return min(max(most - fewest, 0), T), min(max(most - highest, 0), T)
 
     def attend_to_all(self, tokens: Tokens, seen: Tensor, n: int, softmax_scale: float,
                       is_first: bool) -> Tensor:
-        """The first n queries, (B, H, n, D)."""
+        """Dense attention of the first n queries, which see seen (B, T) keys: (B, H, n, D)."""
         k, v, order = tokens.keys, tokens.values, tokens.key_order
         seen, n_key = seen[:, :n], min(k.shape[2], self.config.dense_below - 1)
         if order is None:
@@ -1609,7 +1627,7 @@ class SEAttention(nn.Module):
             n_before = past.last_scores.shape[2]
             behind = self.config.behind_cells
             chosen = ops.choose_rows(past.count, n_new, T, stride, n_before, *behind)
-        # So they are in a sequence's first call; and of a single token it does not matter.
+        # A sequence begins with a row; and of a single token it does not matter.
         aligned = stride == 1 or T == 1 or past.n_tokens == 0
         return Rows(*chosen, n_new, stride, aligned)
 
@@ -1657,7 +1675,8 @@ class SEAttention(nn.Module):
 
     def run_cnn(self, ops, q_row: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,
                 past: SEAState) -> tuple[Tensor, Tensor, SEAState]:
-        """Steps 1 to 4 of a causal layer: scores, gates, and the state with its sums and rows."""
+        """Steps 1 to 4 of a causal layer: scores (B, H, R, width), gates (B, H, R, 2), and the
+        state with its sums and rows. q_row (B, H, R, D), k, v (B, Hkv, T, D)."""
         stride = self.config.query_stride
         context, sums = ops.causal_context(q_row, k, v, self.position, self.projection,
                                            softmax_scale, stride, past.count, rows.n_new, past.sums)
@@ -1670,13 +1689,15 @@ class SEAttention(nn.Module):
 
     def combine(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
                 past: SEAState) -> tuple[Tensor, Tensor]:
-        """Step 10, and the sum of v after the new tokens."""
+        """Step 10, (B, H, T, D), and the sum of v (B, Hkv, T, D) after the new tokens. sparse
+        (B, H, T, D), scores (B, E, R, width), gates (B, H, R, 2)."""
         if self.config.causal:
             return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
         average = estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen)
         return mix(sparse, average, gates, rows.seen, rows.row), past.v_sum
 
     def check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
+        """Raises ValueError for arguments of forward that do not fit this layer."""
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
         longest, width = self.config.max_positions, self.config.width
         if state is not None:
@@ -1696,7 +1717,8 @@ class SEAttention(nn.Module):
 
 def in_chunks(layer: nn.Module, size: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None,
               state: SEAState | None, kv_cached: bool, **options) -> SEAOutput:
-    """layer.forward, about `size` queries at a time, each chunk with the state of the last."""
+    """layer.forward, about `size` queries at a time, each chunk with the state of the last; the
+    result has no scores, cells or bins. Arguments as in SEAttention.forward."""
     (B, H, T, D), stride = q.shape, layer.config.query_stride
     size = max(size // stride, 1) * stride  # a chunk begins with a row where the first one does
     before = k.shape[2] - T
@@ -1827,7 +1849,7 @@ class PooledAttention:
 
 def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S),
-    and which are seen."""
+    and which are seen, (B, 1, T, S). q (B, H, T, D), k (B, Hkv, S, D), seen (B, T)."""
     visible = (torch.arange(k.shape[2], device=k.device) < seen[..., None])[:, None]  # (B, 1, T, S)
     with no_autocast(q):
         scores = (at_least_fp32(q) * softmax_scale) @ at_least_fp32(repeat_heads(k, q.shape[1])).mT
@@ -1844,7 +1866,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
 
     q (B, H, T, D), k (B, Hkv, S, D), the valid keys first; seen (B, T). in_cells (B, T), unit: as
     in cells_of_keys, all keys seen by default. The first keys are in no sum, nor are those in no
-    cell. Memory O(T*width + block*S).
+    cell. Memory O(T*width + block*S). Raises ValueError if `seen` does not fit.
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
@@ -1876,7 +1898,8 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
 
     So a row counts by what its cells have to hold. KL is averaged over the queries of all heads
     that have keys in cells, MSE over their n_keys entries each. Differs: padded queries are left
-    out, and the authors sum the KL of a bidirectional layer over heads.
+    out, and the authors sum the KL of a bidirectional layer over heads. Raises ValueError if shapes
+    do not fit.
     """
     width = scores.shape[-1]
     _expect(pooled.cells.shape[-1] == width, "pooled", f"width {width} as scores",
@@ -1905,8 +1928,10 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     """L_score = kl_weight * KL(A || P) + MSE(P, A): the student's own dense attention P against the
     teacher's A.
 
-    If there are several blocks of queries, each is computed again in the backward pass, so that no
-    T x S tensor is kept. Means as in estimate_loss.
+    q, teacher_q (B, H, T, D); k, teacher_k (B, Hkv, S, D); seen (B, T) keys that each query sees.
+    KL is averaged over the queries of all heads that see a key, MSE over their S entries each. If
+    there are several blocks of queries, each is computed again in the backward pass, so that no
+    T x S tensor is kept. Raises ValueError if `seen` does not fit.
     """
     _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
             f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 
 
-AXES = {"keys": "keys per query and head", "attention_ms": "ms for attention in all layers"}
+AXES = {"keys": "keys per query and head", "attention_ms": "ms for attention in all layers, logarithmic"}
 
 
 def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float, float]]]:
@@ -31,6 +31,8 @@ def lines(models: dict[str, dict], x: str) -> dict[str, list[tuple[float, float,
 
 def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
     plt = evaluate.pyplot()
+    from matplotlib.ticker import LogLocator  # after pyplot, which says what to install where it is missing
+
     width = 8 if x == "attention_ms" else 5.2
     figure, axes = plt.subplots(1, len(files), figsize=(width * len(files), 4), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes[0], files.items()):
@@ -40,9 +42,10 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
         found = lines(models, x)
         flat = {name: points[0] for name, points in found.items() if len(points) == 1}
         curves = {name: points for name, points in found.items() if len(points) > 1}
-        for name, points in curves.items():
+        for style, (name, points) in zip(("-", "--", ":") * len(curves), curves.items()):  # a curve on another shows
             places, ys, keys = zip(*points)
-            axis.plot(places, ys, marker="o", label=name)
+            has_variants = any(other.startswith(name + ",") for other in curves)
+            axis.plot(places, ys, style, marker="o", label=f"{name}, as trained" if has_variants else name)
             for i, n in enumerate(keys if x == "attention_ms" else ()):
                 axis.annotate(f"{n:.0f}", (places[i], ys[i]), (4, 4), textcoords="offset points", fontsize=8)
         highest = max(y for points in curves.values() for _, y, _ in points)
@@ -55,13 +58,15 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
                 axis.axhline(y, linestyle=style, color="gray", label=name)
         axis.margins(x=0.08)
         axis.set_xscale("log", base=2)
+        if x == "attention_ms":
+            axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel=AXES[x], ylabel="perplexity over dense")
         axis.grid(alpha=0.3)
         if x == "attention_ms":  # beside it, since its points are anywhere
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
         else:
-            axis.legend()
+            axis.legend(loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
