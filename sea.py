@@ -1258,7 +1258,12 @@ class SEAOutput:
     @property
     def is_dense(self) -> Tensor:
         """Which queries attend to all keys that they see, (B, T)."""
-        return (self.seen > 0) & (self.seen < self.dense_below)
+        return attends_to_all(self.seen, self.dense_below)
+
+
+def attends_to_all(seen: Tensor, dense_below: int) -> Tensor:
+    """Which queries, that see seen (B, T) keys, attend to all of them: bool (B, T)."""
+    return (seen > 0) & (seen < dense_below)
 
 
 # -- the border: valid tokens first, and the rows to estimate --------------------------------------
@@ -1535,53 +1540,50 @@ class SEAttention(nn.Module):
         rows = self.choose_rows(ops, tokens, past)
         scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
                                                        scale, past, in_place)
-        result = SEAOutput(tokens.q, rows.seen, state, scores, row=rows.row,  # `out` comes below
-                           row_in_cells=rows.row_in_cells, dense_below=config.dense_below)
-        n_dense, n_sure = self.count_dense(past, q.shape[2], valid, kv_cached)
-        if n_sure < q.shape[2]:
-            begin = n_sure // rows.stride * rows.stride if rows.aligned else 0  # a row's first
-            sparse = self.choose_and_attend(ops, tokens, rows, result, topk, scale, begin)
-            result.out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
-        else:
-            self.choose_nothing(result)
-            state.v_sum = past.v_sum + at_least_fp32(tokens.v).sum(2)
-        if n_dense:
+        n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
+        sparse, choice = self.choose_and_attend(ops, tokens, rows, scores, topk, scale, n_dense)
+        out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
+        if n_some:
             is_first = valid is None and past.n_tokens == 0
-            dense = self.attend_to_all(tokens, rows.seen, n_dense, scale, is_first)
-            result.out = torch.cat([torch.where(result.is_dense[:, None, :n_dense, None], dense,
-                                                result.out[:, :, :n_dense]),
-                                    result.out[:, :, n_dense:]], dim=2)
-        state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
-        if valid is None:
-            state.n_least = past.n_least + q.shape[2]
-        elif config.dense_below:  # it is read for this alone, since int() waits for the GPU
-            state.n_least = int(state.count.min())
-        if in_place:
-            past.copy_(state)
-            state = past
-        result.state = state if config.causal else None
+            out = self.attend_to_all(out, tokens, rows.seen, n_some, scale, is_first)
+        state = self.complete(state, past, tokens, valid, kv_cached, in_place)
+        result = SEAOutput(out, rows.seen, state, scores, row=rows.row,
+                           row_in_cells=rows.row_in_cells, dense_below=config.dense_below, **choice)
         return tokens.back(result)
 
-    def choose_and_attend(self, ops, tokens: Tokens, rows: Rows, result: SEAOutput, topk: int,
-                          softmax_scale: float, begin: int) -> Tensor:
-        """Steps 6 to 9, (B, H, T, D), of queries from number `begin` on, which begins a row; those
-        before choose no bins, and get 0. Notes the choice in `result`."""
-        config, q, seen = self.config, tokens.q[:, :, begin:], rows.seen[:, begin:]
-        row, order = rows.row[:, begin:], tokens.key_order
+    def choose_and_attend(self, ops, tokens: Tokens, rows: Rows, scores: Tensor, topk: int,
+                          softmax_scale: float, n_dense: int) -> tuple[Tensor, dict]:
+        """Steps 6 to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. The first
+        n_dense queries attend to all keys anyway: they choose no bins, and get 0 here."""
+        config, T, stride = self.config, tokens.q.shape[2], rows.stride
+        if n_dense == T:
+            return torch.zeros_like(tokens.q), self.no_choice(rows, scores)
+        begin = n_dense // stride * stride if rows.aligned else 0  # a row's first query
+        q, seen, row = tokens.q[:, :, begin:], rows.seen[:, begin:], rows.row[:, begin:]
         if config.has_bins:
-            first = begin // rows.stride
-            bins = ops.choose_bins(result.scores[:, :, first:], q, tokens.keys, seen,
+            first = begin // stride
+            bins = ops.choose_bins(scores[:, :, first:], q, tokens.keys, seen,
                                    row - first if first else row, rows.row_seen[:, first:], topk,
-                                   config, softmax_scale, order=order)
-            result.bin, result.bins = config.bin, after(begin, bins, NONE)
+                                   config, softmax_scale, order=tokens.key_order)
+            choice = dict(bins=after(begin, bins, NONE), bin=config.bin)
             out = ops.bin_attention(q, tokens.keys, tokens.values, bins, seen, softmax_scale,
-                                    bin=config.bin, order=order)
+                                    bin=config.bin, order=tokens.key_order)
         else:
-            scores = repeat_heads(result.scores, config.n_head)
-            result.cells = ops.select_cells(scores, rows.row_seen, topk, config.group)
-            out = ops.sparse_attention(q, tokens.keys, tokens.values, result.cells, seen,
-                                       softmax_scale, row=row, order=order)
-        return after(begin, out)
+            choice = dict(cells=ops.select_cells(repeat_heads(scores, config.n_head), rows.row_seen,
+                                                 topk, config.group))
+            out = ops.sparse_attention(q, tokens.keys, tokens.values, choice["cells"], seen,
+                                       softmax_scale, row=row, order=tokens.key_order)
+        return after(begin, out), choice
+
+    def no_choice(self, rows: Rows, scores: Tensor) -> dict:
+        """What is chosen if all queries attend to all keys: lists of no bins, or no cells."""
+        (B, T), config = rows.seen.shape, self.config
+        if config.has_bins:
+            bins = rows.seen.new_empty(B, config.n_choosers, T, 0, dtype=torch.int32)
+            return dict(bins=bins, bin=config.bin)
+        none = rows.seen.new_zeros(B, config.n_head, scores.shape[2], config.width,
+                                   dtype=torch.bool)
+        return dict(cells=none)
 
     def count_dense(self, past: SEAState, T: int, valid: Tensor | None,
                     kv_cached: bool) -> tuple[int, int]:
@@ -1595,28 +1597,35 @@ class SEAttention(nn.Module):
             fewest, highest = (int(x) for x in past.count.aminmax())
         return min(max(most - fewest, 0), T), min(max(most - highest, 0), T)
 
-    def attend_to_all(self, tokens: Tokens, seen: Tensor, n: int, softmax_scale: float,
-                      is_first: bool) -> Tensor:
-        """Dense attention of the first n queries, which see seen (B, T) keys: (B, H, n, D)."""
+    def attend_to_all(self, out: Tensor, tokens: Tokens, seen: Tensor, n: int,
+                      softmax_scale: float, is_first: bool) -> Tensor:
+        """out (B, H, T, D), with dense attention for those of the first n queries that see fewer
+        than dense_below keys; seen (B, T)."""
         k, v, order = tokens.keys, tokens.values, tokens.key_order
-        seen, n_key = seen[:, :n], min(k.shape[2], self.config.dense_below - 1)
+        n_key, is_dense = self.config.dense_below - 1, attends_to_all(seen, self.config.dense_below)
         if order is None:
             k, v = k[:, :, :n_key], v[:, :, :n_key]
         else:
             k, v = (take(x, order[:, :n_key]) for x in (k, v))
-            k, v = (x.masked_fill(~is_token(x, seen.amax(1)), 0) for x in (k, v))
-        return dense_attention(tokens.q[:, :, :n], k, v, seen, softmax_scale, is_first)
+            k, v = (x.masked_fill(~is_token(x, seen[:, :n].amax(1)), 0) for x in (k, v))
+        dense = dense_attention(tokens.q[:, :, :n], k, v, seen[:, :n], softmax_scale, is_first)
+        dense = torch.where(is_dense[:, None, :n, None], dense, out[:, :, :n])
+        return torch.cat([dense, out[:, :, n:]], dim=2)
 
-    def choose_nothing(self, result: SEAOutput) -> None:
-        """The choice of a call whose queries all attend to all keys."""
-        B, H, T, _ = result.out.shape
-        config, result.out = self.config, torch.zeros_like(result.out)
-        if config.has_bins:
-            result.bin = config.bin
-            result.bins = result.seen.new_empty(B, config.n_choosers, T, 0, dtype=torch.int32)
-        else:
-            n_rows = result.scores.shape[2]
-            result.cells = result.seen.new_zeros(B, H, n_rows, config.width, dtype=torch.bool)
+    def complete(self, state: SEAState, past: SEAState, tokens: Tokens, valid: Tensor | None,
+                 kv_cached: bool, in_place: bool) -> SEAState | None:
+        """The state after a call, with all that its steps do not know of."""
+        if not self.config.causal:
+            return None
+        state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
+        if valid is None:
+            state.n_least = past.n_least + tokens.q.shape[2]
+        elif self.config.dense_below:  # it is read for this alone, since int() waits for the GPU
+            state.n_least = int(state.count.min())
+        if in_place:
+            past.copy_(state)
+            return past
+        return state
 
     def choose_rows(self, ops, tokens: Tokens, past: SEAState) -> Rows:
         """The queries to estimate."""
