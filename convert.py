@@ -179,6 +179,7 @@ def sea_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, 
     output_alone = module.sea.config.causal and not (torch.is_grad_enabled() or wants_weights or records is not None)
     if output_alone and sea_layer is None and valid is None and is_dense(module.sea, query.shape[2]):
         # No later call wants to know what the estimator would.
+        module.sea.check(query, key, value, None, None, False, None)
         out = dense_attention(query, key, value, None, scale_or_default(scaling, query.shape[3]), is_first=True)
         return out.transpose(1, 2).contiguous(), None
     result = module.sea(query, key, value, valid=valid, softmax_scale=scaling, state=state,

@@ -992,9 +992,9 @@ def pass_cost(model, x: Tensor, args) -> dict[str, float | None]:
 @torch.no_grad()
 def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
     """ms that the attention alone of all layers takes on their q, k, v of one sequence x (1, T): a
-    student's modules, their weights in the dtype of q, or PyTorch's SDPA, which a student runs below
-    dense_below. clock: how it was timed; on a GPU all of it is one replayed CUDA graph, where a graph can
-    hold it."""
+    student's modules, their weights in the dtype of q, or PyTorch's SDPA, which a student runs in such a
+    call if it is shorter than dense_below. clock: how it was timed; on a GPU all of it is one replayed
+    CUDA graph, where a graph can hold it."""
     model.eval()
     with autocast(args), convert.record(model) as records:
         model(x.to(args.device), use_cache=False, logits_to_keep=1)
@@ -1009,8 +1009,7 @@ def attention_time(model, x: Tensor, args) -> dict[str, float | str]:
             on_kernels = sea.operations(layer.config, q) is not sea.torch_operations
             graph = graph and (on_kernels or isinstance(layer, baselines.PerformerAttention))
         else:
-            runs.append(functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True,
-                                          scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
+            runs.append(functools.partial(sea.dense_attention, q, k, v, None, scale, is_first=True))
 
     def run():
         return [attention() for attention in runs]

@@ -461,7 +461,7 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_pt
     pid_r, pid_bc = pid_rbc % n_row, pid_rbc // n_row
     b, c = pid_bc // C, pid_bc % C
     kv, offs_c = c * HKV // C, pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # three loads that do not wait for each other, though the first ones may say that the last is for nothing
+    # loads that do not wait for each other, though the first ones may say that the last is for nothing
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
     n_candidate = tl.load(counts_ptr + pid_rbc)
     bins = tl.load(candidates_ptr + pid_rbc * BLOCK_C + offs_c)

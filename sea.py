@@ -1057,6 +1057,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softma
     """
     if is_first:
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        if q.dtype not in (torch.float16, torch.bfloat16):  # on a GPU no kernel would share keys
+            k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale,
                                               enable_gqa=q.shape[1] != k.shape[1])
     k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
@@ -1647,7 +1649,8 @@ class SEAttention(nn.Module):
 
         Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
         the one kept from the past first, and the state after the new tokens but for v_sum, k and v.
-        With query_stride > 1 gates, too, are a row's, since they need its linear attention.
+        With a CNN and query_stride > 1 gates, too, are a row's, since they need its linear
+        attention; without a CNN all rows have the same.
         """
         config, n_new = self.config, rows.n_new
         if not config.causal:

@@ -575,6 +575,13 @@ def test_a_call_of_dense_queries_alone_estimates_nothing(monkeypatch):
         model(x, use_cache=False)
 
 
+@torch.no_grad()
+def test_a_call_of_dense_queries_alone_is_refused_as_any_other():
+    short = convert.attach(tiny("llama"), **SEA, dense_below=7, max_positions=5)
+    with pytest.raises(ValueError, match="k: expected at most max_positions = 5 tokens, padding included, got 6"):
+        short(tokens(n=6), use_cache=False)
+
+
 @pytest.mark.parametrize("kind, bin", [("opt", 2), ("llama", 2), ("llama", 0)])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @torch.no_grad()

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import baselines
 import bin_kernels
@@ -750,6 +751,19 @@ def test_all_bins_are_dense_attention():
     bins = torch.arange(9, dtype=torch.int32, device=DEVICE).expand(1, 2, 35, 9)
     dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
     torch.testing.assert_close(kernels.bin_attention(q, k, v, bins, seen, bin=4), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_attention_of_grouped_heads_runs_fused(dtype):
+    """As dense_below wants it: without PyTorch's own T x T scores, which are its last resort."""
+    case = Bins(dtype, 35, 0, (1, 2, 1, 2), 16, 4, 1.0, False, "contiguous", 64, 0)
+    *tensors, _, seen = case.tensors()
+    q, k, v = (x.contiguous() for x in tensors)
+    expected = sea.dense_attention(q, k, v, seen, 0.3, is_first=False)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        out = sea.dense_attention(q, k, v, None, 0.3, is_first=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_keys_that_a_query_does_not_see_are_not_read():
