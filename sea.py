@@ -857,14 +857,15 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
     n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
-    keys = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
-    number = torch.arange(keys.shape[2], device=k.device)  # of each bin
+    of_bins = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
+    n_bin = of_bins.shape[2]
+    number = torch.arange(n_bin, device=k.device)  # of each bin
     best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
-    in_best_cells = spread_to_keys(best_cells, n_in_cells, keys.shape[2], False)  # bins for keys
+    in_best_cells = spread_to_keys(best_cells, n_in_cells, n_bin, False)  # bins for keys
     is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
         q = at_least_fp32(mean_of_heads(q, C)) * softmax_scale  # (B, C, T, D)
-        products = torch.cat([q, q.abs()], dim=-1) @ keys.mT  # (B, C, T, bins)
+        products = torch.cat([q, q.abs()], dim=-1) @ of_bins.mT  # (B, C, T, bins)
         lowest = torch.finfo(products.dtype).min
         # Keeps a choice's ranking, and makes choices that are ranked together comparable.
         ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
