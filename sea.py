@@ -1560,7 +1560,7 @@ class SEAttention(nn.Module):
         n_dense queries attend to all keys anyway: they choose no bins, and get 0 here."""
         config, T, stride = self.config, tokens.q.shape[2], rows.stride
         if n_dense == T:
-            return torch.zeros_like(tokens.q), self.no_choice(rows, scores)
+            return tokens.q.new_zeros(tokens.q.shape), self.no_choice(rows, scores)
         begin = n_dense // stride * stride if rows.aligned else 0  # a row's first query
         q, seen, row = tokens.q[:, :, begin:], rows.seen[:, begin:], rows.row[:, begin:]
         if config.has_bins:
