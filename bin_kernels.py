@@ -368,8 +368,8 @@ def _visits_kernel(bins_ptr, places_ptr, visitors_ptr, bits_ptr, T, n, n_bin, n_
 #   part_ends (n_list,) int64: running sum of the programs of each list; slots (n_list,) int64: the same, of
 #   lists shared by several
 #   part (slots, CHUNKS, 2, BLOCK_N, BLOCK_D) fp32; dk, dv (B, Hkv, S, D) contiguous
-# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Reads a unit's keys and
-# values once for all its visits, and sums in registers in place of adding to memory by atomic operations.
+# fp32: accumulators; p, dp and ds until the dots, whose operands have the dtype of q. Reads keys and values
+# once for all visits of a program, and sums in registers in place of adding to memory by atomic operations.
 # Deterministic; no count has to reach the CPU, so a CUDA graph can hold it.
 # Reference: autograd through sea.bin_attention.
 @triton.jit

@@ -916,7 +916,7 @@ def _encode_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_
 #   z, dz1 (B, H, R, 2D), dx (B, H, R, 2P): GELU's output and the gradients before the two norms
 #   sums (programs, 6D + 4P) fp32: each program's share of the gradients of b1, gain1, bias1 (2D), b2 (2P),
 #   gain2, bias2 (P)
-# fp32: norms, GELU and sums. Computing z again is cheaper than keeping it from the forward pass; the weights'
+# fp32: norms, GELU and sums. Nothing has to be kept from the forward pass but its inputs; the weights'
 # gradients themselves are matmuls of what it writes. Reference: autograd through sea.encode_rows.
 @triton.jit
 def _encode_bwd_kernel(context_ptr, v_ptr, w1_ptr, b1_ptr, gain1_ptr, bias1_ptr, w2_ptr, b2_ptr, gain2_ptr,
@@ -1309,8 +1309,8 @@ def _conv_step(past_ptr, next_ptr, x_ptr, w_ptr, b_ptr, n_new, P, C: tl.constexp
 
 
 # The whole CNN for one token per sequence, where it is a row (n_rows 1); the other sequences keep their past.
-# One program: one sequence, all channels, since the second convolution wants all of the first's; grid (B,). A
-# barrier costs less than a second launch.
+# One program: one sequence, all channels, since the second convolution wants all of the first's; grid (B,).
+# So it is one launch, with a barrier between the two.
 #   image (B, C, 1, P), past1, past2 and next1, next2 (B, C, HISTORY, P), middle (B, C, P) scratch: contiguous
 #   w1, w2 (C, C, 3, 3), up (4H, C) and the vectors: any dtype; n_rows (B,) int -> scores (B, H, 1, width)
 # fp32: accumulators and the norm. Reference: sea.causal_cnn.
@@ -1872,8 +1872,8 @@ def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_pt
 # x as _cell_keys_kernel leaves it, of one token per sequence, from those products.
 # One program: one head; grid (B * H,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); seen, in_cells (B, 1), any strides; count, n_new (B,)
-# fp32: everything. A launch of its own, since a row's largest product is of all buckets, on which
-# _step_buckets_kernel has many programs. Reference: sea.add_cell_keys.
+# fp32: everything. A launch of its own, since a row's largest product is among what many programs of
+# _step_buckets_kernel write. Reference: sea.add_cell_keys.
 @triton.jit
 def _step_cells_kernel(x_ptr, gain_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr, products_ptr,
                        seen_strides, in_cells_strides, H, WIDTH: tl.constexpr, BOUNDS: tl.constexpr,
