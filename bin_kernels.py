@@ -87,14 +87,14 @@ def _rows_of(ptr, strides, b, h, i, offs_d):
 
 
 @triton.jit
-def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
-    """Which of the numbers x are on a list of n, ascending, by bisection."""
+def _find(bins_ptr, x, n, LOG_LIST: tl.constexpr):
+    """Where the numbers x would be on a list of n, ascending, and which of them are, by bisection."""
     place = tl.zeros_like(x)  # of the first number that is not less, or of the last
     for i in tl.static_range(LOG_LIST):
         step = 1 << (LOG_LIST - 1 - i)
         before = tl.load(bins_ptr + place + step - 1, mask=place + step <= n, other=NONE)
         place += tl.where(before < x, step, 0)
-    return tl.load(bins_ptr + place, mask=place < n, other=NONE) == x
+    return place, tl.load(bins_ptr + place, mask=place < n, other=NONE) == x
 
 
 # -- lists of a tile's queries, united
@@ -106,7 +106,8 @@ def _is_listed(bins_ptr, x, n, LOG_LIST: tl.constexpr):
 #   bins (B, C, T, n) int32, below 2^27 but NONE
 #   united (B, C, cdiv(T, QUERIES), QUERIES * n) int32: 2^QUERIES * bin + a bit for each query; counts
 #   (B, C, cdiv(T, QUERIES)) int32: how many there are
-# A bin goes with the first query that has it: each looks for its own on the lists of the others.
+# A bin goes with the first query that has it, which looks for it on the lists of later ones and marks it
+# there. The marks of query i are in united at i * n, where no earlier query writes.
 @triton.jit
 def _unite_kernel(bins_ptr, united_ptr, counts_ptr, T, n, QUERIES: tl.constexpr, LOG_LIST: tl.constexpr):
     n_tile = tl.cdiv(T, QUERIES)
@@ -114,20 +115,21 @@ def _unite_kernel(bins_ptr, united_ptr, counts_ptr, T, n, QUERIES: tl.constexpr,
     offs = tl.arange(0, 2**LOG_LIST)
     bins_ptr += pid_bc * T * n
     united_ptr += (pid_bc * n_tile + pid_tile) * QUERIES * n
+    for i in tl.static_range(1, QUERIES):
+        tl.store(united_ptr + i * n + offs, 0, mask=offs < n)
     count = pid_tile * 0  # of the type that it will have
     for i in tl.static_range(QUERIES):
+        tl.debug_barrier()  # marks are written
         query = pid_tile * QUERIES + i
         x = tl.load(bins_ptr + query.to(tl.int64) * n + offs, mask=(query < T) & (offs < n), other=NONE)
         mask_new, bits = x != NONE, tl.full((2**LOG_LIST,), 2**i, tl.int32)
-        for k in tl.static_range(QUERIES):
+        if i > 0:
+            mask_new &= tl.load(united_ptr + i * n + offs, mask=offs < n, other=1) == 0
+        for k in tl.static_range(i + 1, QUERIES):
             other = pid_tile * QUERIES + k
-            if k != i:
-                n_other = tl.where(other < T, n, 0)
-                is_listed = _is_listed(bins_ptr + other.to(tl.int64) * n, x, n_other, LOG_LIST)
-                if k < i:
-                    mask_new &= ~is_listed
-                else:
-                    bits += tl.where(is_listed, 2**k, 0)
+            place, is_listed = _find(bins_ptr + other.to(tl.int64) * n, x, tl.where(other < T, n, 0), LOG_LIST)
+            bits += tl.where(is_listed, 2**k, 0)
+            tl.store(united_ptr + k * n + place, 1, mask=mask_new & is_listed)
         place = count + tl.cumsum(mask_new.to(tl.int32), axis=0) - 1
         tl.store(united_ptr + place, x * 2**QUERIES + bits, mask=mask_new)
         count += tl.sum(mask_new.to(tl.int32), axis=0)
