@@ -1591,6 +1591,7 @@ def causal_cnn(image: Tensor, cnn: nn.Module, past: tuple[Tensor, Tensor], n_row
 
 BUCKET_KEYS = dict(BLOCK_B=16, BLOCK_N=8, num_warps=4)
 CELL_KEYS = dict(programs=528)  # 4 on each of an H100's multiprocessors
+STEP_BUCKETS = dict(programs=1024)  # in most steps all but one a head have nothing to do
 
 
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
@@ -1601,10 +1602,13 @@ def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
                 BLOCK_D=_dot_block(D, dtype), num_warps=num_warps, num_stages=3 if is_half else 1)
 
 
-def _cell_keys_step_tiles(D: int, width: int) -> tuple[dict, dict]:
-    """Of the kernel of buckets, blocks of 2,048 numbers, and of that of cells."""
+def _cell_keys_step_tiles(n_head: int, D: int, width: int) -> tuple[int, dict, dict]:
+    """Blocks of buckets that a program of the kernel of buckets reads, and constants of that kernel, blocks of
+    2,048 numbers, and of that of cells; n_head: key/value heads of all sequences."""
     block_p, block_d = _next_power_of_2(width), _next_power_of_2(D)
-    return (dict(BLOCK_B=min(2 * block_p, max(1, 2048 // block_d)), BLOCK_D=block_d, num_warps=4),
+    block_b = min(2 * block_p, max(1, 2048 // block_d))
+    n_block = _cdiv(_cdiv(2 * width, block_b) * n_head, STEP_BUCKETS["programs"])
+    return (n_block, dict(BLOCK_B=block_b, BLOCK_D=block_d, num_warps=4),
             dict(BLOCK_P=block_p, num_warps=min(max(block_p // 256, 1), 8)))
 
 
@@ -1799,9 +1803,9 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
 
 # One token per sequence: its key added to its bucket, in place, the buckets moved up a level where it begins
 # one, and the products of its row, if it is one, with what stands for each bucket.
-# One program: BLOCK_B buckets of one key/value head, and the query heads that share it; grid
-# (cdiv(2 * WIDTH, BLOCK_B) * B * Hkv,). At a new level a head's first program does the work of all, from the
-# first bucket on, since buckets move to lower places.
+# One program: n_block blocks of BLOCK_B buckets of one key/value head, and the query heads that share it; grid
+# (cdiv(cdiv(2 * WIDTH, BLOCK_B), n_block) * B * Hkv,). At a new level a head's first program does the work of
+# all, from the first bucket on, since buckets move to lower places.
 #   q (B, H, 1, D), k (B, Hkv, 1, D), any strides; seen (B, 1), any strides: 0 if the token is no row
 #   count, n_new (B,) int; totals as above, of 2 * WIDTH buckets
 #   products (B * H, 2 * WIDTH) fp32
@@ -1809,26 +1813,29 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
 # its key is in. Reference: sea.add_cell_keys.
 @triton.jit
 def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_ptr, products_ptr, q_strides,
-                         k_strides, seen_strides, HKV, softmax_scale, GROUP: tl.constexpr, D: tl.constexpr,
-                         N_BUCKETS: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
+                         k_strides, seen_strides, HKV, n_block, softmax_scale, GROUP: tl.constexpr,
+                         D: tl.constexpr, N_BUCKETS: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_B: tl.constexpr,
                          BLOCK_D: tl.constexpr):
     TOTALS: tl.constexpr = 3 * D if BOUNDS else D
-    pid_b, pid_bkv = _program(tl.cdiv(N_BUCKETS, BLOCK_B))
+    pid_b, pid_bkv = _program(tl.cdiv(tl.cdiv(N_BUCKETS, BLOCK_B), n_block))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     count, n_new = tl.load(count_ptr + b).to(tl.int32), tl.load(n_new_ptr + b).to(tl.int32)
     level, last = _bucket_level(count, N_BUCKETS), _bucket_level(count + n_new, N_BUCKETS)
     is_row = tl.load(seen_ptr + b * seen_strides[0]) > 0
     # -- this program's buckets
-    begin = pid_b * BLOCK_B
-    end = tl.where(is_row | ((count >> last) // BLOCK_B == pid_b) & (n_new > 0), begin + BLOCK_B, begin)
-    begin = tl.where(last > level, 0, begin)
-    end = tl.where(last > level, tl.where(pid_b == 0, N_BUCKETS, 0), end)
+    begin, end = pid_b * n_block, tl.minimum((pid_b + 1) * n_block, tl.cdiv(N_BUCKETS, BLOCK_B))
+    if last > level:
+        begin, end = begin * 0, tl.where(pid_b == 0, tl.cdiv(N_BUCKETS, BLOCK_B), 0)
+    elif not is_row:
+        of_key = (count >> last) // BLOCK_B
+        is_mine = (of_key >= begin) & (of_key < end) & (n_new > 0)
+        begin, end = of_key, tl.where(is_mine, of_key + 1, of_key)
     n_past_bucket = tl.minimum((count + (1 << level) - 1) >> level, N_BUCKETS)  # from here on they are empty
     offs_d = tl.arange(0, BLOCK_D)
     mask_d, totals_ptr = offs_d < D, totals_ptr + pid_bkv * N_BUCKETS * TOTALS + offs_d[None, :]
     k = _vector(k_ptr + b * k_strides[0] + kv * k_strides[1], offs_d * k_strides[3], mask_d)[None, :]
-    for start in range(begin, end, BLOCK_B):
-        offs_b = start + tl.arange(0, BLOCK_B)
+    for block in range(begin, end):
+        offs_b = block * BLOCK_B + tl.arange(0, BLOCK_B)
         mask = (offs_b < N_BUCKETS)[:, None] & mask_d[None, :]
         # -- what was in them, and the new key
         old = (offs_b << (last - level))[:, None]
@@ -1958,11 +1965,11 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
         if _is_step(q) and T == 1:
             totals = totals if in_place else totals.clone()
             products = _new(q, B * H, n_buckets, dtype=torch.float32)
-            of_buckets, of_cells = _cell_keys_step_tiles(D, width)
-            _step_buckets_kernel[(_cdiv(n_buckets, of_buckets["BLOCK_B"]) * B * Hkv,)](
+            n_block, of_buckets, of_cells = _cell_keys_step_tiles(B * Hkv, D, width)
+            _step_buckets_kernel[(_cdiv(_cdiv(n_buckets, of_buckets["BLOCK_B"]), n_block) * B * Hkv,)](
                 q, k, row_seen, count, n_new, totals, products, q_strides=q.stride(), k_strides=k.stride(),
-                seen_strides=row_seen.stride(), HKV=Hkv, softmax_scale=softmax_scale, GROUP=H // Hkv, D=D,
-                N_BUCKETS=n_buckets, BOUNDS=bounds, **of_buckets)
+                seen_strides=row_seen.stride(), HKV=Hkv, n_block=n_block, softmax_scale=softmax_scale,
+                GROUP=H // Hkv, D=D, N_BUCKETS=n_buckets, BOUNDS=bounds, **of_buckets)
             _step_cells_kernel[(B * H,)](
                 scores, gain, row_seen, in_cells, count, n_new, products, seen_strides=row_seen.stride(),
                 in_cells_strides=in_cells.stride(), H=H, WIDTH=width, BOUNDS=bounds, **of_cells)
@@ -2017,16 +2024,25 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
     return sums / tl.maximum(seen, 1).to(tl.float32)[:, None]
 
 
+@triton.jit
+def _gates(gates_ptr, strides, b, h, row):
+    """s_prob and s_mix of rows of one head."""
+    gates_ptr += b * strides[0] + h * strides[1] + row * strides[2]
+    s_prob, s_mix = tl.load(gates_ptr), tl.load(gates_ptr + strides[3])
+    return tl.sigmoid(s_prob.to(tl.float32)), tl.sigmoid(s_mix.to(tl.float32))
+
+
 # out = s_mix * s_prob * sparse + (1 - s_mix) * mean of v over the keys seen.
 # One program: BLOCK_T queries of one head; grid (cdiv(T, BLOCK_T) * B * H,). The mean: the sum of the blocks
 # before, given, and a product with a triangle of ones inside the block.
-#   v (B, Hkv, T, D) any strides; sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32
-#   gates (B, H, R, 2) before their sigmoid, seen and row (B, T) int -> out (B, H, T, D): contiguous
+#   v (B, Hkv, T, D), gates (B, H, R, 2) before their sigmoid: any strides
+#   sparse (B, H, T, D), before (B * Hkv, n_block + 1, D) fp32, seen and row (B, T) int -> out (B, H, T, D):
+#   contiguous
 # fp32 except the product, whose other operand is exact ones. Reads and writes once.
 # Reference: sea.mix_average.
 @triton.jit
-def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides, H, GROUP, T,
-                R, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, v_strides,
+                gates_strides, H, GROUP, T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     n_block = tl.cdiv(T, BLOCK_T)
     pid_t, pid_bh = _program(n_block)
     b, kv = pid_bh // H, pid_bh % H // GROUP
@@ -2038,9 +2054,8 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
     before_ptr += ((b * (H // GROUP) + kv) * (n_block + 1) + pid_t) * D
     v_ptr += b * v_strides[0] + kv * v_strides[1]
     mean = _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D, BLOCK_T, BLOCK_D)
-    gate_ptrs = gates_ptr + (pid_bh * R + row) * 2
-    s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))[:, None]
-    s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))[:, None]
+    s_prob, s_mix = _gates(gates_ptr, gates_strides, b, pid_bh % H, row)
+    s_prob, s_mix = s_prob[:, None], s_mix[:, None]
     sparse = _load_tile(sparse_ptr + pid_bh * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
     out = tl.where((seen > 0)[:, None], s_mix * s_prob * sparse + (1.0 - s_mix) * mean, 0.0)
     tl.store(out_ptr + (pid_bh * T + offs_t[:, None]) * D + offs_d[None, :], out, mask=mask)
@@ -2058,8 +2073,8 @@ def _mix_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, out
 # Reference: autograd through sea.mix_average.
 @triton.jit
 def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr, do_ptr, dsparse_ptr,
-                    dgates_ptr, w_sums_ptr, after_ptr, dv_ptr, v_strides, do_strides, H, GROUP, T, R,
-                    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+                    dgates_ptr, w_sums_ptr, after_ptr, dv_ptr, v_strides, gates_strides, do_strides, H, GROUP,
+                    T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     n_block = tl.cdiv(T, BLOCK_T)
     pid_t, pid_bkv = _program(n_block)
     b, kv = pid_bkv // (H // GROUP), pid_bkv % (H // GROUP)
@@ -2078,11 +2093,9 @@ def _mix_bwd_kernel(sparse_ptr, v_ptr, before_ptr, gates_ptr, seen_ptr, row_ptr,
         do = _load_tile(do_ptr + b * do_strides[0] + h * do_strides[1], offs_t, offs_d, do_strides[2],
                         do_strides[3], mask)
         do = tl.where((seen > 0)[:, None], do.to(tl.float32), 0.0)
-        gate_ptrs = gates_ptr + (of_head * R + row) * 2
-        s_mix = tl.sigmoid(tl.load(gate_ptrs + 1, mask=mask_t, other=0.0).to(tl.float32))
+        s_prob, s_mix = _gates(gates_ptr, gates_strides, b, h, row)
         w += (1.0 - s_mix)[:, None] * do
         if after_ptr is None:
-            s_prob = tl.sigmoid(tl.load(gate_ptrs, mask=mask_t, other=0.0).to(tl.float32))
             sparse = _load_tile(sparse_ptr + of_head * T * D, offs_t, offs_d, D, 1, mask).to(tl.float32)
             dsparse_ptrs = dsparse_ptr + (of_head * T + offs_t)[:, None] * D + offs_d[None, :]
             tl.store(dsparse_ptrs, (s_mix * s_prob)[:, None] * do, mask=mask)
@@ -2127,7 +2140,7 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
 # fp32: everything. Reference: sea.mix_average.
 @triton.jit
 def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides,
-                     H, R, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+                     gates_strides, H, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_bh, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     b, kv, pid_bkv, mask_d = pid_bh // H, pid_bh % H // GROUP, pid_bh // GROUP, offs_d < D
     seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b)
@@ -2135,8 +2148,7 @@ def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, 
     total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bkv * D, offs_d, mask_d)
     if pid_bh % GROUP == 0:
         tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
-    s_prob = tl.sigmoid(tl.load(gates_ptr + (pid_bh * R + row) * 2).to(tl.float32))
-    s_mix = tl.sigmoid(tl.load(gates_ptr + (pid_bh * R + row) * 2 + 1).to(tl.float32))
+    s_prob, s_mix = _gates(gates_ptr, gates_strides, b, pid_bh % H, row)
     mean = total / tl.maximum(seen, 1).to(tl.float32)
     out = s_mix * s_prob * _vector(sparse_ptr + pid_bh * D, offs_d, mask_d) + (1.0 - s_mix) * mean
     out = tl.where(seen > 0, out, 0.0).to(out_ptr.dtype.element_ty)
@@ -2154,8 +2166,9 @@ class _MixAverage(torch.autograd.Function):
                                                  BLOCK_D=block_d, **MIX)
         before = _running_sums(sums, past.flatten(0, 1))  # what precedes each block, and all
         out = _new(sparse, B, H, T, D)
-        _mix_kernel[(n_block * B * H,)](sparse, v, before, gates, seen, row, out, v_strides=v.stride(), H=H,
-                                        GROUP=H // Hkv, T=T, R=gates.shape[2], D=D, BLOCK_D=block_d, **MIX)
+        _mix_kernel[(n_block * B * H,)](
+            sparse, v, before, gates, seen, row, out, v_strides=v.stride(), gates_strides=gates.stride(), H=H,
+            GROUP=H // Hkv, T=T, D=D, BLOCK_D=block_d, **MIX)
         ctx.save_for_backward(sparse, v, gates, before, seen, row)
         return out, before[:, -1].view(B, Hkv, D).clone()
 
@@ -2172,8 +2185,8 @@ class _MixAverage(torch.autograd.Function):
         for _ in range(2):
             _mix_bwd_kernel[grid](
                 sparse, v, before, gates, seen, row, do, dsparse, per_query, w_sums, after, dv,
-                v_strides=v.stride(), do_strides=do.stride(), H=H, GROUP=H // Hkv, T=T, R=R, D=D,
-                BLOCK_D=_dot_block(D, v.dtype), **MIX)
+                v_strides=v.stride(), gates_strides=gates.stride(), do_strides=do.stride(), H=H,
+                GROUP=H // Hkv, T=T, D=D, BLOCK_D=_dot_block(D, v.dtype), **MIX)
             after = _running_sums(w_sums, dsum.flatten(0, 1), reverse=True) if after is None else after
         rows = torch.arange(R, device=row.device, dtype=row.dtype).expand(B, R).contiguous()
         ends = torch.searchsorted(row, rows, right=True)
@@ -2187,8 +2200,8 @@ def _mix_average_step(sparse, v, gates, past, seen, row):
     (B, H, _, D), Hkv = sparse.shape, v.shape[1]
     out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
     _mix_step_kernel[(B * H,)](
-        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(), H=H,
-        R=gates.shape[2], GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), **MIX_STEP)
+        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(),
+        gates_strides=gates.stride(), H=H, GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), **MIX_STEP)
     return out, sums
 
 
@@ -2197,6 +2210,6 @@ def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Ten
     """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from query to query."""
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
     run = _mix_average_step if _is_step(sparse) else _MixAverage.apply
-    sparse, gates, seen, row = (x.contiguous() for x in (sparse, gates, seen, row))
+    sparse, seen, row = (x.contiguous() for x in (sparse, seen, row))
     with torch.cuda.device_of(v):
         return run(sparse, v, gates, past, seen, row)

@@ -297,8 +297,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # -- candidates and bins -----------------------------------------------------------------------------
 #
 # Three kernels, behind one that computes what stands for each bin. The first finds each row's best cells and
-# lists their bins, the candidates. The second multiplies the queries of a row (in group "kv" their means over
-# the heads) with what stands for the candidates' keys, so that they share what is read. The third ranks each
+# lists their bins, the candidates. The second multiplies the queries of a row (in group "kv" means over heads)
+# with what stands for the candidates' keys, so that they share what is read. The third ranks each
 # query's products, and lists the first bins, the chosen ones and the last. Candidates and products are
 # scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
 
@@ -567,11 +567,12 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer
     or none, and the last any number. Scratch is sized by this: other rows are out of bounds."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
-    _check_tensor("q", q, 4, "(B, H, T, D)")
+    _check_tensor("q", q, 4, "(B, C, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
-    (B, H, T, D), (Hkv, S), (E, R, width), bin = q.shape, k.shape[1:3], scores.shape[1:], config.bin
-    _expect(len(scores) == B and E in (H, Hkv), "scores",
-            f"shape (B, E, R, width) with B = {B} and E = {H} or {Hkv}", tuple(scores.shape))
+    (B, C, T, D), (Hkv, S), (E, R, width), bin = q.shape, k.shape[1:3], scores.shape[1:], config.bin
+    _expect(C == config.n_choosers, "q", f"{config.n_choosers} choosers, (B, C, T, D)", tuple(q.shape))
+    _expect(len(scores) == B and E in (config.n_head, Hkv), "scores",
+            f"shape (B, E, R, width) with B = {B} and E = {config.n_head} or {Hkv}", tuple(scores.shape))
     _expect(k.dtype == q.dtype, "k", f"dtype {q.dtype} as q", k.dtype)
     _check_qk(q, k, seen)
     _expect(T >= 1, "q", "at least one token", tuple(q.shape))
@@ -583,8 +584,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     n_wanted, n_candidate = _candidates(config, topk, width, S)
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
-    C, is_step = config.n_choosers, T == 1
-    block_p = max(32, _next_power_of_2(width))
+    is_step, block_p = T == 1, max(32, _next_power_of_2(width))
     block_c = max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
     n_row = min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
@@ -593,7 +593,6 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
-        q = mean_of_heads(q, C)
         block_d, stride = _dot_block(D, q.dtype), config.query_stride
         if not is_step:
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)

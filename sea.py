@@ -839,11 +839,11 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last.
     Differs: the paper attends to all keys of the best cells. No gradient flows through the choice.
 
-    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, H, T, D), row (B, T)
+    scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, C, T, D), row (B, T)
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
-    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q below is the mean query of
-    the heads that share keys, in the dtype of q. With a stride the queries of a row share its
-    candidates, but each chooses for itself.
+    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is the mean_of_heads that
+    share keys. With a stride the queries of a row share its candidates, but each chooses for
+    itself.
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
@@ -864,7 +864,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     in_best_cells = spread_to_keys(best_cells, n_in_cells, n_bin, False)  # bins for keys
     is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
-        q = at_least_fp32(mean_of_heads(q, C)) * softmax_scale  # (B, C, T, D)
+        q = at_least_fp32(q) * softmax_scale  # (B, C, T, D)
         products = torch.cat([q, q.abs()], dim=-1) @ of_bins.mT  # (B, C, T, bins)
         lowest = torch.finfo(products.dtype).min
         # Keeps a choice's ranking, and makes choices that are ranked together comparable.
@@ -1541,10 +1541,13 @@ class SEAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached, ops.take)
         rows = self.choose_rows(ops, tokens, past)
-        scores, gates, state = self.estimate_attention(ops, tokens.q, tokens.k, tokens.v, rows,
-                                                       scale, past, in_place)
+        q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers)
+        scores, gates, state = self.estimate_attention(
+            ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
+            in_place)
         n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
-        sparse, choice = self.choose_and_attend(ops, tokens, rows, scores, topk, scale, n_dense)
+        sparse, choice = self.choose_and_attend(ops, tokens, q_chooser, rows, scores, topk, scale,
+                                                n_dense)
         out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
         if n_some:
             is_first = valid is None and past.n_tokens == 0
@@ -1554,10 +1557,12 @@ class SEAttention(nn.Module):
                            row_in_cells=rows.row_in_cells, dense_below=config.dense_below, **choice)
         return tokens.back(result)
 
-    def choose_and_attend(self, ops, tokens: Tokens, rows: Rows, scores: Tensor, topk: int,
-                          softmax_scale: float, n_dense: int) -> tuple[Tensor, dict]:
-        """Steps 6 to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. The first
-        n_dense queries attend to all keys anyway: they choose no bins, and get 0 here."""
+    def choose_and_attend(self, ops, tokens: Tokens, q_chooser: Tensor, rows: Rows,
+                          scores: Tensor, topk: int, softmax_scale: float,
+                          n_dense: int) -> tuple[Tensor, dict]:
+        """Steps 6 to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. q_chooser
+        (B, C, T, D): what chooses bins. The first n_dense queries attend to all keys anyway: they
+        choose no bins, and get 0 here."""
         config, T, stride = self.config, tokens.q.shape[2], rows.stride
         if n_dense == T:
             return tokens.q.new_zeros(tokens.q.shape), self.no_choice(rows, scores)
@@ -1565,7 +1570,7 @@ class SEAttention(nn.Module):
         q, seen, row = tokens.q[:, :, begin:], rows.seen[:, begin:], rows.row[:, begin:]
         if config.has_bins:
             first = begin // stride
-            bins = ops.choose_bins(scores[:, :, first:], q, tokens.keys, seen,
+            bins = ops.choose_bins(scores[:, :, first:], q_chooser[:, :, begin:], tokens.keys, seen,
                                    row - first if first else row, rows.row_seen[:, first:], topk,
                                    config, softmax_scale, order=tokens.key_order)
             choice = dict(bins=after(begin, bins, NONE), bin=config.bin)
@@ -1646,7 +1651,8 @@ class SEAttention(nn.Module):
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState,
                            in_place: bool) -> tuple[Tensor, Tensor, SEAState]:
-        """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D).
+        """Steps 1 to 5 for the new tokens q (B, H, T, D), or without a CNN the choosers' (B, C, T,
+        D), and k, v (B, Hkv, T, D).
 
         Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
         the one kept from the past first, and the state after the new tokens but for v_sum, k and v.
@@ -1683,7 +1689,7 @@ class SEAttention(nn.Module):
             gates = extend(past.last_gates, gates)
             state.last_gates = ops.take(gates, rows.last)
         else:
-            gates = self.gates[None, :, None].repeat(len(q), 1, scores.shape[2], 1)
+            gates = self.gates[None, :, None].expand(len(q), -1, scores.shape[2], -1)
         return scores, gates, state
 
     def run_cnn(self, ops, q_row: Tensor, k: Tensor, v: Tensor, rows: Rows, softmax_scale: float,

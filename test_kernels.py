@@ -384,7 +384,8 @@ class Choice:
             first = torch.randint(self.stride + 1, (B, 1), generator=generator)
             row = ((torch.arange(T) + first) // self.stride).clamp(max=self.R - 1)
         n_estimates = (H, Hkv)[self.seed % 2]
-        scores, q, k = make(n_estimates, self.R, self.width), make(H, T, self.D), make(Hkv, self.S, self.D)
+        n_choosers = self.config().n_choosers
+        scores, q, k = make(n_estimates, self.R, self.width), make(n_choosers, T, self.D), make(Hkv, self.S, self.D)
         row_seen = torch.randint(self.S + 1, (B, self.R), generator=generator)
         row_seen[torch.rand(B, self.R, generator=generator) < 0.1] = 0
         later = torch.arange(T) - torch.searchsorted(row, row)  # number of a query in its row
@@ -504,7 +505,7 @@ def test_no_row_has_more_candidates_than_its_program_has_slots(n_wanted, width, 
 
 
 @pytest.mark.parametrize("argument, change", [
-    ("scores", dict(scores=torch.zeros(1, 3, 3, 4))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
+    ("scores", dict(scores=torch.zeros(1, 3, 3, 4))), ("q", dict(q=torch.zeros(1, 4, 3, 8))), ("row_seen", dict(row_seen=torch.ones(1, 7).long())),
     ("row", dict(row=torch.zeros(1, 7).long())), ("seen", dict(seen=torch.ones(2, 3).long())),
     ("topk", dict(topk=2**15, k=torch.zeros(1, 2, 1, 8).expand(1, 2, 2**17, 8))),
     ("k", dict(k=torch.zeros(1, 2, 9, 3))), ("k", dict(k=torch.zeros(1, 2, 9, 8).half())), ("topk", dict(topk=3)),
@@ -2350,7 +2351,8 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
     for bins in (config, replace(config, group="query", topk=512, bin=4)):
         for n, order in itertools.product((T, 1), (None, torch.zeros(B, S, dtype=torch.long))):
             of_query = torch.arange(n)[None] // stride
-            kernels.choose_bins(scores, q[:, :, :n], k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order)
+            of_chooser = kernels.mean_of_heads(q[:, :, :n], bins.n_choosers)
+            kernels.choose_bins(scores, of_chooser, k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order)
     config = replace(config, bin=0, group="causal_batch")
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
     for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
