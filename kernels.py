@@ -145,14 +145,14 @@ def _order_to_float(order):
 
 
 @triton.jit
-def _bisect(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constexpr = False):
+def _bisect(x, n, count, low, high, GUESS: tl.constexpr, SNAP: tl.constexpr = False):
     """A float that the n largest numbers of x reach, and how many reach it: n or, where others equal the n-th
     largest, more.
 
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. GUESS: takes the logarithm of the count for linear between low and
     high, as it nearly is in the tail of what queries and keys give: half as many steps; every third bisects,
-    so that none takes long. In _select_kernel it does not pay.
+    so that none takes long. It is not in probabilities, and in _select_kernel it does not pay.
     SNAP: moves low on to a number of x and high to just above one: fewer steps where many are equal, as in
     half precision.
     """
@@ -184,9 +184,9 @@ def _bisect(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constex
 
 
 @triton.jit
-def _keep_best(x, n, count, low, high, GUESS: tl.constexpr = True, SNAP: tl.constexpr = False):
+def _keep_best(x, n, count, low, high, SNAP: tl.constexpr = False):
     """Which of the numbers x are the n largest, ties to the lower index; arguments as in _bisect."""
-    threshold, count = _bisect(x, n, count, low, high, GUESS, SNAP)
+    threshold, count = _bisect(x, n, count, low, high, GUESS=False, SNAP=SNAP)
     mask_kept = x >= threshold
     if count != n:  # more numbers than wanted equal the n-th largest
         mask_tie = x == threshold
@@ -236,7 +236,7 @@ def _select_kernel(x_ptr, seen_ptr, bits_ptr, x_strides, H, R, budget, HEADS: tl
     seen = tl.load(seen_ptr + b * R + pid_r).to(tl.int64)
     t = tl.maximum(seen, 1)
     n = tl.minimum(tl.maximum((budget + t) // (2 * t), 1), HEADS * WIDTH).to(tl.int32)
-    mask_kept = _keep_best(x, n, n * 0 + HEADS * WIDTH, low, high, GUESS=False)
+    mask_kept = _keep_best(x, n, n * 0 + HEADS * WIDTH, low, high)
 
     # -- pack, (BLOCK_H * BLOCK_P / 32, 32) cells
     kept = tl.reshape((mask_kept & (seen > 0)).to(tl.int32), (BLOCK_H * BLOCK_P // 32, 32))
@@ -529,7 +529,8 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
     n = tl.where(seen > 0, tl.minimum(n_chosen, n_candidate), 0)
     high = _float_to_order(tl.max(products, axis=0)) + 1
     low = tl.minimum(_float_to_order(tl.min(products, axis=0)), high - 1)
-    threshold, n_reach = _bisect(products, tl.maximum(n, 1), tl.maximum(n_candidate, 1), low, high)
+    threshold, n_reach = _bisect(products, tl.maximum(n, 1), tl.maximum(n_candidate, 1), low, high,
+                                 GUESS=True)
     n_tie = n
     if n_reach != n:  # more numbers than wanted equal the n-th largest
         n_tie -= tl.sum((products > threshold).to(tl.int32), axis=0)

@@ -997,7 +997,7 @@ def _check_estimator(case):
     if valid is not None:  # padding may also lie between
         seen = (count[:, None] + valid.cumsum(1)) * valid
     seen, row = by_column(seen), by_column(row)
-    gates, v_sum = make(B, H, row_seen.shape[1], 2), make(B, v.shape[1], D) * has_past
+    gates, v_sum = lay_out(make(B, H, row_seen.shape[1], 2), case.layout), make(B, v.shape[1], D) * has_past
     mix = lambda f: lambda sparse, v, gates, past: f(sparse, v, gates, seen, row, past)
     as_accurate_as_eager(case, encode(kernels.encode_rows), encode(sea.encode_rows), [context, v])
     is_fp32, of_cnn = case.dtype == torch.float32, (cnn(kernels.causal_cnn), cnn(sea.causal_cnn), [image, *past])
@@ -1021,9 +1021,9 @@ def keep_relus_apart(cnn: sea.CausalCNN, image: torch.Tensor, past: torch.Tensor
 
 
 def check_cell_keys(case, before=0, softmax_scale=0.3, local=None):
-    """With one program in all, it has every tile."""
-    programs = estimator_kernels.CELL_KEYS["programs"] if case.seed % 3 else 1
-    with mock.patch.dict(estimator_kernels.CELL_KEYS, programs=programs):
+    """With one program in all, it has every tile, or one a head every bucket."""
+    most = {} if case.seed % 3 else dict(programs=1)
+    with mock.patch.dict(estimator_kernels.CELL_KEYS, most), mock.patch.dict(estimator_kernels.STEP_BUCKETS, most):
         _check_cell_keys(case, before, softmax_scale, local, bounds=case.bin > 0)
 
 
@@ -1471,7 +1471,7 @@ def check_step(case):
     longest = max(1, int((count + n_new).max()))  # whose last token has the table's last row
     xs = [q, k, v, make(longest, case.D), make(B, Hkv, m, 2 * case.D + 1).abs() * has_past]
     step_as_accurate_as_eager(case, context(kernels.causal_context), context(sea.causal_context), xs)
-    xs = [q, v, make(B, H, row_seen.shape[1], 2), make(B, Hkv, case.D) * has_past]
+    xs = [q, v, lay_out(make(B, H, row_seen.shape[1], 2), case.layout), make(B, Hkv, case.D) * has_past]
     step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), xs)
     image, past = make(B, 2 * H, 1, P), make(2, B, 2 * H, 4, P)
     step_as_accurate_as_eager(case, rows(kernels.causal_cnn), rows(sea.causal_cnn), [image, *past])
