@@ -1607,7 +1607,7 @@ def _cell_keys_step_tiles(n_head: int, D: int, width: int) -> tuple[int, dict, d
     2,048 numbers, and of that of cells; n_head: key/value heads of all sequences."""
     block_p, block_d = _next_power_of_2(width), _next_power_of_2(D)
     block_b = min(2 * block_p, max(1, 2048 // block_d))
-    n_block = _cdiv(_cdiv(2 * width, block_b) * n_head, STEP_BUCKETS["programs"])
+    n_block = max(1, _cdiv(_cdiv(2 * width, block_b) * n_head, STEP_BUCKETS["programs"]))
     return (n_block, dict(BLOCK_B=block_b, BLOCK_D=block_d, num_warps=4),
             dict(BLOCK_P=block_p, num_warps=min(max(block_p // 256, 1), 8)))
 

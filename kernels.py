@@ -152,7 +152,7 @@ def _bisect(x, n, count, low, high, GUESS: tl.constexpr, SNAP: tl.constexpr = Fa
     low and high are orders of floats: `count` >= n numbers reach low, fewer than n reach high. Stops
     early at a float that exactly n reach. GUESS: takes the logarithm of the count for linear between low and
     high, as it nearly is in the tail of what queries and keys give: half as many steps; every third bisects,
-    so that none takes long. It is not in probabilities, and in _select_kernel it does not pay.
+    so that none takes long. Where cells are ranked it does not pay.
     SNAP: moves low on to a number of x and high to just above one: fewer steps where many are equal, as in
     half precision.
     """
