@@ -841,9 +841,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
     scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, C, T, D), row (B, T)
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
-    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is the mean_of_heads that
-    share keys. With a stride the queries of a row share its candidates, but each chooses for
-    itself.
+    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is the mean query of the
+    heads that share keys. With a stride the queries of a row share its candidates, but each chooses
+    for itself.
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
@@ -1651,8 +1651,8 @@ class SEAttention(nn.Module):
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState,
                            in_place: bool) -> tuple[Tensor, Tensor, SEAState]:
-        """Steps 1 to 5 for the new tokens q (B, H, T, D), or without a CNN the choosers' (B, C, T,
-        D), and k, v (B, Hkv, T, D).
+        """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D). Without a CNN q may
+        be the choosers', (B, C, T, D): it is the mean over the heads that share keys that counts.
 
         Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
         the one kept from the past first, and the state after the new tokens but for v_sum, k and v.
