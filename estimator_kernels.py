@@ -1825,7 +1825,7 @@ def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_pt
     # -- this program's buckets
     begin, end = pid_b * n_block, tl.minimum((pid_b + 1) * n_block, tl.cdiv(N_BUCKETS, BLOCK_B))
     if last > level:
-        begin, end = begin * 0, tl.where(pid_b == 0, tl.cdiv(N_BUCKETS, BLOCK_B), 0)
+        begin, end = begin * 0, tl.where(pid_b == 0, tl.cdiv(N_BUCKETS, BLOCK_B), 0)  # of begin's type
     elif not is_row:
         of_key = (count >> last) // BLOCK_B
         is_mine = (of_key >= begin) & (of_key < end) & (n_new > 0)

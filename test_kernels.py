@@ -1156,6 +1156,7 @@ def test_encode_cnn_and_mix_match_reference(case):
 @example(Layer(torch.float32, 33, 1, (2, 1, 2), 16, 8, 4, False, "contiguous", 1), 32, 0.3)  # a step that begins a level
 @example(Layer(torch.float32, 20, 1, (1, 1, 1), 4, 8, 4, False, "contiguous", 1), 10, 0.3)  # 10 keys that begin one
 @example(Layer(torch.float32, 36, 1, (1, 1, 1), 4, 16, 4, False, "contiguous", 1), 33, 0.3)  # a bin of the past just begun
+@example(Layer(torch.float32, 46, 4, (2, 1, 2), 33, 20, 4, False, "contiguous", 1), 45, 0.3)  # no row, its key in a begun bucket of two blocks
 @example(Layer(torch.float16, 33, 1, (1, 1, 2), 64, 64, 4, False, "heads last", 0), 32, 5.0)
 @example(Layer(torch.float32, 50, 3, (2, 1, 1), 19, 83, 1, True, "contiguous", 35), 1, 5.0)  # a gradient that cancels
 @settings(FEW)
