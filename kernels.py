@@ -145,7 +145,7 @@ def _order_to_float(order):
 
 
 @triton.jit
-def _bisect(x, n, count, low, high, GUESS: tl.constexpr, SNAP: tl.constexpr = False):
+def _bisect(x, n, count, low, high, GUESS: tl.constexpr, ZEROS: tl.constexpr = 0):
     """A float that the n largest numbers of x reach, and how many reach it: n or, where others equal the n-th
     largest, more.
 
@@ -153,40 +153,34 @@ def _bisect(x, n, count, low, high, GUESS: tl.constexpr, SNAP: tl.constexpr = Fa
     early at a float that exactly n reach. GUESS: takes the logarithm of the count for linear between low and
     high, as it nearly is in the tail of what queries and keys give: half as many steps; every third bisects,
     so that none takes long. Where cells are ranked it does not pay.
-    SNAP: moves low on to a number of x and high to just above one: fewer steps where many are equal, as in
-    half precision.
+    ZEROS: so many last bits of the numbers are 0, as of half precision, and of low and high: fewer steps.
     """
     step, log_n = n * 0, tl.log2(n.to(tl.float32))
     above, below = log_n + 1, tl.log2(count.to(tl.float32)) - log_n  # logarithms to go; for no number, of 1/2
-    while (count != n) & (low + 1 < high):
+    while (count != n) & (low + 2**ZEROS < high):
         middle = (low & high) + ((low ^ high) >> 1)  # rounded down; low + high might overflow
         if GUESS:
             x_low, x_high = _order_to_float(low), _order_to_float(high)
             guess = _float_to_order(x_low + (x_high - x_low) * (below / (above + below)))
             guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)  # whatever infinities make of it
             middle, step = tl.where(step == 2, middle, guess), tl.where(step == 2, 0, step + 1)
+        middle &= -(2**ZEROS)
         mask_reached = x >= _order_to_float(middle)
         reached = tl.sum(tl.where(mask_reached, 1.0, 0.0), axis=0).to(tl.int32)  # faster than of integers
         enough = reached >= n
-        if SNAP:
-            lowest_above = tl.min(tl.where(mask_reached, x, float("inf")), axis=0)
-            highest_below = tl.max(tl.where(x < _order_to_float(middle), x, -float("inf")), axis=0)
-            low = tl.where(enough, tl.maximum(_float_to_order(lowest_above), middle), low)  # 0 >= -0, too
-            high = tl.where(enough, high, tl.minimum(_float_to_order(highest_below) + 1, middle))
-        else:
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         count = tl.where(enough, reached, count)
         if GUESS:
             to_go = tl.log2(tl.maximum(reached.to(tl.float32), 0.5)) - log_n
             above, below = tl.where(enough, above, -to_go), tl.where(enough, to_go, below)
+    low |= (low >> 31) & (2**ZEROS - 1)  # the zeros of a negative number are ones in its order
     return _order_to_float(low), count
 
 
 @triton.jit
-def _keep_best(x, n, count, low, high, SNAP: tl.constexpr = False):
+def _keep_best(x, n, count, low, high, ZEROS: tl.constexpr = 0):
     """Which of the numbers x are the n largest, ties to the lower index; arguments as in _bisect."""
-    threshold, count = _bisect(x, n, count, low, high, GUESS=False, SNAP=SNAP)
+    threshold, count = _bisect(x, n, count, low, high, GUESS=False, ZEROS=ZEROS)
     mask_kept = x >= threshold
     if count != n:  # more numbers than wanted equal the n-th largest
         mask_tie = x == threshold
@@ -309,6 +303,7 @@ PRODUCTS = dict(BLOCK_N=128, num_warps=4)
 PRODUCTS_STEP = dict(BLOCK_N=64, num_warps=4)  # of a decoding step, which reads keys
 # scratch: products at a time, but of so many queries at least; what a warp ranks
 CHOOSE = dict(scratch=2**25, queries=16, cells_per_warp=1024, candidates_per_warp=2048)
+ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # the last of a number in fp32
 
 
 def _rank_warps(n: int, per_warp: int, is_step: bool) -> int:
@@ -367,13 +362,15 @@ def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl
 
 
 @triton.jit
-def _keep_best_where(x, mask, n):
-    """Which of the numbers x where mask are the n largest, or all, ties to the lower index."""
+def _keep_best_where(x, mask, n, ZEROS: tl.constexpr):
+    """Which of the numbers x where mask are the n largest, or all, ties to the lower index. ZEROS: as in
+    _bisect."""
     count = tl.sum(mask.to(tl.int32), axis=0)
-    high = _float_to_order(tl.max(tl.where(mask, x, -float("inf")), axis=0)) + 1
-    low = tl.minimum(_float_to_order(tl.min(tl.where(mask, x, float("inf")), axis=0)), high - 1)
+    high = _float_to_order(tl.max(tl.where(mask, x, -float("inf")), axis=0))
+    low = tl.minimum(_float_to_order(tl.min(tl.where(mask, x, float("inf")), axis=0)), high)
+    low, high = low & -(2**ZEROS), (high & -(2**ZEROS)) + 2**ZEROS
     x = tl.where(mask, x, float("nan"))  # NaN reaches nothing
-    return _keep_best(x, tl.minimum(n, count), count, low, high, SNAP=True)
+    return _keep_best(x, tl.minimum(n, count), count, low, high, ZEROS=ZEROS)
 
 
 @triton.jit
@@ -404,11 +401,13 @@ def _end_of_first_row(row_ptr, b, T, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr
 # end_t - 1 use.
 #   x (B, E, R, WIDTH), any strides; row_seen (B, R), row (B, T) int; E is a divisor or a multiple of C
 #   candidates (B, C, n_row, BLOCK_C) int32, and how many there are, counts (B, C, n_row) int32
-# fp32: probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
+# Where a chooser has one estimate, ONE, its scores are ranked, whose last ZEROS bits are 0; else fp32
+# probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
 @triton.jit
 def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr, x_strides, C, E, T, R,
-                       n_key, begin_t, end_t, n_row, local, n_first, n_wanted, WIDTH: tl.constexpr,
-                       BIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+                       n_key, begin_t, end_t, n_row, local, n_first, n_wanted, ONE: tl.constexpr,
+                       ZEROS: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, BLOCK_P: tl.constexpr,
+                       BLOCK_C: tl.constexpr):
     pid_r, pid_bc = _program(n_row)
     b, c = pid_bc // C, pid_bc % C
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
@@ -422,13 +421,16 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
 
     # -- the best cells, (BLOCK_P,)
     x_ptr += b * x_strides[0] + r.to(tl.int64) * x_strides[2] + offs_p.to(tl.int64) * x_strides[3]
-    probs = tl.zeros((BLOCK_P,), tl.float32)
-    for i in range(c * E // C, tl.cdiv((c + 1) * E, C)):
-        x = tl.load(x_ptr + i * x_strides[1], mask=mask_p, other=-float("inf"))
-        probs += _softmax(x.to(tl.float32))
+    if ONE:  # not masked by mask_p, lest it wait for row_seen
+        x = tl.load(x_ptr + c * E // C * x_strides[1], mask=offs_p < WIDTH, other=0.0).to(tl.float32)
+    else:
+        x = tl.zeros((BLOCK_P,), tl.float32)
+        for i in range(c * E // C, (c + 1) * E // C):
+            of_head = tl.load(x_ptr + i * x_strides[1], mask=mask_p, other=-float("inf"))
+            x += _softmax(of_head.to(tl.float32))
     n_cell = tl.maximum(n_wanted // tl.maximum(tl.cdiv(middle, WIDTH), 1), 1)
     n_cell = tl.where(middle <= n_wanted, WIDTH, n_cell)
-    mask_kept = _keep_best_where(probs, mask_p, n_cell)
+    mask_kept = _keep_best_where(x, mask_p, n_cell, ZEROS)
 
     # -- list their bins
     begin = tl.maximum(begin, n_first)
@@ -612,7 +614,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             lists = dict(n_key=S, local=config.local, n_first=config.n_first, **shared)
             _candidates_kernel[(n_row * B * C,)](
                 scores, row, row_seen, candidates, counts, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
-                WIDTH=width, BLOCK_P=block_p, num_warps=cell_warps, **lists)
+                ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width, BLOCK_P=block_p,
+                num_warps=cell_warps, **lists)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
                 q, k, order, row, candidates, counts, products, q_strides=q.stride(), k_strides=k.stride(),
                 HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,

@@ -879,8 +879,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
 def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
                     n_chosen: int) -> Tensor:
-    """The cells whose bins compete: bool (B, C, R, width), by the mean estimate of the heads that
-    share a choice.
+    """The cells whose bins compete: bool (B, C, R, width), by the scores of what chooses or, where
+    heads with estimates of their own share a choice, by their mean probabilities.
 
     scores (B, E, R, width); n_in_cells (B, R): how many bins the cells of a row share out. Cells
     without a bin do not compete. The largest number of cells is taken that cannot hold more bins
@@ -888,14 +888,17 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
     """
     width, C = scores.shape[-1], config.n_choosers
     holds = (keys_per_cell(n_in_cells, width) > 0)[:, None]  # (B, 1, R, width), a bin at least
-    scores = at_least_fp32(repeat_heads(scores, max(C, scores.shape[1])))
-    probs = scores.masked_fill(~holds, torch.finfo(scores.dtype).min).softmax(-1)
-    probs = probs.unflatten(1, (C, -1)).mean(2).masked_fill(~holds, -1)
+    ranked = at_least_fp32(scores)
+    lowest = torch.finfo(ranked.dtype).min
+    if ranked.shape[1] > C:
+        probs = ranked.masked_fill(~holds, lowest).softmax(-1)
+        ranked = probs.unflatten(1, (C, -1)).mean(2)
+    ranked = repeat_heads(ranked, C).masked_fill(~holds, lowest)
     n_wanted = min(config.candidates * n_chosen, 2**31)  # as in topk_mask
     most_in_cell = -(-n_in_cells // width)
     n_cells = (n_wanted // most_in_cell.clamp(min=1)).clamp(min=1)
     n_cells = torch.where(n_in_cells <= n_wanted, width, n_cells)
-    return keep_best(probs, n_cells, "query") & holds
+    return keep_best(ranked, n_cells, "query") & holds
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
