@@ -133,35 +133,79 @@ TAKE = dict(num_warps=4)
 MEAN = dict(num_warps=4)
 
 
-# out = the entry of each head at its sequence's index; NaN where there is none, as when a CUDA graph of a
-# step is replayed beyond the end of its buffer of keys.
-# One program: one head; grid (B * H,).
-#   x (B, H, N, SIZE), any strides; index (B,) int64
-#   out (B, H, 1, SIZE) contiguous
-# One launch; eager expands the index, and its gather reads one for every number. Reference: sea.take, which
-# raises in place of NaN.
 @triton.jit
-def _take_kernel(x_ptr, index_ptr, out_ptr, x_strides, H, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    pid_bh, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    b, h = pid_bh // H, pid_bh % H
-    i = tl.load(index_ptr + b)
-    x_ptr += b * x_strides[0] + h * x_strides[1] + i * x_strides[2]
+def _take_entry(x_ptr, strides, out_ptr, b, h, pid_bh, i, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x_ptr += b * strides[0] + h * strides[1] + i * strides[2]
     mask = (offs < SIZE) & (i >= 0) & (i < N)
-    x = tl.load(x_ptr + offs.to(tl.int64) * x_strides[3], mask=mask, other=float("nan"))
+    x = tl.load(x_ptr + offs.to(tl.int64) * strides[3], mask=mask, other=float("nan"))
     tl.store(out_ptr + pid_bh * SIZE + offs, x, mask=offs < SIZE)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """sea.take, in one kernel if that is one entry a sequence and no gradient is wanted."""
-    (B, H, N, size), n = x.shape, index.shape[1]
-    if n != 1 or torch.is_grad_enabled():
-        return x.gather(2, index[:, None, :, None].expand(-1, H, -1, size))
+# The entry of each head of k and of v at its sequence's index; NaN where there is none, as when a CUDA graph of
+# a step is replayed beyond the end of its buffer of keys.
+# One program: one head; grid (B * Hkv,).
+#   k, v (B, Hkv, N, SIZE), any strides; index (B,) int64
+#   k_out, v_out (B, Hkv, 1, SIZE) contiguous
+# One launch; eager expands the index, and its gathers read one for every number. Reference: sea.take_pair,
+# which raises in place of NaN.
+@triton.jit
+def _take_pair_kernel(k_ptr, v_ptr, index_ptr, k_out_ptr, v_out_ptr, k_strides, v_strides, HKV, N,
+                      SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pid_bkv = tl.program_id(0).to(tl.int64)
+    b, kv = pid_bkv // HKV, pid_bkv % HKV
+    i = tl.load(index_ptr + b)
+    _take_entry(k_ptr, k_strides, k_out_ptr, b, kv, pid_bkv, i, N, SIZE, BLOCK)
+    _take_entry(v_ptr, v_strides, v_out_ptr, b, kv, pid_bkv, i, N, SIZE, BLOCK)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """sea.take."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def take_pair(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """sea.take_pair, in one kernel if that is one entry a sequence and no gradient is wanted."""
+    if index.shape[1] != 1 or torch.is_grad_enabled():
+        return _take(k, index), _take(v, index)
+    _check_device("k", k)
+    _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
+    (B, Hkv, N, size), outs = k.shape, [_new(x, *x.shape[:2], 1, x.shape[3]) for x in (k, v)]
+    with torch.cuda.device_of(k):
+        _take_pair_kernel[(B * Hkv,)](k, v, index.contiguous(), *outs, k_strides=k.stride(), v_strides=v.stride(),
+                                      HKV=Hkv, N=N, SIZE=size, BLOCK=_next_power_of_2(size), **TAKE)
+    return tuple(outs)
+
+
+# rows = that of the past, then x; row = the one of both that is numbered `last`.
+# One program: one head; grid (B * H,).
+#   past, x (B, H, 1, SIZE) contiguous; last (B,) int64: 0 or 1
+#   rows (B, H, 2, SIZE), row (B, H, 1, SIZE), which may be past: contiguous
+# One launch for three copies. Reference: sea.keep_row.
+@triton.jit
+def _keep_row_kernel(past_ptr, x_ptr, last_ptr, rows_ptr, row_ptr, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pid_bh, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask, rows_ptr = offs < SIZE, rows_ptr + pid_bh * 2 * SIZE + offs
+    past, x = _vector(past_ptr + pid_bh * SIZE, offs, mask), _vector(x_ptr + pid_bh * SIZE, offs, mask)
+    tl.store(rows_ptr, past.to(rows_ptr.dtype.element_ty), mask=mask)
+    tl.store(rows_ptr + SIZE, x.to(rows_ptr.dtype.element_ty), mask=mask)
+    row = tl.where(tl.load(last_ptr + pid_bh // H) == 0, past, x)
+    tl.store(row_ptr + pid_bh * SIZE + offs, row.to(row_ptr.dtype.element_ty), mask=mask)
+
+
+def keep_row(past: Tensor, x: Tensor, last: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """sea.keep_row, in one kernel if that is of one row and no gradient is wanted."""
+    B, H, n_past, size = past.shape
+    if n_past != 1 or last.shape[1] != 1 or not past.is_contiguous() or not _is_step(x):
+        rows = torch.cat([past.to(x.dtype), x], dim=2) if n_past else x
+        row = _take(rows, last)
+        return rows, past.copy_(row) if in_place else row
     _check_device("x", x)
-    out = _new(x, B, H, 1, size)
+    rows, row = _new(x, B, H, 2, size), past if in_place else _new(x, B, H, 1, size)
     with torch.cuda.device_of(x):
-        _take_kernel[(B * H,)](x, index.contiguous(), out, x_strides=x.stride(), H=H, N=N, SIZE=size,
-                               BLOCK=_next_power_of_2(size), **TAKE)
-    return out
+        _keep_row_kernel[(B * H,)](past, x.contiguous(), last.contiguous(), rows, row, H=H,
+                                   SIZE=size, BLOCK=_next_power_of_2(size), **TAKE)
+    return rows, row
 
 
 # out = the mean over every GROUP adjacent heads.
@@ -1876,33 +1920,38 @@ def _step_buckets_kernel(q_ptr, k_ptr, seen_ptr, count_ptr, n_new_ptr, totals_pt
                 tl.store(products_ptrs, products * softmax_scale, mask=offs_b < N_BUCKETS)
 
 
-# x as _cell_keys_kernel leaves it, of one token per sequence, from those products.
+# x as _cell_keys_kernel leaves it, of one token per sequence, from those products; IS_NEW: x held nothing.
 # One program: one head; grid (B * H,).
 #   x (B, H, 1, WIDTH) contiguous, in place; gain (H,); seen, in_cells (B, 1), any strides; count, n_new (B,)
 # fp32: everything. A launch of its own, since a row's largest product is among what many programs of
 # _step_buckets_kernel write. Reference: sea.add_cell_keys.
 @triton.jit
 def _step_cells_kernel(x_ptr, gain_ptr, seen_ptr, in_cells_ptr, count_ptr, n_new_ptr, products_ptr,
-                       seen_strides, in_cells_strides, H, WIDTH: tl.constexpr, BOUNDS: tl.constexpr,
-                       BLOCK_P: tl.constexpr):
+                       seen_strides, in_cells_strides, H, IS_NEW: tl.constexpr, WIDTH: tl.constexpr,
+                       BOUNDS: tl.constexpr, BLOCK_P: tl.constexpr):
     N_BUCKETS: tl.constexpr = 2 * WIDTH
     PLACES: tl.constexpr = 2 if BOUNDS else 1
     pid_bh = tl.program_id(0).to(tl.int64)
     b, offs_p = pid_bh // H, tl.arange(0, BLOCK_P)
+    mask_p, x_ptr = offs_p < WIDTH, x_ptr + pid_bh * WIDTH + offs_p
+    x = tl.zeros((BLOCK_P,), tl.float32)
     seen = tl.load(seen_ptr + b * seen_strides[0]).to(tl.int32)
     if seen == 0:
+        if IS_NEW:
+            tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask_p)
         return
     in_cells = tl.load(in_cells_ptr + b * in_cells_strides[0]).to(tl.int32)
     last = _bucket_level((tl.load(count_ptr + b) + tl.load(n_new_ptr + b)).to(tl.int32), N_BUCKETS)
-    mask_p, products_ptr = offs_p < WIDTH, products_ptr + pid_bh * N_BUCKETS
+    products_ptr += pid_bh * N_BUCKETS
     bucket_0 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, 0, PLACES)
     bucket_1 = _bucket_of_cell(offs_p, seen, in_cells, last, WIDTH, PLACES - 1, PLACES)
     s = tl.load(products_ptr + bucket_0, mask=mask_p, other=-float("inf"))
     s = tl.maximum(s, tl.load(products_ptr + bucket_1, mask=mask_p, other=-float("inf")))
     s = tl.maximum(s - tl.max(s, axis=0), -32.0)
-    x = _vector(x_ptr + pid_bh * WIDTH, offs_p, mask_p)
+    if not IS_NEW:
+        x = tl.load(x_ptr, mask=mask_p, other=0.0).to(tl.float32)
     x += tl.load(gain_ptr + pid_bh % H).to(tl.float32) * s
-    tl.store(x_ptr + pid_bh * WIDTH + offs_p, x.to(x_ptr.dtype.element_ty), mask=mask_p)
+    tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask_p)
 
 
 def _cell_keys_launch(x, gain, q, keys, row_seen, in_cells, count, parts, softmax_scale):
@@ -1940,15 +1989,20 @@ class _AddCellKeys(torch.autograd.Function):
         return dscores, parts.sum((0, 2)).to(gain.dtype), *[None] * 6
 
 
-def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor, softmax_scale: float,
-                  count: Tensor, n_new: Tensor, past: Tensor,
+def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
+                  softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                   in_cells: Tensor | None = None, *, bounds: bool = False,
                   in_place: bool = False) -> tuple[Tensor, Tensor]:
     """sea.add_cell_keys, scores in place. A row sees `count` keys at least, or none."""
-    _check_tensor("scores", scores, 4, "(B, H, R, width)")
     _check_tensor("q", q, 4, "(B, H, R, D)")
     _check_tensor("k", k, 4, "(B, Hkv, T, D)")
-    (B, H, R, D), (Hkv, T), width = q.shape, k.shape[1:3], scores.shape[-1]
+    _check_tensor("past", past, 4, "(B, Hkv, 2*width, D or 3D)")
+    (B, H, R, D), (Hkv, T), is_step = q.shape, k.shape[1:3], _is_step(q) and k.shape[2] == 1
+    is_new = scores is None
+    if is_new:
+        scores = (q.new_empty if is_step else q.new_zeros)(B, H, R, past.shape[2] // 2)
+    _check_tensor("scores", scores, 4, "(B, H, R, width)")
+    width = scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
             tuple(scores.shape))
     _expect(width <= MAX_WIDTH_CELL_KEYS, "scores", f"a width of at most {MAX_WIDTH_CELL_KEYS}", width)
@@ -1962,7 +2016,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     _expect(past.shape == of_past, "past", f"shape {of_past}", tuple(past.shape))
     totals = past.float().contiguous()
     with torch.cuda.device_of(q):
-        if _is_step(q) and T == 1:
+        if is_step:
             totals = totals if in_place else totals.clone()
             products = _new(q, B * H, n_buckets, dtype=torch.float32)
             n_block, of_buckets, of_cells = _cell_keys_step_tiles(B * Hkv, D, width)
@@ -1972,7 +2026,7 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
                 GROUP=H // Hkv, D=D, N_BUCKETS=n_buckets, BOUNDS=bounds, **of_buckets)
             _step_cells_kernel[(B * H,)](
                 scores, gain, row_seen, in_cells, count, n_new, products, seen_strides=row_seen.stride(),
-                in_cells_strides=in_cells.stride(), H=H, WIDTH=width, BOUNDS=bounds, **of_cells)
+                in_cells_strides=in_cells.stride(), H=H, IS_NEW=is_new, WIDTH=width, BOUNDS=bounds, **of_cells)
             return scores, past.copy_(totals) if in_place else totals
         past_totals, totals = totals, torch.empty_like(totals)
         # T tokens raise the level to at most one above their own, bucket_level(T), or above that of count.
@@ -2026,7 +2080,7 @@ def _running_mean(v_ptr, before_ptr, v_strides, offs_t, mask, seen, D: tl.conste
 
 @triton.jit
 def _gates(gates_ptr, strides, b, h, row):
-    """s_prob and s_mix of rows of one head."""
+    """s_prob and s_mix of rows of one head, or of one row of heads."""
     gates_ptr += b * strides[0] + h * strides[1] + row * strides[2]
     s_prob, s_mix = tl.load(gates_ptr), tl.load(gates_ptr + strides[3])
     return tl.sigmoid(s_prob.to(tl.float32)), tl.sigmoid(s_mix.to(tl.float32))
@@ -2136,23 +2190,26 @@ def _sum_rows_kernel(x_ptr, ends_ptr, out_ptr, H, T, R, BLOCK_R: tl.constexpr):
 
 
 # The same as _mix_kernel for one query per sequence, in one launch; besides out, sums = past + v.
-# One program: one head; grid (B * H,). sums, past (B, Hkv, D) fp32; the rest as above, with T = 1.
+# One program: the heads of one key/value head, which it alone reads and writes; grid (B * Hkv,). sums, past
+# (B, Hkv, D) fp32, perhaps the same; the rest as above, with T = 1.
 # fp32: everything. Reference: sea.mix_average.
 @triton.jit
 def _mix_step_kernel(sparse_ptr, v_ptr, past_ptr, gates_ptr, seen_ptr, row_ptr, out_ptr, sums_ptr, v_strides,
-                     gates_strides, H, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pid_bh, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    b, kv, pid_bkv, mask_d = pid_bh // H, pid_bh % H // GROUP, pid_bh // GROUP, offs_d < D
+                     gates_strides, HKV, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+                     BLOCK_D: tl.constexpr):
+    pid_bkv, i_head, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    b, kv, mask_d = pid_bkv // HKV, pid_bkv % HKV, offs_d < D
+    mask_hd, offs_hd = (i_head < GROUP)[:, None] & mask_d[None, :], i_head[:, None] * D + offs_d[None, :]
     seen, row = tl.load(seen_ptr + b), tl.load(row_ptr + b)
     v = _vector(v_ptr + b * v_strides[0] + kv * v_strides[1], offs_d * v_strides[3], mask_d)
     total = tl.where(seen > 0, v, 0.0) + _vector(past_ptr + pid_bkv * D, offs_d, mask_d)
-    if pid_bh % GROUP == 0:
-        tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
-    s_prob, s_mix = _gates(gates_ptr, gates_strides, b, pid_bh % H, row)
-    mean = total / tl.maximum(seen, 1).to(tl.float32)
-    out = s_mix * s_prob * _vector(sparse_ptr + pid_bh * D, offs_d, mask_d) + (1.0 - s_mix) * mean
-    out = tl.where(seen > 0, out, 0.0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + pid_bh * D + offs_d, out, mask=mask_d)
+    tl.store(sums_ptr + pid_bkv * D + offs_d, total, mask=mask_d)
+    s_prob, s_mix = _gates(gates_ptr, gates_strides, b, kv * GROUP + tl.minimum(i_head, GROUP - 1), row)
+    s_prob, s_mix = s_prob[:, None], s_mix[:, None]
+    mean = (total / tl.maximum(seen, 1).to(tl.float32))[None, :]
+    sparse = _vector(sparse_ptr + pid_bkv * GROUP * D, offs_hd, mask_hd)
+    out = tl.where(seen > 0, s_mix * s_prob * sparse + (1.0 - s_mix) * mean, 0.0)
+    tl.store(out_ptr + pid_bkv * GROUP * D + offs_hd, out.to(out_ptr.dtype.element_ty), mask=mask_hd)
 
 
 class _MixAverage(torch.autograd.Function):
@@ -2196,20 +2253,24 @@ class _MixAverage(torch.autograd.Function):
         return dsparse, dv, dgates.to(gates.dtype), dpast, None, None
 
 
-def _mix_average_step(sparse, v, gates, past, seen, row):
+def _mix_average_step(sparse, v, gates, past, seen, row, in_place):
     (B, H, _, D), Hkv = sparse.shape, v.shape[1]
-    out, sums = _new(sparse, B, H, 1, D), _new(v, B, Hkv, D, dtype=torch.float32)
-    _mix_step_kernel[(B * H,)](
-        sparse, v, past.float().contiguous(), gates, seen, row, out, sums, v_strides=v.stride(),
-        gates_strides=gates.stride(), H=H, GROUP=H // Hkv, D=D, BLOCK_D=_next_power_of_2(D), **MIX_STEP)
-    return out, sums
+    out, totals = _new(sparse, B, H, 1, D), past.float().contiguous()
+    sums = totals if in_place else torch.empty_like(totals)
+    _mix_step_kernel[(B * Hkv,)](
+        sparse, v, totals, gates, seen, row, out, sums, v_strides=v.stride(), gates_strides=gates.stride(),
+        HKV=Hkv, GROUP=H // Hkv, D=D, BLOCK_H=_next_power_of_2(H // Hkv), BLOCK_D=_next_power_of_2(D),
+        **MIX_STEP)
+    return out, past.copy_(sums) if in_place else sums
 
 
-def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
-                past: Tensor) -> tuple[Tensor, Tensor]:
+def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor, past: Tensor,
+                in_place: bool = False) -> tuple[Tensor, Tensor]:
     """sea.mix_average. Gradients are summed in a fixed order, so `row` must not fall from query to query."""
     _check_tensor("sparse", sparse, 4, "(B, H, T, D)")
-    run = _mix_average_step if _is_step(sparse) else _MixAverage.apply
     sparse, seen, row = (x.contiguous() for x in (sparse, seen, row))
     with torch.cuda.device_of(v):
-        return run(sparse, v, gates, past, seen, row)
+        if _is_step(sparse):
+            return _mix_average_step(sparse, v, gates, past, seen, row, in_place)
+        out, v_sum = _MixAverage.apply(sparse, v, gates, past, seen, row)
+    return out, past.copy_(v_sum) if in_place else v_sum

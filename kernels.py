@@ -42,15 +42,16 @@ if __package__:  # the files were copied into a package
                                     MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
                                     _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                     _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                    causal_context, choose_rows, encode_rows, mean_of_heads, mix_average,
-                                    take)
+                                    causal_context, choose_rows, encode_rows, keep_row, mean_of_heads,
+                                    mix_average, take_pair)
 else:
     from bin_kernels import NONE, bin_attention
     from estimator_kernels import (DTYPES, LOG2_E, LOWEST, MAX_D_HEAD, MAX_DECODER, MAX_FEATURES, MAX_STRIDE,
                                    MAX_SUMS, MAX_WIDTH_CELL_KEYS, _cdiv, _check_attention, _check_qk,
                                    _check_tensor, _dot_block, _expect, _in_order, _is_step, _load_tile, _new,
                                    _next_power_of_2, _program, _vector, add_cell_keys, causal_cnn,
-                                   causal_context, choose_rows, encode_rows, mean_of_heads, mix_average, take)
+                                   causal_context, choose_rows, encode_rows, keep_row, mean_of_heads,
+                                   mix_average, take_pair)
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -295,8 +296,12 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # with what stands for the candidates' keys, so that they share what is read. The third ranks each
 # query's products, and lists the first bins, the chosen ones and the last. Candidates and products are
 # scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
+#
+# A list of candidates begins with HEAD numbers: how many there are, and what they are the candidates of. So a
+# decoding step whose query is no row finds those that the last row has left, and need not look for them.
 
 BIN_GROUPS = ("query", "kv")
+HEAD = tl.constexpr(16)  # so that bins are read 64 bytes at a time
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 PRODUCTS = dict(BLOCK_N=128, num_warps=4)
@@ -395,25 +400,48 @@ def _end_of_first_row(row_ptr, b, T, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr
     return tl.sum((row == 0).to(tl.int32), axis=0)
 
 
+@triton.jit
+def _is_listed(list_ptr, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
+    """Whether a list of candidates is already that of a row that sees row_seen keys, by these options."""
+    return ((tl.load(list_ptr + 1) == row_seen) & (tl.load(list_ptr + 2) == local)
+            & (tl.load(list_ptr + 3) == n_first) & (tl.load(list_ptr + 4) == n_wanted)
+            & (tl.load(list_ptr + 5) == BIN))
+
+
+@triton.jit
+def _store_head(list_ptr, n_candidate, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
+    """What _is_listed looks at, behind the number of candidates."""
+    tl.store(list_ptr, n_candidate)
+    tl.store(list_ptr + 1, row_seen)
+    tl.store(list_ptr + 2, local)
+    tl.store(list_ptr + 3, n_first)
+    tl.store(list_ptr + 4, n_wanted)
+    tl.store(list_ptr + 5, BIN)
+
+
 # The bins of each row's best cells, ascending, without those of the first keys. n_key: keys, of which no row
 # sees more.
 # One program: one row and chooser; grid (n_row * B * C,), which may be more rows than queries begin_t ...
 # end_t - 1 use.
 #   x (B, E, R, WIDTH), any strides; row_seen (B, R), row (B, T) int; E is a divisor or a multiple of C
-#   candidates (B, C, n_row, BLOCK_C) int32, and how many there are, counts (B, C, n_row) int32
+#   lists (B, C, n_row, list_size) int32: HEAD numbers, then BLOCK_C at most; KEPT: they may be there already
 # Where a chooser has one estimate, ONE, its scores are ranked, whose last ZEROS bits are 0; else fp32
 # probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
 @triton.jit
-def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr, x_strides, C, E, T, R,
-                       n_key, begin_t, end_t, n_row, local, n_first, n_wanted, ONE: tl.constexpr,
-                       ZEROS: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, BLOCK_P: tl.constexpr,
-                       BLOCK_C: tl.constexpr):
+def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E, T, R, n_key, begin_t, end_t,
+                       n_row, list_size, local, n_first, n_wanted, KEPT: tl.constexpr, ONE: tl.constexpr,
+                       ZEROS: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, BLOCK_P: tl.constexpr):
     pid_r, pid_bc = _program(n_row)
     b, c = pid_bc // C, pid_bc % C
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
     if not is_row:
         return
     row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
+    lists_ptr += (pid_bc * n_row + pid_r) * list_size
+    if KEPT:
+        if _is_listed(lists_ptr, row_seen, local, n_first, n_wanted, BIN):
+            return
+        tl.debug_barrier()  # all have read before any writes
     middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
     offs_p = tl.arange(0, BLOCK_P)
     begin, end = _first_key(offs_p, middle, WIDTH), _first_key(offs_p + 1, middle, WIDTH)
@@ -436,10 +464,9 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
     begin = tl.maximum(begin, n_first)
     n_of_cell = tl.where(mask_kept, tl.maximum(end - begin, 0), 0)
     slot = tl.cumsum(n_of_cell, axis=0) - n_of_cell
-    pid = pid_bc * n_row + pid_r
     for i in range(0, tl.cdiv(middle, WIDTH)):
-        tl.store(candidates_ptr + pid * BLOCK_C + slot + i, begin + i, mask=i < n_of_cell)
-    tl.store(counts_ptr + pid, tl.sum(n_of_cell, axis=0))
+        tl.store(lists_ptr + HEAD + slot + i, begin + i, mask=i < n_of_cell)
+    _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN)
 
 
 # products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
@@ -454,8 +481,8 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, candidates_ptr, counts_ptr,
 # Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
 # of one query as they are.
 @triton.jit
-def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_ptr, products_ptr, q_strides,
-                     k_strides, C, HKV, T, R, begin_t, end_t, n_row, n_key, softmax_scale,
+def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, q_strides, k_strides, C, HKV,
+                     T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale,
                      STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
                      BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
@@ -465,8 +492,8 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_pt
     kv, offs_c = c * HKV // C, pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # loads that do not wait for each other, though the first ones may say that the last is for nothing
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
-    n_candidate = tl.load(counts_ptr + pid_rbc)
-    bins = tl.load(candidates_ptr + pid_rbc * BLOCK_C + offs_c)
+    lists_ptr += pid_rbc * list_size
+    n_candidate, bins = tl.load(lists_ptr), tl.load(lists_ptr + HEAD + offs_c)
     if not is_row:
         return
     if pid_n * BLOCK_N >= n_candidate:
@@ -504,14 +531,14 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, candidates_ptr, counts_pt
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
 # behind the row's cells, ascending.
 # One program: one query and chooser; grid ((end_t - begin_t) * B * C,).
-#   products, in blocks of BLOCK, candidates, counts, row, row_seen as above; seen (B, T) int
+#   products, in blocks of BLOCK, lists, row, row_seen as above; seen (B, T) int
 #   bins (B, C, T, n_listed) int32
 # All products of a query are in registers until the n_chosen-th largest is found, and are then read again a
 # block at a time, so that a program needs few more. Few warps: in a warp a sum needs no shared memory.
 # Limits: MAX_CANDIDATES. Reference: sea.choose_bins.
 @triton.jit
-def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr,
-                        C, T, R, n_key, begin_t, end_t, n_row, local, n_first, n_chosen, n_listed,
+def _choose_bins_kernel(products_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr, C, T, R, n_key,
+                        begin_t, end_t, n_row, list_size, local, n_first, n_chosen, n_listed,
                         BIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
                         BLOCK_N: tl.constexpr):
     pid_q, pid_bc = _program(end_t - begin_t)
@@ -519,10 +546,9 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
     r = tl.load(row_ptr + b * T + i)
     seen = tl.minimum(tl.load(seen_ptr + b * T + i), n_key).to(tl.int32)
     row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
-    pid_row = pid_bc * n_row + r - tl.load(row_ptr + b * T + begin_t)
-    n_candidate = tl.load(counts_ptr + pid_row)
+    lists_ptr += (pid_bc * n_row + r - tl.load(row_ptr + b * T + begin_t)) * list_size
+    n_candidate = tl.load(lists_ptr)
     products_ptr += (pid_bc * (end_t - begin_t) + pid_q) * BLOCK_C
-    candidates_ptr += pid_row * BLOCK_C
     bins_ptr += (pid_bc * T + i) * n_listed
 
     # -- the n-th largest product, (BLOCK_C,)
@@ -544,7 +570,7 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
     for start in range(0, tl.where(n > 0, n_candidate, 0), BLOCK_N):
         mask_n = start + offs_n < n_slot
         s = tl.load(products_ptr + start + offs_n, mask=mask_n, other=float("nan"))
-        candidate = tl.load(candidates_ptr + start + offs_n, mask=mask_n, other=0)
+        candidate = tl.load(lists_ptr + HEAD + start + offs_n, mask=mask_n, other=0)
         mask_chosen = s >= threshold
         if n_reach != n:
             mask_tie = (s == threshold).to(tl.int32)
@@ -564,11 +590,22 @@ def _choose_bins_kernel(products_ptr, candidates_ptr, counts_ptr, row_ptr, row_s
                  mask=(offs < n_listed) & ((offs < first_end) | (offs >= chosen_end)))
 
 
+def no_candidates(config, k: Tensor) -> Tensor | None:
+    """sea.no_candidates: room for whatever topk."""
+    n_bin = min(_cdiv(k.shape[2], config.bin), MAX_CANDIDATES)
+    n = HEAD.value + max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_bin))
+    return torch.full((len(k), config.n_choosers, 1, n), -1, dtype=torch.int32, device=k.device)
+
+
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor, topk: int,
-                config, softmax_scale: float, *, order: Tensor | None = None) -> Tensor:
+                config, softmax_scale: float, *, order: Tensor | None = None,
+                kept: Tensor | None = None) -> Tensor:
     """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer
-    or none, and the last any number. Scratch is sized by this: other rows are out of bounds."""
+    or none, and the last any number. Scratch is sized by this: other rows are out of bounds.
+
+    kept: of no_candidates at first. A step of one query a sequence leaves its row's candidates there, and the
+    next ones find them, as long as rows of one sequence that see as many keys are the same."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, C, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -590,8 +627,10 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     is_step, block_p = T == 1, max(32, _next_power_of_2(width))
     block_c = max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
-    n_row = min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
-    candidates, counts = (_new(q, B, C, n_row, *size, dtype=torch.int32) for size in ((block_c,), ()))
+    n_row = 1 if is_step else min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
+    n_list = HEAD.value + block_c
+    is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1) and kept.shape[3] >= n_list
+    lists = kept if is_kept else _new(q, B, C, n_row, n_list, dtype=torch.int32)
     products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
@@ -610,21 +649,22 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             tiles["BLOCK_N"] = 16
         for begin_t in range(0, T, n_query):
             end_t = min(begin_t + n_query, T)
-            shared = dict(C=C, T=T, R=R, begin_t=begin_t, end_t=end_t, n_row=n_row, BIN=bin, BLOCK_C=block_c)
-            lists = dict(n_key=S, local=config.local, n_first=config.n_first, **shared)
+            shared = dict(C=C, T=T, R=R, begin_t=begin_t, end_t=end_t, n_row=n_row, list_size=lists.shape[-1],
+                          BIN=bin)
+            of_row = dict(n_key=S, local=config.local, n_first=config.n_first, **shared)
             _candidates_kernel[(n_row * B * C,)](
-                scores, row, row_seen, candidates, counts, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
-                ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width, BLOCK_P=block_p,
-                num_warps=cell_warps, **lists)
+                scores, row, row_seen, lists, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
+                KEPT=is_kept, ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width,
+                BLOCK_P=block_p, num_warps=cell_warps, **of_row)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
-                q, k, order, row, candidates, counts, products, q_strides=q.stride(), k_strides=k.stride(),
-                HKV=Hkv, n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
-                FROM_BINS=not is_step, BLOCK_M=16, BLOCK_D=block_d, BLOCK_S=_next_power_of_2(min(stride, T)),
-                **tiles, **shared)
+                q, k, order, row, lists, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
+                n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
+                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
+                BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
-                products, candidates, counts, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin),
-                n_listed=n_listed, BLOCK=tiles["BLOCK_N"], BLOCK_N=min(block_c, 512 * warps),
-                num_warps=warps, **lists)
+                products, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
+                BLOCK=tiles["BLOCK_N"], BLOCK_C=block_c, BLOCK_N=min(block_c, 512 * warps), num_warps=warps,
+                **of_row)
     return bins
 
 

@@ -299,9 +299,24 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def take_pair(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """take of both."""
+    return take(k, index), take(v, index)
+
+
 def extend(past: Tensor, x: Tensor) -> Tensor:
     """x (B, heads, N, size) after the past's entries; x itself, not a copy, if there are none."""
     return torch.cat([past.to(x.dtype), x], dim=2) if past.shape[2] else x
+
+
+def keep_row(past: Tensor, x: Tensor, last: Tensor,
+             in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """The rows x (B, heads, R, size) of a call after that of the past (B, heads, 0 or 1, size), and
+    the one of them that is kept for the next call, number last (B, 0 or 1). in_place: the second
+    result is past, overwritten."""
+    rows = extend(past, x)
+    row = take(rows, last)
+    return rows, past.copy_(row) if in_place else row
 
 
 def after(n: int, x: Tensor, value: float = 0) -> Tensor:
@@ -681,7 +696,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
     return scores, totals
 
 
-def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
+def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row_seen: Tensor,
                   softmax_scale: float, count: Tensor, n_new: Tensor, past: Tensor,
                   in_cells: Tensor | None = None, *, bounds: bool = False,
                   in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -700,10 +715,11 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up
     attention.
 
-    scores (B, E, R, width), gain (E,); q (B, E, R, D) of the rows, which see row_seen (B, R) keys,
-    in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D); count, n_new (B,); past and
-    the second result (B, Hkv, 2*width, D): bucket_sums before the new keys, at the level of count,
-    and after them; with bounds (B, Hkv, 2*width, 3D): the sums, then bucket_tops of [k ; -k].
+    scores (B, E, R, width), or None for zeros, gain (E,); q (B, E, R, D) of the rows, which see
+    row_seen (B, R) keys, in_cells (B, R) of them in cells (all by default); k (B, Hkv, T, D);
+    count, n_new (B,); past and the second result (B, Hkv, 2*width, D): bucket_sums before the new
+    keys, at the level of count, and after them; with bounds (B, Hkv, 2*width, 3D): the sums, then
+    bucket_tops of [k ; -k].
     in_place: the second result is past, overwritten.
 
     No gradient reaches q and k: a student whose keys are still far from its teacher's would be
@@ -712,6 +728,8 @@ def add_cell_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, row_seen: 
     """
     with torch.no_grad(), no_autocast(q):
         in_cells = row_seen if in_cells is None else in_cells
+        if scores is None:
+            scores = q.new_zeros(*q.shape[:3], past.shape[2] // 2)
         products, totals = cell_key_scores(q, k, row_seen, in_cells, scores.shape[-1],
                                            softmax_scale, count, n_new, past, bounds)
         totals = past.copy_(totals) if in_place else totals
@@ -834,8 +852,8 @@ def boxes(k: Tensor, bin: int) -> Tensor:
 
 @torch.no_grad()
 def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor, row_seen: Tensor,
-                topk: int, config: SEAConfig, softmax_scale: float, *,
-                order: Tensor | None = None) -> Tensor:
+                topk: int, config: SEAConfig, softmax_scale: float, *, order: Tensor | None = None,
+                kept: Tensor | None = None) -> Tensor:
     """The bins that each query attends to: (B, C, T, n) int32, ascending, NONE behind the last.
     Differs: the paper attends to all keys of the best cells. No gradient flows through the choice.
 
@@ -843,7 +861,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
     are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is the mean query of the
     heads that share keys. With a stride the queries of a row share its candidates, but each chooses
-    for itself.
+    for itself. kept: of no_candidates, which this file, finding them anew in every call, has no use
+    for.
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
@@ -899,6 +918,11 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
     n_cells = (n_wanted // most_in_cell.clamp(min=1)).clamp(min=1)
     n_cells = torch.where(n_in_cells <= n_wanted, width, n_cells)
     return keep_best(ranked, n_cells, "query") & holds
+
+
+def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
+    """Where kernels.py keeps a row's candidates from one decoding step to the next: (B, C, 1, n)
+    int32, at most 64 KB for each of C. k (B, Hkv, S, D) is the cache."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1118,11 +1142,13 @@ def mix(sparse: Tensor, average: Tensor, gates: Tensor, seen: Tensor, row: Tenso
     return (out * (seen > 0)[:, None, :, None]).to(sparse.dtype)
 
 
-def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor,
-                past: Tensor) -> tuple[Tensor, Tensor]:
+def mix_average(sparse: Tensor, v: Tensor, gates: Tensor, seen: Tensor, row: Tensor, past: Tensor,
+                in_place: bool = False) -> tuple[Tensor, Tensor]:
     """mix with the running_mean of v (B, Hkv, T, D), and the sum of v after the last token, past
-    (B, Hkv, D) the one before the first; the other arguments as in mix."""
+    (B, Hkv, D) the one before the first; the other arguments as in mix. in_place: the second result
+    is past, overwritten."""
     average, v_sum = running_mean(v, seen, past)
+    v_sum = past.copy_(v_sum) if in_place else v_sum
     return mix(sparse, repeat_heads(average, sparse.shape[1]), gates, seen, row), v_sum
 
 
@@ -1137,8 +1163,9 @@ class SEAState:
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
     conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins
     three times as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and
-    width 256, in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. It holds nothing of step 7: what
-    stands for the keys of a bin is computed from the KV cache in every call.
+    width 256, in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but,
+    where steps overwrite it, the last row's candidates: what stands for the keys of a bin is
+    computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1155,6 +1182,7 @@ class SEAState:
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
     n_least: int = 0  # tokens so far of each sequence, at least
+    candidates: Tensor | None = None  # of no_candidates, where steps overwrite the state
 
     @classmethod
     def empty(cls, config: SEAConfig, q: Tensor) -> "SEAState":
@@ -1178,16 +1206,17 @@ class SEAState:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All but candidates, which can be found again."""
         for name, value in vars(self).items():
             for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, Tensor):
+                if isinstance(x, Tensor) and name != "candidates":
                     yield name, x
 
     def index_select(self, index: Tensor) -> "SEAState":
         """The state of batch entries `index`: beam search's reordering, batch expansion."""
         picked = {name: x.index_select(0, index) for name, x in self.tensors()}
         picked["conv_rows"] = tuple(x.index_select(0, index) for x in self.conv_rows)
-        return replace(self, **picked)
+        return replace(self, candidates=None, **picked)
 
     @torch.no_grad()
     def copy_(self, other: "SEAState") -> None:
@@ -1201,6 +1230,8 @@ class SEAState:
                     tuple(theirs.shape))
             mine.copy_(theirs)
         self.n_tokens, self.n_least = other.n_tokens, other.n_least
+        if self.candidates is not None and self.candidates is not other.candidates:
+            self.candidates.fill_(-1)  # here, where a CUDA graph would look for them
 
 
 @dataclass
@@ -1304,9 +1335,9 @@ class Tokens:
 
 
 def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEAState,
-             kv_cached: bool, take: Callable = take) -> Tokens:
+             kv_cached: bool, take_pair: Callable = take_pair) -> Tokens:
     """The border on the way in, Tokens.back on the way out; arguments as in SEAttention.forward.
-    take: of one backend or the other.
+    take_pair: of one backend or the other.
 
     Whatever padding holds, nan included, goes no further. Without padding nothing moves.
     """
@@ -1314,7 +1345,7 @@ def to_front(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, past: SEASta
     if valid is None:
         n_new = torch.full((len(q),), T, device=q.device)
         if T == 1 and kv_cached:  # a static buffer may go on behind the new token
-            k_new, v_new = take(k, past.count[:, None]), take(v, past.count[:, None])
+            k_new, v_new = take_pair(k, v, past.count[:, None])
         else:
             k_new, v_new = k[:, :, -T:], v[:, :, -T:]
     else:
@@ -1525,8 +1556,9 @@ class SEAttention(nn.Module):
         rows_at_once: compute this many queries at a time, each chunk with the state of the one
         before (causal only): the same output and state, less memory, no scores, cells or bins.
         in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
-        which the result then carries, so that a CUDA graph of a decoding step goes on from there
-        when it is replayed; without gradients and rows_at_once, and if it fails the state is lost.
+        which the result then carries, so that a CUDA graph of a decoding step, captured after one
+        that was not, goes on from there when it is replayed; without gradients and rows_at_once,
+        and if it fails the state is lost.
         Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
@@ -1542,16 +1574,19 @@ class SEAttention(nn.Module):
                              softmax_scale=scale, topk=topk)
 
         past = SEAState.empty(config, q) if state is None else state
-        tokens = to_front(q, k, v, valid, past, kv_cached, ops.take)
+        tokens = to_front(q, k, v, valid, past, kv_cached, ops.take_pair)
         rows = self.choose_rows(ops, tokens, past)
         q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers)
         scores, gates, state = self.estimate_attention(
             ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
             in_place)
         n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
+        if in_place and config.has_bins and past.candidates is None:
+            past.candidates = ops.no_candidates(config, tokens.keys)
+        state.candidates = past.candidates if in_place else None
         sparse, choice = self.choose_and_attend(ops, tokens, q_chooser, rows, scores, topk, scale,
-                                                n_dense)
-        out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past)
+                                                n_dense, state.candidates)
+        out, state.v_sum = self.combine(ops, sparse, tokens.v, scores, gates, rows, past, in_place)
         if n_some:
             is_first = valid is None and past.n_tokens == 0
             out = self.attend_to_all(out, tokens, rows.seen, n_some, scale, is_first)
@@ -1561,11 +1596,11 @@ class SEAttention(nn.Module):
         return tokens.back(result)
 
     def choose_and_attend(self, ops, tokens: Tokens, q_chooser: Tensor, rows: Rows,
-                          scores: Tensor, topk: int, softmax_scale: float,
-                          n_dense: int) -> tuple[Tensor, dict]:
+                          scores: Tensor, topk: int, softmax_scale: float, n_dense: int,
+                          kept: Tensor | None) -> tuple[Tensor, dict]:
         """Steps 6 to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. q_chooser
-        (B, C, T, D): what chooses bins. The first n_dense queries attend to all keys anyway: they
-        choose no bins, and get 0 here."""
+        (B, C, T, D): what chooses bins; kept: candidates of the state. The first n_dense queries
+        attend to all keys anyway: they choose no bins, and get 0 here."""
         config, T, stride = self.config, tokens.q.shape[2], rows.stride
         if n_dense == T:
             return tokens.q.new_zeros(tokens.q.shape), self.no_choice(rows, scores)
@@ -1575,7 +1610,7 @@ class SEAttention(nn.Module):
             first = begin // stride
             bins = ops.choose_bins(scores[:, :, first:], q_chooser[:, :, begin:], tokens.keys, seen,
                                    row - first if first else row, rows.row_seen[:, first:], topk,
-                                   config, softmax_scale, order=tokens.key_order)
+                                   config, softmax_scale, order=tokens.key_order, kept=kept)
             choice = dict(bins=after(begin, bins, NONE), bin=config.bin)
             out = ops.bin_attention(q, tokens.keys, tokens.values, bins, seen, softmax_scale,
                                     bin=config.bin, order=tokens.key_order)
@@ -1675,8 +1710,7 @@ class SEAttention(nn.Module):
         if config.cnn:
             scores, gates, state = self.run_cnn(ops, q_row, k, v, rows, softmax_scale, past)
         else:
-            q_row, state = ops.mean_of_heads(q_row, config.kv_heads), past
-            scores = q_row.new_zeros(*q_row.shape[:3], config.width)
+            q_row, state, scores = ops.mean_of_heads(q_row, config.kv_heads), past, None
         key_sums = past.key_sums
         if config.cell_keys:
             without_past = slice(-q_row.shape[2], None)
@@ -1685,12 +1719,11 @@ class SEAttention(nn.Module):
             scores, key_sums = key_ops.add_cell_keys(
                 scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
                 key_sums, in_cells, bounds=config.has_bins, in_place=in_place)
-        scores = extend(past.last_scores, scores)
+        scores, last_scores = ops.keep_row(past.last_scores, scores, rows.last, in_place)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
-                        key_sums=key_sums, last_scores=ops.take(scores, rows.last))
+                        key_sums=key_sums, last_scores=last_scores)
         if config.cnn:
-            gates = extend(past.last_gates, gates)
-            state.last_gates = ops.take(gates, rows.last)
+            gates, state.last_gates = ops.keep_row(past.last_gates, gates, rows.last, in_place)
         else:
             gates = self.gates[None, :, None].expand(len(q), -1, scores.shape[2], -1)
         return scores, gates, state
@@ -1710,11 +1743,11 @@ class SEAttention(nn.Module):
         return scores, gates, replace(past, sums=sums, conv_rows=conv_rows)
 
     def combine(self, ops, sparse: Tensor, v: Tensor, scores: Tensor, gates: Tensor, rows: Rows,
-                past: SEAState) -> tuple[Tensor, Tensor]:
+                past: SEAState, in_place: bool) -> tuple[Tensor, Tensor]:
         """Step 10, (B, H, T, D), and the sum of v (B, Hkv, T, D) after the new tokens. sparse
         (B, H, T, D), scores (B, E, R, width), gates (B, H, R, 2)."""
         if self.config.causal:
-            return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum)
+            return ops.mix_average(sparse, v, gates, rows.seen, rows.row, past.v_sum, in_place)
         average = estimated_mean(at_least_fp32(scores).softmax(-1), v, rows.row_seen)
         return mix(sparse, average, gates, rows.seen, rows.row), past.v_sum
 

@@ -141,8 +141,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
             assert error.square().mean().sqrt() <= 30 * budget, f"result {i}, all of it, budget {budget:.2e}: {case}"
 
 
-TWINS = ["take", "mean_of_heads", "choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys", "topk_mask",
-         "select_cells", "choose_bins", "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
+TWINS = ["take_pair", "keep_row", "mean_of_heads", "choose_rows", "causal_context", "encode_rows", "causal_cnn", "add_cell_keys",
+         "topk_mask", "select_cells", "no_candidates", "choose_bins", "sparse_attention", "bin_attention", "mix_average", "pool_attention"]
 CLASSES = ["pool_attention", "select_cells"]  # what they return is a class of each file
 
 
@@ -457,6 +457,35 @@ def test_a_step_chooses_the_bins_of_the_whole_call(case):
         steps = [kernels.choose_bins(scores, q[:, :, i : i + 1], k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, *args,
                                      order=order) for i in range(q.shape[2])]
     assert ((torch.cat(steps, 2) == whole).all(-1) | ~sure).all(), case
+
+
+@given(CHOICES.map(lambda case: replace(case, R=4, S=max(case.S, 4))))
+@settings(max_examples=6)
+def test_a_step_finds_the_candidates_that_another_has_left(case):
+    """Bit for bit what it would find without them: after steps of the same row and of others, by the same options and by others."""
+    config, (scores, q, k, seen, row, _, order) = case.config(), case.tensors()
+    generator = torch.Generator().manual_seed(case.seed)
+    row_seen = torch.stack([torch.randperm(case.S + 1, generator=generator)[:4] for _ in scores]).sort().values.to(DEVICE)
+    topk, local = config.topk + config.bin + case.seed % 5, config.local + 1
+    others = [replace(config, topk=topk, **change) for change in (
+        dict(local=local), dict(first=case.first + config.bin), dict(bin=config.bin + 1, local=local), dict(bin=max(1, config.bin // 2)),
+        dict(candidates=9), dict(group={"kv": "query", "query": "kv"}[config.group])) if topk >= 2 * (config.first + local)]
+    kept = kernels.no_candidates(config, k)
+
+    def choose(config, i, scores, kept):
+        of_chooser = q[:, :, i : i + 1]
+        if config.n_choosers != of_chooser.shape[1]:
+            of_chooser = sea.repeat_heads(of_chooser[:, : k.shape[1]], config.n_choosers)
+        return kernels.choose_bins(scores, of_chooser, k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, config.topk, config, 0.5,
+                                   order=order, kept=kept)
+
+    with guarded():
+        for i in range(0, q.shape[2], max(1, case.stride - 1)):  # of each row two or three
+            for options in (config, config, *others[(i + case.seed) % 6 :][:1]):
+                alone = choose(options, i, scores, None)
+                assert torch.equal(choose(options, i, scores, kept), alone)
+                if options.n_choosers == kept.shape[1] and kept.shape[3] >= kernels.no_candidates(options, k).shape[3]:
+                    assert torch.equal(choose(options, i, -scores, kept), alone)  # it did not look at the scores
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")  # numpy's, in the interpreter
@@ -1063,6 +1092,11 @@ def _check_cell_keys(case, before, softmax_scale, local, bounds):
     check = step_as_accurate_as_eager if T - before == 1 else functools.partial(
         as_accurate_as_eager, cancel={3: 32 * scores.numel() ** 0.5})  # the gradient of gain adds up scores down to -32
     check(case, call(kernels.add_cell_keys), call(sea.add_cell_keys), [scores, gain, rows, k, past.to(case.dtype)])
+    for f in (kernels.add_cell_keys, sea.add_cell_keys):
+        with torch.no_grad(), guarded():  # no scores are zeros
+            ours, theirs = (f(x, gain, rows, k, t, softmax_scale, count, n_new, past, in_cells, bounds=bounds)
+                            for x in (None, torch.zeros_like(scores)))
+        assert all(torch.equal(*xs) for xs in zip(ours, theirs, strict=True))
 
 
 def kept(result, n_keys):
@@ -1099,19 +1133,41 @@ def check_layer(case, *, rtol=2e-4):
         torch.testing.assert_close(torch.cat([head.out, tail.out], 2), results[0]["out"], rtol=1e-3, atol=1e-4)
 
 
+@given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 1), st.integers(1, 3), sizes(1, 80, 35, 64), LAYOUTS,
+       st.booleans(), st.booleans(), st.integers(0, 99))
+@settings(max_examples=20)
+def test_rows_kept_are_those_of_sea(dtype, dtype_of_past, n_past, R, size, layout, no_row, in_place, seed):
+    """Bit for bit, of a past row in another dtype, too, or of none; of the one that is kept there may be none."""
+    generator = torch.Generator().manual_seed(seed)
+    past, x = (torch.randn(2, 3, n, size, generator=generator).to(d) for n, d in ((n_past, dtype_of_past), (R, dtype)))
+    in_place = in_place and n_past == 1 - no_row
+    last = torch.randint(n_past + R, (2, 1 - no_row), generator=generator).to(DEVICE)
+    pasts = [lay_out(past.clone(), layout) for _ in range(2)]
+    with torch.no_grad(), guarded():
+        ours = kernels.keep_row(pasts[0], lay_out(x, layout), last, in_place)
+    theirs = sea.keep_row(pasts[1], x.to(DEVICE), last, in_place)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and torch.equal(mine, other)
+    assert not in_place or ours[1] is pasts[0]
+    if n_past:
+        assert kernels.keep_row(past.to(DEVICE), x.to(DEVICE).requires_grad_(), last)[0].requires_grad
+
+
 @given(st.sampled_from(DTYPES), HEADS, sizes(1, 70, 1, 33), sizes(1, 80, 35, 64), LAYOUTS, st.integers(0, 99))
 @settings(max_examples=20)
 def test_entries_and_means_are_those_of_sea(dtype, heads, T, D, layout, seed):
     """An entry a sequence bit for bit, any number of them and with gradients in PyTorch; the mean of equal heads is each of them."""
     (B, Hkv, group), generator = heads, torch.Generator().manual_seed(seed)
-    x = lay_out(torch.randn(B, Hkv * group, T, D, generator=generator).to(dtype), layout)
+    make = lambda n: torch.randn(B, Hkv * group, n, D, generator=generator).to(dtype)
+    x, y = lay_out(make(T), layout), lay_out(make(T), LAYOUT_OF_V[layout])
     for n in 1, 3:
         index = torch.randint(T, (B, n), generator=generator).to(DEVICE)
         with guarded(), torch.no_grad():
-            assert torch.equal(kernels.take(x, index), sea.take(x, index))
-    assert kernels.take(x.detach().requires_grad_(), index[:, :1]).requires_grad
+            taken = kernels.take_pair(x, y, index)
+        assert all(torch.equal(*xs) for xs in zip(taken, sea.take_pair(x, y, index), strict=True))
+    assert all(z.requires_grad for z in kernels.take_pair(*(z.detach().requires_grad_() for z in (x, y)), index[:, :1]))
     with torch.no_grad():  # behind the last entry there is nothing, not the next head's
-        assert all(kernels.take(x, torch.full_like(index[:, :1], i)).isnan().all() for i in (-1, T))
+        assert all(z.isnan().all() for i in (-1, T) for z in kernels.take_pair(x, y, torch.full_like(index[:, :1], i)))
     with guarded():
         mean, equal = kernels.mean_of_heads(x, Hkv), kernels.mean_of_heads(sea.repeat_heads(x[:, :Hkv], Hkv * group), Hkv)
     torch.testing.assert_close(mean, sea.mean_of_heads(x, Hkv))
@@ -1299,6 +1355,7 @@ def test_a_grid_has_its_heads_on_the_axis_that_holds_them():
             kernels.choose_bins(qkv[0].repeat(1, 1, 1, 2), *qkv[:2], result.seen, result.row, result.seen, 64, bins, 1.0)
             kernels.topk_mask(result.scores, result.seen[:, :1], 1, "head")
             kernels.mean_of_heads(qkv[0], 1)
+            kernels.take_pair(*qkv[:2], result.row[:, :1])
         bins = torch.zeros(B, 2, T, 1, dtype=torch.int32, device=DEVICE)
         kernels.bin_attention(*qkv, bins, result.seen, bin=8).sum().backward()
         with torch.no_grad():
@@ -1474,6 +1531,11 @@ def check_step(case):
     step_as_accurate_as_eager(case, context(kernels.causal_context), context(sea.causal_context), xs)
     xs = [q, v, lay_out(make(B, H, row_seen.shape[1], 2), case.layout), make(B, Hkv, case.D) * has_past]
     step_as_accurate_as_eager(case, mix(kernels.mix_average), mix(sea.mix_average), xs)
+    for f in (kernels.mix_average, sea.mix_average):
+        sums = xs[3].to(torch.float32, copy=True)
+        with torch.no_grad():
+            out, new = f(*xs[:3], seen, row, sums.clone())
+            assert torch.equal(f(*xs[:3], seen, row, sums, in_place=True)[0], out) and torch.equal(sums, new)
     image, past = make(B, 2 * H, 1, P), make(2, B, 2 * H, 4, P)
     step_as_accurate_as_eager(case, rows(kernels.causal_cnn), rows(sea.causal_cnn), [image, *past])
     first = (torch.no_grad()(rows(module.causal_cnn)) for module in (kernels, sea))  # of a sequence, which has no past
@@ -1566,6 +1628,39 @@ def check_decoding(case, first, rtol=1e-3):
             torch.testing.assert_close(result.out, whole.out[:, :, n : n + 1], rtol=rtol, atol=1e-4)
             assert torch.equal(kept(result, case.T), kept(whole, case.T)[:, :, n : n + 1]), case
             state = result.state
+
+
+@pytest.mark.parametrize("moved", ["copied", "picked", "branched"])
+def test_candidates_that_a_state_keeps_are_its_own(moved):
+    """A state that steps overwrite, then another text's of the same length is copied into it, or its sequences change places, or
+    steps of another text go on from a copy: what follows is what the reference, which keeps none, says."""
+    case = Layer(torch.float32, 30, 8, (2, 1, 2), 16, 20, 4, False, "contiguous", 1, cnn=False)
+    ours, theirs = (case.layer(backend=backend) for backend in ("triton", "torch"))
+    texts, index = [case.qkv(), replace(case, seed=2).qkv()], torch.tensor([1, 0], device=DEVICE)
+
+    def call(layer, text, begin, end, state, **options):
+        q, k, v = text
+        return layer(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], state=state, kv_cached=True, **options)
+
+    with torch.no_grad():
+        state = call(ours, texts[0], 0, 26, None).state
+        before = call(ours, texts[0], 26, 27, state, in_place=True).state
+        assert before is state and (state.candidates >= 0).any()
+        text = texts[1]
+        if moved == "copied":
+            state.copy_(call(ours, text, 0, 27, None).state)
+            assert (state.candidates == -1).all()
+        elif moved == "picked":
+            text, state = [x[index] for x in texts[0]], state.index_select(index)
+        else:
+            text = texts[0]
+            branch = call(ours, texts[1], 27, 28, state).state
+            call(ours, texts[1], 28, 29, branch, in_place=True)
+        for i in (27, 28, 29):
+            result = call(ours, text, i, i + 1, state, in_place=True)
+            whole = call(theirs, text, 0, i + 1, None)
+            assert torch.equal(result.bins, whole.bins[:, :, -1:]) and result.state is state
+            torch.testing.assert_close(result.out, whole.out[:, :, -1:], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bin", [4, 0])
@@ -2303,12 +2398,13 @@ def test_a_captured_step_replayed_is_eager_steps(stride, width, cell_keys, bin):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(static, *start())  # compiles
+        first_out = step(static, state, buffers)  # compiles, and gives the state room for candidates
     torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(first_out, eager[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(static, state, buffers)
-    for n, expected in zip(range(first, case.T), eager):
+    for n, expected in zip(range(first + 1, case.T), eager[1:]):
         for x, new in zip(static, tokens(n)):
             x.copy_(new)
         graph.replay()
@@ -2353,7 +2449,8 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
         for n, order in itertools.product((T, 1), (None, torch.zeros(B, S, dtype=torch.long))):
             of_query = torch.arange(n)[None] // stride
             of_chooser = kernels.mean_of_heads(q[:, :, :n], bins.n_choosers)
-            kernels.choose_bins(scores, of_chooser, k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order)
+            for kept in (None, kernels.no_candidates(bins, k)):
+                kernels.choose_bins(scores, of_chooser, k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order, kept=kept)
     config = replace(config, bin=0, group="causal_batch")
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
     for valid, with_scores in calls if dtype == torch.bfloat16 and D == 64 else calls[:1]:
@@ -2377,8 +2474,9 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
         for n in T, 1:  # cell keys with bounds, of a call and of a step
             count, past = seen[:, 0] - n, torch.zeros(B, Hkv, 2 * width, 3 * D)
             x = scores.detach()[:, :, :n].clone()
-            kernels.add_cell_keys(x, torch.ones(H), q[:, :, : x.shape[2]], k[:, :, :n], seen[:, : x.shape[2]], 0.1, count, 0 * count + n,
-                                  past, seen[:, : x.shape[2]], bounds=True)
+            for given in (x, None):
+                kernels.add_cell_keys(given, torch.ones(H), q[:, :, : x.shape[2]], k[:, :, :n], seen[:, : x.shape[2]], 0.1, count,
+                                      0 * count + n, past, seen[:, : x.shape[2]], bounds=True)
         kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8)
         kernels.bin_attention(q[:, :, :1], k, v, bins[:, :, :1], seen[:, :1], bin=8, order=torch.arange(S)[None])
     for heads, n_cells in ((32, 1024), (12, 64)) if width == 1024 else ():  # the widest convolutions, and narrow ones of many heads
