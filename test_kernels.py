@@ -460,7 +460,7 @@ def test_a_step_chooses_the_bins_of_the_whole_call(case):
 
 
 @given(CHOICES.map(lambda case: replace(case, R=4, S=max(case.S, 4))))
-@settings(max_examples=6)
+@settings(max_examples=3 if CUDA else 6)
 def test_a_step_finds_the_candidates_that_another_has_left(case):
     """Bit for bit what it would find without them: after steps of the same row and of others, by the same options and by others."""
     config, (scores, q, k, seen, row, _, order) = case.config(), case.tensors()
@@ -1092,11 +1092,10 @@ def _check_cell_keys(case, before, softmax_scale, local, bounds):
     check = step_as_accurate_as_eager if T - before == 1 else functools.partial(
         as_accurate_as_eager, cancel={3: 32 * scores.numel() ** 0.5})  # the gradient of gain adds up scores down to -32
     check(case, call(kernels.add_cell_keys), call(sea.add_cell_keys), [scores, gain, rows, k, past.to(case.dtype)])
-    for f in (kernels.add_cell_keys, sea.add_cell_keys):
-        with torch.no_grad(), guarded():  # no scores are zeros
-            ours, theirs = (f(x, gain, rows, k, t, softmax_scale, count, n_new, past, in_cells, bounds=bounds)
-                            for x in (None, torch.zeros_like(scores)))
-        assert all(torch.equal(*xs) for xs in zip(ours, theirs, strict=True))
+    with torch.no_grad(), guarded():  # no scores are zeros
+        none, zeros = (kernels.add_cell_keys(x, gain, rows, k, t, softmax_scale, count, n_new, past, in_cells, bounds=bounds)
+                       for x in (None, torch.zeros_like(scores)))
+    assert all(torch.equal(*xs) for xs in zip(none, zeros, strict=True))
 
 
 def kept(result, n_keys):
