@@ -1632,34 +1632,35 @@ def check_decoding(case, first, rtol=1e-3):
 @pytest.mark.parametrize("moved", ["copied", "picked", "branched"])
 def test_candidates_that_a_state_keeps_are_its_own(moved):
     """A state that steps overwrite, then another text's of the same length is copied into it, or its sequences change places, or
-    steps of another text go on from a copy: what follows is what the reference, which keeps none, says."""
-    case = Layer(torch.float32, 30, 8, (2, 1, 2), 16, 20, 4, False, "contiguous", 1, cnn=False)
+    steps of two texts that begin alike go on from it in turn: they are what the reference, which keeps nothing, says."""
+    case = Layer(torch.float32, 83, 8, (2, 1, 2), 16, 20, 4, False, "contiguous", 1, cnn=False)  # 80 begins a row
     ours, theirs = (case.layer(backend=backend) for backend in ("triton", "torch"))
-    texts, index = [case.qkv(), replace(case, seed=2).qkv()], torch.tensor([1, 0], device=DEVICE)
+    text, other, index = case.qkv(), replace(case, seed=2).qkv(), torch.tensor([1, 0], device=DEVICE)
 
     def call(layer, text, begin, end, state, **options):
         q, k, v = text
         return layer(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], state=state, kv_cached=True, **options)
 
     with torch.no_grad():
-        state = call(ours, texts[0], 0, 26, None).state
-        before = call(ours, texts[0], 26, 27, state, in_place=True).state
+        state = call(ours, text, 0, 78, None).state
+        before = call(ours, text, 78, 79, state, in_place=True).state
         assert before is state and (state.candidates >= 0).any()
-        text = texts[1]
+        runs = [(text, state)]
         if moved == "copied":
-            state.copy_(call(ours, text, 0, 27, None).state)
-            assert (state.candidates == -1).all()
+            state.copy_(call(ours, other, 0, 79, None).state)
+            runs = [(other, state)]
         elif moved == "picked":
-            text, state = [x[index] for x in texts[0]], state.index_select(index)
+            runs = [([x[index] for x in text], state.index_select(index))]
         else:
-            text = texts[0]
-            branch = call(ours, texts[1], 27, 28, state).state
-            call(ours, texts[1], 28, 29, branch, in_place=True)
-        for i in (27, 28, 29):
-            result = call(ours, text, i, i + 1, state, in_place=True)
-            whole = call(theirs, text, 0, i + 1, None)
-            assert torch.equal(result.bins, whole.bins[:, :, -1:]) and result.state is state
-            torch.testing.assert_close(result.out, whole.out[:, :, -1:], rtol=1e-3, atol=1e-4)
+            other = [torch.cat([x[:, :, :79], y[:, :, 79:]], 2) for x, y in zip(text, other)]
+            branch = call(ours, other, 79, 80, state).state
+            call(ours, text, 79, 80, state, in_place=True)
+            runs.append((other, branch))
+        for i in range(79 if len(runs) == 1 else 80, case.T):
+            for text, state in runs:
+                result, whole = call(ours, text, i, i + 1, state, in_place=True), call(theirs, text, 0, i + 1, None)
+                assert torch.equal(result.bins, whole.bins[:, :, -1:]) and result.state is state
+                torch.testing.assert_close(result.out, whole.out[:, :, -1:], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bin", [4, 0])
