@@ -189,6 +189,7 @@ def _keep_row_kernel(past_ptr, x_ptr, last_ptr, rows_ptr, row_ptr, H, SIZE: tl.c
     past, x = _vector(past_ptr + pid_bh * SIZE, offs, mask), _vector(x_ptr + pid_bh * SIZE, offs, mask)
     tl.store(rows_ptr, past.to(rows_ptr.dtype.element_ty), mask=mask)
     tl.store(rows_ptr + SIZE, x.to(rows_ptr.dtype.element_ty), mask=mask)
+    past = past.to(rows_ptr.dtype.element_ty).to(tl.float32)  # as rows have it
     row = tl.where(tl.load(last_ptr + pid_bh // H) == 0, past, x)
     tl.store(row_ptr + pid_bh * SIZE + offs, row.to(row_ptr.dtype.element_ty), mask=mask)
 
@@ -199,7 +200,7 @@ def keep_row(past: Tensor, x: Tensor, last: Tensor, in_place: bool = False) -> t
     if n_past != 1 or last.shape[1] != 1 or not past.is_contiguous() or not _is_step(x):
         rows = torch.cat([past.to(x.dtype), x], dim=2) if n_past else x
         row = _take(rows, last)
-        return rows, past.copy_(row) if in_place else row
+        return rows, past.copy_(row) if in_place and past.shape == row.shape else row
     _check_device("x", x)
     rows, row = _new(x, B, H, 2, size), past if in_place else _new(x, B, H, 1, size)
     with torch.cuda.device_of(x):
@@ -2000,7 +2001,8 @@ def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row
     (B, H, R, D), (Hkv, T), is_step = q.shape, k.shape[1:3], _is_step(q) and k.shape[2] == 1
     is_new = scores is None
     if is_new:
-        scores = (q.new_empty if is_step else q.new_zeros)(B, H, R, past.shape[2] // 2)
+        size = B, H, R, past.shape[2] // 2
+        scores = _new(q, *size) if is_step else q.new_zeros(size)
     _check_tensor("scores", scores, 4, "(B, H, R, width)")
     width = scores.shape[-1]
     _expect(scores.shape[:3] == (B, H, R), "scores", f"shape (B, H, R, width) with B, H, R = {(B, H, R)}",
@@ -2042,7 +2044,7 @@ def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row
 # -- mix ---------------------------------------------------------------------------------------------
 
 MIX = dict(BLOCK_T=64, num_warps=4)
-MIX_STEP = dict(num_warps=1)
+MIX_STEP = dict(num_warps=1)  # in one warp no thread reads sums that another has overwritten
 SUM_ROWS = dict(BLOCK_R=64, num_warps=4)
 
 

@@ -313,10 +313,10 @@ def keep_row(past: Tensor, x: Tensor, last: Tensor,
              in_place: bool = False) -> tuple[Tensor, Tensor]:
     """The rows x (B, heads, R, size) of a call after that of the past (B, heads, 0 or 1, size), and
     the one of them that is kept for the next call, number last (B, 0 or 1). in_place: the second
-    result is past, overwritten."""
+    result is past, overwritten, if it has that shape."""
     rows = extend(past, x)
     row = take(rows, last)
-    return rows, past.copy_(row) if in_place else row
+    return rows, past.copy_(row) if in_place and past.shape == row.shape else row
 
 
 def after(n: int, x: Tensor, value: float = 0) -> Tensor:
@@ -922,7 +922,8 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
     """Where kernels.py keeps a row's candidates from one decoding step to the next: (B, C, 1, n)
-    int32, at most 64 KB for each of C. k (B, Hkv, S, D) is the cache."""
+    int32, some 64 KB at most for each of C. k (B, Hkv, S, D) is the cache; for a longer one they are
+    not kept."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1182,6 +1183,7 @@ class SEAState:
     k: Tensor | None  # (B, Hkv, S, D), by rank
     v: Tensor | None
     n_least: int = 0  # tokens so far of each sequence, at least
+    stride: int = 1  # query_stride of the layer
     candidates: Tensor | None = None  # of no_candidates, where steps overwrite the state
 
     @classmethod
@@ -1203,10 +1205,12 @@ class SEAState:
             key_sums=torch.zeros(B, Hkv, n_buckets, 3 * D if config.has_bins else D, **fp32),
             k=none,
             v=none,
+            stride=config.query_stride,
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All but candidates, which can be found again."""
+        """All but candidates, which are found again if -1 stands there: who writes into a state that
+        has them fills them with it, as copy_ does."""
         for name, value in vars(self).items():
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, Tensor) and name != "candidates":
@@ -1229,7 +1233,7 @@ class SEAState:
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
             mine.copy_(theirs)
-        self.n_tokens, self.n_least = other.n_tokens, other.n_least
+        self.n_tokens, self.n_least, self.stride = other.n_tokens, other.n_least, other.stride
         if self.candidates is not None and self.candidates is not other.candidates:
             self.candidates.fill_(-1)  # here, where a CUDA graph would look for them
 
@@ -1721,7 +1725,7 @@ class SEAttention(nn.Module):
                 key_sums, in_cells, bounds=config.has_bins, in_place=in_place)
         scores, last_scores = ops.keep_row(past.last_scores, scores, rows.last, in_place)
         state = replace(state, count=rows.next_count, n_tokens=past.n_tokens + q.shape[2],
-                        key_sums=key_sums, last_scores=last_scores)
+                        key_sums=key_sums, last_scores=last_scores, stride=config.query_stride)
         if config.cnn:
             gates, state.last_gates = ops.keep_row(past.last_gates, gates, rows.last, in_place)
         else:
@@ -1758,6 +1762,9 @@ class SEAttention(nn.Module):
         if state is not None:
             of_state = state.last_scores.shape[-1]
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
+            stride = self.config.query_stride  # at 1 no row of the past is used
+            _expect(stride in (1, state.stride), "state", f"one of query_stride {stride}",
+                    state.stride)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
         n_past = 0 if state is None else state.n_tokens
         is_buffer = kv_cached and k.shape[2] > n_past + q.shape[2]

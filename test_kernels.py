@@ -1134,6 +1134,8 @@ def check_layer(case, *, rtol=2e-4):
 
 @given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 1), st.integers(1, 3), sizes(1, 80, 35, 64), LAYOUTS,
        st.booleans(), st.booleans(), st.integers(0, 99))
+@example(torch.float16, torch.float32, 1, 1, 35, "contiguous", False, True, 1)  # keeps the row of the past
+@example(torch.float16, torch.float32, 1, 1, 35, "contiguous", False, True, 0)
 @settings(max_examples=20)
 def test_rows_kept_are_those_of_sea(dtype, dtype_of_past, n_past, R, size, layout, no_row, in_place, seed):
     """Bit for bit, of a past row in another dtype, too, or of none; of the one that is kept there may be none."""

@@ -1322,6 +1322,11 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("v", "as k", "(2, 2, 5, 8)", lambda a, q, k, v: a(q, k, v[:, :, 1:])),
     ("k", "the 5 tokens of q", "6", lambda a, q, k, v: a(q[:, :, 1:], k, v)),
     ("state", "state of the 1 tokens before", "None", lambda a, q, k, v: a(q[:, :, 1:], k, v, kv_cached=True)),
+    ("state", "of query_stride 4", "1", lambda a, q, k, v: SEAttention(replace(a.config, query_stride=4))(
+        q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], state=a(*(x[:, :, :5] for x in (q, k, v))).state)),
+    ("other", "last_scores of shape (2, 4, 1, 8)", "(2, 4, 0, 8)", torch.no_grad()(lambda a, q, k, v: a(
+        q[:, :, 5:], k, v, kv_cached=True, in_place=True, state=SEAttention(replace(a.config, query_stride=4))(
+            *(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state))),
     ("valid", "bool", "torch.int64", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 6, dtype=torch.long))),
     ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
