@@ -468,8 +468,10 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
     row_seen = torch.stack([torch.randperm(case.S + 1, generator=generator)[:4] for _ in scores]).sort().values.to(DEVICE)
     topk, local = config.topk + config.bin + case.seed % 5, config.local + 1
     others = [replace(config, topk=topk, **change) for change in (
-        dict(local=local), dict(first=case.first + config.bin), dict(bin=config.bin + 1, local=local), dict(bin=max(1, config.bin // 2)),
-        dict(candidates=9), dict(group={"kv": "query", "query": "kv"}[config.group])) if topk >= 2 * (config.first + local)]
+        dict(local=local), dict(first=case.first + config.bin), dict(bin=max(1, config.bin // 2)), dict(candidates=9),
+        dict(group={"kv": "query", "query": "kv"}[config.group])) if topk >= 2 * (config.first + local)]
+    wide = replace(config, topk=10**6, bin=config.bin + 1, first=config.n_first * (config.bin + 1))  # and else the same
+    others.append(replace(wide, topk=math.ceil(wide.first + wide.n_last) + case.n_chosen * wide.bin))
     kept = kernels.no_candidates(config, k)
 
     def choose(config, i, scores, kept):
@@ -481,7 +483,7 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
 
     with guarded():
         for i in range(0, q.shape[2], max(1, case.stride - 1)):  # of each row two or three
-            for options in (config, config, *others[(i + case.seed) % 6 :][:1]):
+            for options in (config, config, others[(i + case.seed) % len(others)]):
                 alone = choose(options, i, scores, None)
                 assert torch.equal(choose(options, i, scores, kept), alone)
                 if options.n_choosers == kept.shape[1] and kept.shape[3] >= kernels.no_candidates(options, k).shape[3]:
