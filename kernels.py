@@ -301,7 +301,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # decoding step whose query is no row finds those that the last row has left, and need not look for them.
 
 BIN_GROUPS = ("query", "kv")
-HEAD = tl.constexpr(16)  # so that bins are read 64 bytes at a time
+HEAD = tl.constexpr(16)  # numbers, 64 bytes: what follows is aligned
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
 BOXES = dict(BLOCK_N=32, num_warps=4)
 PRODUCTS = dict(BLOCK_N=128, num_warps=4)

@@ -1560,9 +1560,9 @@ class SEAttention(nn.Module):
         rows_at_once: compute this many queries at a time, each chunk with the state of the one
         before (causal only): the same output and state, less memory, no scores, cells or bins.
         in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
-        which the result then carries, so that a CUDA graph of a decoding step, captured after one
-        that was not, goes on from there when it is replayed; without gradients and rows_at_once,
-        and if it fails the state is lost.
+        which the result then carries, so that a CUDA graph of a decoding step goes on from there
+        when it is replayed (a step outside the graph, before, gives the state room for candidates);
+        without gradients and rows_at_once, and if it fails the state is lost.
         Raises ValueError if arguments do not fit.
         """
         self.check(q, k, v, valid, state, kv_cached, rows_at_once)
