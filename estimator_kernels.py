@@ -1642,7 +1642,7 @@ STEP_BUCKETS = dict(programs=1024)  # in most steps all but one a head have noth
 def _cell_keys_tiles(dtype: torch.dtype, D: int, width: int) -> dict:
     is_half, block_p = dtype != torch.float32, max(16, _next_power_of_2(width))  # fp32: no tensor cores
     is_narrow = block_p <= 256  # one block, and its products stay in registers for the second pass
-    num_warps = max(block_p // 128, 1) if is_narrow and is_half else 4
+    num_warps = (1 if block_p <= 128 else 2) if is_half else 4
     return dict(BLOCK_R=16, BLOCK_B=64 if is_half else 32, BLOCK_P=block_p if is_narrow else 128,
                 BLOCK_D=_dot_block(D, dtype), num_warps=num_warps, num_stages=3 if is_half else 1)
 
@@ -1753,18 +1753,17 @@ def _bucket_keys_kernel(k_ptr, count_ptr, n_new_ptr, past_ptr, keys_ptr, totals_
 
 
 @triton.jit
-def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_e, softmax_scale, WIDTH: tl.constexpr,
-                       BOUNDS: tl.constexpr):
-    """softmax_scale * the product that stands for each cell, (rows, cells), of rows whose buckets are of
-    level e, mask_e; -inf elsewhere."""
+def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask, WIDTH: tl.constexpr, BOUNDS: tl.constexpr):
+    """The product that stands for each cell, (cells, rows), of rows whose buckets are of level e; -inf where
+    mask, of that shape, is False. products_ptr: that of each row's first bucket."""
     PLACES: tl.constexpr = 2 if BOUNDS else 1
-    mask = mask_e[:, None] & (cells < WIDTH)[None, :]
-    p, t, n_in = cells[None, :], seen[:, None], in_cells[:, None]
-    s = tl.load(products_ptr + _bucket_of_cell(p, t, n_in, e, WIDTH, 0, PLACES), mask=mask, other=0.0)
+    p, products_ptr, seen, in_cells = cells[:, None], products_ptr[None, :], seen[None, :], in_cells[None, :]
+    bucket = _bucket_of_cell(p, seen, in_cells, e, WIDTH, 0, PLACES)
+    s = tl.load(products_ptr + bucket, mask=mask, other=-float("inf"))
     if BOUNDS:
-        bucket = _bucket_of_cell(p, t, n_in, e, WIDTH, 1, PLACES)
-        s = tl.maximum(s, tl.load(products_ptr + bucket, mask=mask, other=0.0))
-    return tl.where(mask, s * softmax_scale, -float("inf"))
+        bucket = _bucket_of_cell(p, seen, in_cells, e, WIDTH, 1, PLACES)
+        s = tl.maximum(s, tl.load(products_ptr + bucket, mask=mask, other=-float("inf")))
+    return s
 
 
 # x[p] += gain * max(s_p - max s, -32), s_p = softmax_scale * q . (key of the bucket in the middle of cell p),
@@ -1778,8 +1777,10 @@ def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_e, softmax_s
 #   products (n, BLOCK_R, 2 * WIDTH) fp32: scratch of one tile
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of keys rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
-# level. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a shuffle for each 32 buckets
-# that a cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
+# level. Tiles that take products out are (cells, rows): where an address depends on data, Triton has
+# neighbouring threads walk along the first axis, and neighbouring cells' products lie side by side. (rows,
+# cells) is 1.2 to 1.4 times slower. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a
+# shuffle for each 32 buckets that a cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
                       parts_ptr, q_strides, seen_strides, in_cells_strides, H, R, n_level, n_tile,
@@ -1791,7 +1792,7 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     offs_p, offs_b = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_B)
     mask_d = (offs_d < D)[None, :]
-    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r)[:, None] * N_BUCKETS
+    products_ptr += (tl.program_id(0).to(tl.int64) * BLOCK_R + offs_r) * N_BUCKETS
     for tile in range(tl.program_id(0), n_tile, tl.num_programs(0)):
         pid_bh = (tile // tl.cdiv(R, BLOCK_R)).to(tl.int64)
         b, h = pid_bh // H, pid_bh % H
@@ -1821,20 +1822,21 @@ def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, 
                 if BOUNDS:
                     key = _load_tile(keys_ptrs + D, place, offs_d, KEYS, 1, mask)
                     products += tl.dot(tl.abs(q), tl.trans(key), input_precision="ieee")
-                tl.store(products_ptr + offs_bucket[None, :], products, mask=mask_b[None, :])
+                tl.store(products_ptr[:, None] + offs_bucket[None, :], products * softmax_scale,
+                         mask=mask_b[None, :])
             tl.debug_barrier()
             highest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
             for start in range(0, WIDTH, BLOCK_P):
-                s = _products_of_cells(products_ptr, start + offs_p, seen, in_cells, e, mask_e, softmax_scale,
-                                       WIDTH=WIDTH, BOUNDS=BOUNDS)
-                highest = tl.maximum(highest, tl.max(s, axis=1))
+                cells = start + offs_p
+                mask = (cells < WIDTH)[:, None] & mask_e[None, :]
+                s = _products_of_cells(products_ptr, cells, seen, in_cells, e, mask, WIDTH, BOUNDS)
+                highest = tl.maximum(highest, tl.max(s, axis=0))
             for start in range(0, WIDTH, BLOCK_P):
                 cells = start + offs_p
-                s = _products_of_cells(products_ptr, cells, seen, in_cells, e, mask_e, softmax_scale,
-                                       WIDTH=WIDTH, BOUNDS=BOUNDS)
-                s = tl.maximum(s - highest[:, None], -32.0)
-                mask = mask_e[:, None] & (cells < WIDTH)[None, :]
-                x_ptrs = x_ptr + (pid_bh * R + row[:, None]) * WIDTH + cells[None, :]
+                mask = (cells < WIDTH)[:, None] & mask_e[None, :]
+                s = _products_of_cells(products_ptr, cells, seen, in_cells, e, mask, WIDTH, BOUNDS)
+                s = tl.maximum(s - highest[None, :], -32.0)
+                x_ptrs = x_ptr + (pid_bh * R + row[None, :]) * WIDTH + cells[:, None]
                 x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
                 if BACKWARD:
                     part += tl.sum(tl.sum(tl.where(mask, x * s, 0.0), axis=1), axis=0)
