@@ -1778,9 +1778,9 @@ def _products_of_cells(products_ptr, cells, seen, in_cells, e, mask, WIDTH: tl.c
 #   parts (n_tile,) fp32, BACKWARD: each tile's sum
 # fp32: products (of keys rounded to the dtype of k), maximum. Eager writes 2 * WIDTH products per row and
 # level. Tiles that take products out are (cells, rows): where an address depends on data, Triton has
-# neighbouring threads walk along the first axis, and neighbouring cells' products lie side by side. (rows,
-# cells) is 1.2 to 1.4 times slower. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which costs a
-# shuffle for each 32 buckets that a cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
+# neighbouring threads walk along the first axis, and neighbouring cells' products lie side by side. At width
+# 256 (rows, cells) is 1.2 to 1.4 times slower. Limits: WIDTH <= MAX_WIDTH_CELL_KEYS. Tried: tl.gather, which
+# costs a shuffle for each 32 buckets that a cell might be in (1.5 times slower). Reference: sea.add_cell_keys.
 @triton.jit
 def _cell_keys_kernel(x_ptr, gain_ptr, q_ptr, keys_ptr, seen_ptr, in_cells_ptr, count_ptr, products_ptr,
                       parts_ptr, q_strides, seen_strides, in_cells_strides, H, R, n_level, n_tile,
