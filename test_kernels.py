@@ -95,7 +95,7 @@ LAYOUT_OF_V = {"contiguous": "gaps", "heads last": "contiguous", "gaps": "heads 
 
 
 def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], relu: bool = False, gradients: bool = True,
-                         cancel: dict[int, float] | None = None) -> None:
+                         cancel: dict[int, float] | None = None, weights: dict[int, torch.Tensor] | None = None) -> None:
     """Outputs and gradients: error <= 2 * (error of the reference in the same dtype + eps * max|ref|), ref in fp64.
 
     The error is the largest of all elements. With `relu`, since where its input rounds to the other side of 0 single gradients
@@ -104,7 +104,8 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
     contributes, that of the smallest 90 %, while all of them together may have 30 times as much.
 
     max|ref| is that of all results together: a small gradient of few numbers is what is left of others that cancel; or, if
-    that is more, what `cancel` says for the number of a result. And 2^(score - lse) carries the fp32 rounding of its
+    that is more, what `cancel` says for the number of a result. What `weights` says for an output's number is multiplied into
+    its gradient, where others would be differences of large numbers. And 2^(score - lse) carries the fp32 rounding of its
     exponents, numbers of size 8 or so, even where outputs are fp32.
     """
 
@@ -114,6 +115,7 @@ def as_accurate_as_eager(case, kernel, reference, inputs: list[torch.Tensor], re
         out = list(out) if isinstance(out, (tuple, list)) else [out]
         generator = torch.Generator().manual_seed(0)
         douts = [torch.randn(x.shape, generator=generator).to(x.device, inputs[0].dtype).to(x.dtype) for x in out]
+        douts = [x * weights[i].to(x.dtype) if weights and i in weights else x for i, x in enumerate(douts)]
         douts = [lay_out(x, "gaps") if x.ndim == 4 else x for x in douts]  # a caller's gradient has any strides
         learn = [i for i, x in enumerate(out) if x.requires_grad and gradients]
         grads = torch.autograd.grad([out[i] for i in learn], xs, [douts[i] for i in learn], allow_unused=True) if learn else [None] * len(xs)
@@ -991,6 +993,12 @@ def _check_causal_context(case):
     position = torch.randn(longest, D, generator=generator).to(DEVICE, case.dtype)
     projection = sea.orthogonal_features(D, m, generator).to(DEVICE)
     past = torch.rand(B, Hkv, m, 2 * D + 1, generator=generator).to(DEVICE, case.dtype) * (case.seed % 2)
+    # A row's gradient by phi(q) is a sum over its keys less their mean, both over the denominator: times that of a mean phi(q),
+    # neither is large, also where all phi(q) are near 1e-3.
+    q_feat, k_feat = (sea.relu_features(x.double(), projection) for x in sea.scaled_qk(q[:, :, :: case.stride], k, D**-0.5))
+    norm = past[..., -1].double()[:, :, None] + (k_feat * sea.is_token(k, n_new)).cumsum(2)
+    norm = sea.take(sea.repeat_heads(norm, q.shape[1]), sea.row_places(count, case.T, case.stride).clamp(max=case.T - 1))
+    weight = (q_feat * norm).sum(-1, keepdim=True) / norm.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def call(f):
         def run(q, k, v, position, past):
@@ -998,7 +1006,7 @@ def _check_causal_context(case):
             return context.to(q.dtype), sums
         return run
     as_accurate_as_eager(case, call(kernels.causal_context), call(sea.causal_context),
-                         [q[:, :, :: case.stride], k, v, position, past], relu=True)
+                         [q[:, :, :: case.stride], k, v, position, past], relu=True, weights={0: weight})
 
 
 def _check_estimator(case):
@@ -1195,6 +1203,7 @@ def test_rows_are_those_of_sea(B, T, stride, has_past, behind, seed):
 @given(LAYERS)
 @example(Layer(torch.float32, 70, 3, (1, 2, 2), 16, 20, 4, True, "gaps", 1))
 @example(Layer(torch.float32, 70, 3, (2, 1, 1), 4, 20, 4, True, "gaps", 3))  # sequences of which different positions are used
+@example(Layer(torch.float32, 17, 1, (1, 1, 2), 6, 1, 1, True, "contiguous", 95, False))  # a row all of whose phi(q) are near 1e-3
 @settings(FEWER)
 def test_causal_context_matches_reference(case):
     check_causal_context(case)
