@@ -2,16 +2,16 @@
 
 This file has masks as bits, the selection of cells, the choice of bins, sparse attention and the pooled
 attention of a teacher, and re-exports the estimator's operations from estimator_kernels.py and attention to
-chosen bins from bin_kernels.py. Signatures and results are those of sea.py; exceptions are noted. Its
-docstrings say what each operation computes, its glossary what the letters mean. To use the kernels
+chosen bins from bin_kernels.py. Signatures and results are those of sea.py, whose docstrings say what each
+operation computes, and whose glossary what the letters mean; exceptions are noted. To use the kernels
 elsewhere, copy the three files: they need only torch and Triton.
 
 Tensors are (B, H, T, D) in fp16, bf16 or fp32, and may be strided. Softmax statistics, norms, sums and
 accumulators are fp32 whatever the input is. GROUP is the number of query heads that share one key/value
 head, unlike `group`, which says whose cells compete in the top-k.
 
-A mask of cells is packed into one bit per cell (CellBits): 32 bytes per query and head at width 256. It
-is never expanded.
+A mask of cells is packed into one bit per cell (CellBits): 32 bytes per query and head at width 256. No
+kernel expands it.
 
 Programs are numbered on the grid's first axis, those of one head side by side: number h * n + i is program
 i of the n of head h, of all sequences. The other axes hold at most 65,535, fewer than a batch may have heads.
