@@ -159,10 +159,11 @@ def main(argv: list[str] | None = None) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(names, pool.map(lambda job: run(*job, args, rest), enumerate(names))))
     columns = dict.fromkeys(key for result in found.values() for key in result)
-    print(f"\n{'':30} " + " ".join(f"{name:>8}" for name in columns))
+    width = max(30, *map(len, found))
+    print(f"\n{'':{width}} " + " ".join(f"{name:>8}" for name in columns))
     for name, result in found.items():
         cells = (f"{result[key]:.0f}" if key == "ms" else f"{result[key]:.4f}" for key in result)
-        print(f"{name:30} " + " ".join(f"{cell:>8}" for cell in cells))
+        print(f"{name:{width}} " + " ".join(f"{cell:>8}" for cell in cells))
     report = dict(command=["ablate.py", *(sys.argv[1:] if argv is None else argv)], results=found)
     (Path(args.out) / "ablation.json").write_text(json.dumps(report, indent=1))
     if not all(found.values()):

@@ -1356,15 +1356,19 @@ def draw_curve(axis, points: dict, lines: dict, field: str, label: str) -> None:
 # -- tables ----------------------------------------------------------------------------------------
 
 
+def name_width(rows: dict[str, dict]) -> int:
+    return max(18, *map(len, rows))
+
+
 def print_models(rows: dict[str, dict]) -> None:
-    print(f"\n{'':18} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'attention':>12} {'a pass':>12} "
+    print(f"\n{'':{name_width(rows)}} {'val ppl':>9} {'ratio':>7} {'keys/query':>11} {'attention':>12} {'a pass':>12} "
           f"{'memory':>12}")
     for name, row in rows.items():
         ratio = row["ppl"] / rows["teacher"]["ppl"]
         costs = [("attention_ms", ".2f", "ms"), ("pass_ms", ".1f", "ms"), ("pass_mib", ",.0f", "MiB")]
         cells = ("" if row.get(field) is None else f"{row[field]:{form}} {unit}"
                  for field, form, unit in costs)
-        line = f"{name:18} {row['ppl']:9.2f} {ratio:7.3f} {row['keys']:11.1f} "
+        line = f"{name:{name_width(rows)}} {row['ppl']:9.2f} {ratio:7.3f} {row['keys']:11.1f} "
         print((line + " ".join(f"{cell:>12}" for cell in cells)).rstrip())
     print(f"attention: of all layers, from q, k, v on, {rows['teacher'].get('clock', 'not timed')}\n"
           "a pass: one sequence through the whole model, launched from Python, logits of its last "
@@ -1375,9 +1379,9 @@ def print_models(rows: dict[str, dict]) -> None:
 def print_positions(rows: dict[str, dict]) -> None:
     blocks = rows["teacher"]["by_position"]
     titles = (f"{block['first']:,}-{block['last']:,}" for block in blocks)
-    print(f"\n{'val ppl of tokens':18} " + " ".join(f"{title:>13}" for title in titles))
+    print(f"\n{'val ppl of tokens':{name_width(rows)}} " + " ".join(f"{title:>13}" for title in titles))
     for name, row in rows.items():
-        print(f"{name:18} " + " ".join(f"{b['ppl']:13.2f}" for b in row["by_position"]))
+        print(f"{name:{name_width(rows)}} " + " ".join(f"{b['ppl']:13.2f}" for b in row["by_position"]))
 
 
 def print_layers(rows: dict[str, dict]) -> None:
@@ -1393,10 +1397,10 @@ def print_layers(rows: dict[str, dict]) -> None:
 def print_continuations(rows: dict[str, dict], prompts: list[str]) -> None:
     """A line for each, whatever lines the text has."""
     for i, prompt in enumerate(prompts):
-        print(f"\n{'prompt':18} {prompt!r}")
+        print(f"\n{'prompt':{name_width(rows)}} {prompt!r}")
         for name, row in rows.items():
             if "continuations" in row:
-                print(f"{name:18} {row['continuations'][i]!r}")
+                print(f"{name:{name_width(rows)}} {row['continuations'][i]!r}")
 
 
 def name_students(folders: list[str]) -> dict[str, str]:

@@ -186,6 +186,7 @@ def print_tables(rows: dict[str, dict]) -> None:
 
 def print_table(title: str, rows: dict[str, list[dict]], field: str, form: str) -> None:
     columns = [form.format(x[field]) + " *" * (x["found"] < ENOUGH) for x in rows["teacher"]]
-    print(f"\n{title:18} " + " ".join(f"{column:>9}" for column in columns))
+    width = max(18, *map(len, rows))
+    print(f"\n{title:{width}} " + " ".join(f"{column:>9}" for column in columns))
     for name, shares in rows.items():
-        print(f"{name:18} " + " ".join(f"{x['found']:9.0%}" for x in shares))
+        print(f"{name:{width}} " + " ".join(f"{x['found']:9.0%}" for x in shares))

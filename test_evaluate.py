@@ -55,6 +55,15 @@ def test_a_teacher_alone_is_measured(home, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["evaluate.json"]
 
 
+def test_columns_of_tables_line_up(capsys):
+    names = "teacher", "sea, query_stride=16, candidates=8, topk 1024"
+    row = dict(ppl=12.3, keys=4.0, attention_ms=1.0, pass_ms=2.0, pass_mib=3.0, by_position=[dict(first=1, last=16, ppl=12.3)])
+    one = functools.partial(retrieval.print_table, "one needle", field="length", form="{:,}")
+    for show, line in ((evaluate.print_models, row), (evaluate.print_positions, row), (one, [dict(length=1024, found=0.5)])):
+        show(dict.fromkeys(names, line))
+        assert len({len(text) for text in capsys.readouterr().out.splitlines()[1:4]}) == 1
+
+
 def test_topk_measures_one_student_at_each(home, student, tmp_path, capsys, monkeypatch):
     """Perplexity, and the time of the attention alone, of the same student."""
     timed = []
