@@ -41,7 +41,7 @@ from transformers.masking_utils import (bidirectional_mask_function, causal_mask
 
 from baselines import BASELINES
 from sea import (SEAConfig, SEAOutput, SEAState, SEAttention, at_least_fp32, attention_weights, check_qkv,
-                 dense_attention, first_key_of_cell, in_documents, is_autocast, scale_or_default, take, valid_first)
+                 dense_attention, first_key_of_cell, in_documents, is_autocast, is_integer, scale_or_default, take, valid_first)
 
 # Queries of a prefill that are computed at once where no gradient is wanted. A query's estimate takes about ten times the
 # memory of its key and value, so that of a long prompt would grow to that of a whole model's KV cache; chunks of 16,384 cost a
@@ -99,10 +99,10 @@ class SEALayer(DynamicLayer):
 
     def see(self, valid: Tensor | None, n_new: int) -> None:
         """Take note of all tokens' padding. Raises ValueError if that of the past has changed: the state would not know."""
-        padded = valid is not None and self.valid is None and not valid[:, :-n_new].all()
-        if self.state is not None and (valid is None and self.valid is not None or padded
-                                       or self.valid is not None and not torch.equal(self.valid, valid[:, :-n_new])):
-            raise ValueError("attention_mask: expected the padding of the tokens before as it was in their call, got another")
+        if self.state is not None:
+            known = [x for x in (self.valid, None if valid is None else valid[:, :-n_new]) if x is not None]  # else all are tokens
+            if not (torch.equal(*known) if len(known) == 2 else all(x.all() for x in known)):
+                raise ValueError("attention_mask: expected the padding of the tokens before as it was in their call, got another")
         self.valid = valid
 
     def crop(self, *args) -> None:
@@ -462,8 +462,9 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
         raise ValueError(f"model: expected self-attention modules with `is_causal`, got none in {type(model).__name__}")
     if not any(options.get("causal", _is_causal(module, model)) for module in modules):
         options = {**OF_ENCODER, **options}
-    seed = options.get("seed", 0)  # each layer draws features of its own
-    layers = [_layer_of(module, model, method, {**options, "seed": seed + i}) for i, module in enumerate(modules)]
+    seed = options.get("seed", 0)  # each layer draws features of its own; SEAConfig refuses what is no number
+    layers = [_layer_of(module, model, method, {**options, "seed": seed + i if is_integer(seed) else seed})
+              for i, module in enumerate(modules)]
     _switch_to_sea(model, modules)
 
     for module, layer in zip(modules, layers):
@@ -474,7 +475,8 @@ def attach(model: Model, method: str = "sea", **options: Any) -> Model:
         if isinstance(part, PreTrainedModel):
             names = tuple(inspect.signature(part.forward).parameters)
             if "position_ids" in names:
-                complete = functools.partial(complete_positions, names, hasattr(part, "rotary_emb"))
+                rotary = any("Rotary" in type(child).__name__ for child in part.children())
+                complete = functools.partial(complete_positions, names, rotary)
                 part.register_forward_pre_hook(complete, with_kwargs=True)
             part.register_forward_pre_hook(functools.partial(_ask_weights, True), with_kwargs=True)
             part.register_forward_hook(functools.partial(_ask_weights, False), with_kwargs=True, always_call=True)
@@ -695,7 +697,7 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
          model_class: type[PreTrainedModel] | None = None) -> Any:
     """The PreTrainedModel that `save` wrote, SEA included, in eval mode.
 
-    dtype: as saved by default. model_class: the model's class, where transformers has none of its name. Runs no code from
+    dtype: as saved by default, each weight in its own. model_class: the model's class, where transformers has none of its name. Runs no code from
     `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.
     """
     if not (dtype is None or isinstance(dtype, torch.dtype)):
@@ -711,11 +713,15 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     for gain in _encoder_gains(model).values():  # a gain of 0 is no cell keys, for files from before there were any
         nn.init.zeros_(gain)
     for file in files:
-        model.load_state_dict(load_file(file), strict=False)
+        weights = load_file(file)
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = parameter.data.to(weights[name].dtype)
+        model.load_state_dict(weights, strict=False)
     model.tie_weights()
     if generation is not None:
         model.generation_config = generation
-    return _cast(model, dtype or saved_as).eval()
+    return (model if dtype is None else _cast(model, dtype)).eval()
 
 
 def _read_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | None]:

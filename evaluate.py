@@ -1137,7 +1137,7 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
     bin, shares = result.bin, []
     for i in range(0, teacher.q.shape[2], block):
         rows = slice(i, i + block)
-        log_a, seen = sea.dense_scores(teacher.q[:, :, rows], teacher.k, result.seen[:, rows],
+        log_a, seen = sea.dense_log_probs(teacher.q[:, :, rows], teacher.k, result.seen[:, rows],
                                        teacher.scale)
         a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
         bins = result.bins[:, :, rows].long()
@@ -1228,7 +1228,7 @@ def draw_heads(students: Records, teachers: Records, path: Path, look: list[tupl
 
 def attention_of(teacher: convert.Record, student: convert.Record) -> Tensor:
     """The teacher's attention of the first sequence, (H, T, T)."""
-    log_a, sees = sea.dense_scores(teacher.q[:1], teacher.k[:1], student.sea.seen[:1], teacher.scale)
+    log_a, sees = sea.dense_log_probs(teacher.q[:1], teacher.k[:1], student.sea.seen[:1], teacher.scale)
     return (log_a.exp() * sees)[0]
 
 

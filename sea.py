@@ -3,7 +3,8 @@
 Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attention of a pretrained
 transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
 keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all
-this by distilling the teacher's attention. One layer, SEAttention.forward, computes:
+this by distilling the teacher's attention. A causal layer, SEAttention.forward, computes (a
+bidirectional one has functions of its own for steps 1 to 5 and 10):
 
             what                                                              step   by
     tokens  valid tokens of q, k, v at the front, padding behind them         -      to_front
@@ -12,11 +13,12 @@ this by distilling the teacher's attention. One layer, SEAttention.forward, comp
     z       GELU(LayerNorm(Linear([c ; v]))), for the CNN's image and gates   3      encode_rows
     scores  CNN(image)                                                        4      causal_cnn
             + gain * q . (cell key), ours                                     5      add_cell_keys
-    cells   the best of softmax(scores)                                       6      select_cells
-    bins    the best of all bins of keys in those cells, the first and the
-            last, ours, causal only; bin=0: all keys in the cells, as in the
-            paper                                                             7      choose_bins
-    sparse  softmax(q k^T * softmax_scale) v over these keys                  8, 9   bin_attention
+    cells   bin=0, as in the paper: the best of softmax(scores), all their
+            keys                                                              6      select_cells
+    bins    else, ours: the best bins of keys in the best cells, those of the
+            first and of the last keys                                        7      choose_bins
+    sparse  softmax(q k^T * softmax_scale) v over these keys, of bins         8, 9   bin_attention
+            or of cells: sparse_attention
     out     s_mix * s_prob * sparse + (1 - s_mix) * average of v              10     mix_average
     back    each query to where it came from, beside the next call's state    -      Tokens.back
 
@@ -45,15 +47,19 @@ a GPU.
     chooser, C -       what chooses bins: each query head, C = H, or all that share a key/value head
                        together, C = Hkv
     row        -       a query whose attention is estimated: those of rank 0, stride, 2 * stride,
-                       ...; R rows for T queries, or R + 1 with the last one of the call before
+                       ...; R of them, with or without the last one of the call before
     place      -       index of a token in a call: n_new (B,) new tokens at places 0 ... n_new-1
     rank       -       number of a token in its sequence: count + place, after count (B,) earlier
                        ones
-    m, Dv      -       random features of linear attention; size of its values [position ; v], 2D
-    P          -       columns of the CNN's image, about width / 4 (bidirectional: width / 2)
+    phi        phi     features of linear attention: relu_features, bidirectional softmax_features
+    m, Dv      -       how many these are; size of linear attention's values [position ; v], 2D
+    P          -       columns of the CNN's image: width / 4 (bidirectional: / 2), rounded up, at
+                       least 4
+    s_prob, s_mix      a row's learned gates: of sparse attention, and of that against the average
+    gain       -       a head's learned weight of step 5
 
-Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are at least fp32,
-whatever the input is. "Differs" marks where we leave the paper or its authors' code.
+Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are computed in at
+least fp32, whatever the input is. "Differs" marks where we leave the paper or its authors' code.
 Numbers that are not finite: padding may hold any. A key that is inf or nan changes no earlier row.
 A value does, as in any attention that multiplies by a mask's zeros, since 0 * inf is nan.
 
@@ -91,11 +97,11 @@ def is_integer(x: object) -> bool:
 
 
 class Group(NamedTuple):
-    """Which cells compete to be kept, see topk_mask."""
+    """Which cells, or bins, compete to be kept, see topk_mask and choose_bins."""
 
     layout: str  # the axes of (b, h, t, p) ranked together, in einops' words
     causal: bool  # no query competes with a later one
-    n_kept: Callable  # (H, topk * width, keys seen) -> cells to keep of those ranked together
+    n_kept: Callable | None  # (H, topk * width, keys seen) -> cells to keep; None: no cells
     shared: bool = False  # one choice for all query heads of a key/value head, of bins only
 
 
@@ -105,11 +111,11 @@ def _rounded(a, b):
 
 
 GROUPS = {
-    "causal_batch": Group("b t (h p)", True, lambda H, budget, seen: _rounded(H * budget, seen)),
-    "query": Group("b t h p", True, lambda H, budget, seen: _rounded(budget, seen)),
-    "kv": Group("b t h p", True, lambda H, budget, seen: _rounded(budget, seen), shared=True),
-    "head": Group("b h (t p)", False, lambda H, budget, seen: budget),
-    "batch": Group("b (h t p)", False, lambda H, budget, seen: H * budget),
+    "causal_batch": Group("b t (h p)", True, lambda H, n, seen: _rounded(H * n, seen)),
+    "query": Group("b t h p", True, lambda H, n, seen: _rounded(n, seen)),
+    "kv": Group("b t h p", True, None, shared=True),
+    "head": Group("b h (t p)", False, lambda H, n, seen: n),
+    "batch": Group("b (h t p)", False, lambda H, n, seen: H * n),
 }
 
 
@@ -131,7 +137,7 @@ class SEAConfig:
     local: int = 8  # last keys that a query always attends to, with bins
     first: int = 2  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete for each that is chosen, at most
-    query_stride: int = 1  # estimate queries 0, r, 2r, ...; the others use the row before (causal)
+    query_stride: int = 1  # every how many queries one is estimated; the others use it too (causal)
     dense_below: int = 0  # a query that sees fewer keys attends to all of them (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -163,8 +169,10 @@ class SEAConfig:
         if self.group is None:
             object.__setattr__(self, "group", "kv" if self.has_bins else "causal_batch")
         _expect(self.group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(self.group))
-        _expect(self.has_bins or not GROUPS[self.group].shared, "bin",
-                f"bins for group {self.group}", self.bin)
+        shared = GROUPS[self.group].shared
+        _expect(self.causal or not shared, "group", "one that ranks cells when bidirectional",
+                repr(self.group))
+        _expect(self.has_bins or not shared, "bin", f"bins for group {self.group}", self.bin)
         _expect(self.backend in BACKENDS, "backend", f"one of {BACKENDS}", repr(self.backend))
         number = is_integer(self.nbf) or isinstance(self.nbf, float)
         _expect(number and 0 < self.nbf < math.inf, "nbf", "a number > 0", repr(self.nbf))
@@ -227,7 +235,7 @@ class SEAConfig:
         return self.local + (1 - self.local) % step + (self.bin - step + self.query_stride - 1) / 2
 
     def n_chosen(self, topk: int) -> int:
-        """How many bins to choose for a query and head, so that with its first and last keys it
+        """How many bins to choose for a query and chooser, so that with its first and last keys it
         attends to at most topk keys on average; may be 0. Raises ValueError if topk is less than
         the first and last keys."""
         always = self.n_first * self.bin + self.n_last
@@ -498,7 +506,7 @@ def interpolated_identity(seen: Tensor, n_rows: int, d: int) -> Tensor:
 
 def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.Linear,
                 cnn: nn.Module, gate: nn.Linear) -> tuple[Tensor, Tensor]:
-    """z = GELU(LayerNorm(Linear([c ; v]))), shared by all heads; from it the CNN's image and gates.
+    """z = GELU(LayerNorm(Linear([c ; v]))), by one Linear for all heads; from it image and gates.
 
     context (B, H, R, 2D), v (B, Hkv, R, D) of the rows. Returns the image (B, H * channels, R, P),
     all channels of a head side by side, through the CNN's norm, and the gates (B, H, R, 2), s_prob
@@ -520,7 +528,7 @@ def encode_rows(context: Tensor, v: Tensor, encoder: nn.Sequential, decoder: nn.
 
 
 class CausalCNN(nn.Module):
-    """Image (B, 2H, R, P), P = width / 4, -> scores (B, H, R, width).
+    """Image (B, 2H, R, P) -> scores (B, H, R, width).
 
     3x3 convolutions of dilation 2 that read rows t, t-2, t-4: never a later one. Differs: the
     authors upsample by nearest, which gives four neighbouring cells one score, then pad their 1x1
@@ -557,7 +565,7 @@ class CausalCNN(nn.Module):
 
 
 class BidirectionalCNN(nn.Module):
-    """Image (B, 4H, R, P), P = width / 2, -> scores (B, H, R, width), at half the rows.
+    """Image (B, 4H, R, P) -> scores (B, H, R, width), computed for half the rows.
     Differs: the authors upsample bilinearly; here rows are doubled by nearest, and the last
     convolution gives 2 cells a column, as CausalCNN's gives 4."""
 
@@ -628,13 +636,21 @@ def bucket_sums(k: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tenso
     k (B, Hkv, T, D); level, count, n_new (B,); past (B, Hkv, n_buckets, D): the sums before the new
     keys, `rise` levels lower. Keys that no bucket holds are left out.
     """
-    n_buckets, i = past.shape[2], torch.arange(k.shape[2], device=k.device)
-    buckets = (count[:, None] + i) >> level[:, None]  # (B, T)
-    outside = (buckets >= n_buckets) | (i >= n_new[:, None])
+    n_buckets = past.shape[2]
+    buckets, outside = _buckets_of_new(level, count, n_new, k.shape[2], n_buckets)
     buckets_of_past = (torch.arange(n_buckets, device=k.device) >> rise).expand(len(k), -1)
     sums = _add_to_buckets(torch.zeros_like(past), past, buckets_of_past)
-    k = k.masked_fill(outside[:, None, :, None], 0)  # not times 0, which leaves inf a nan
-    return _add_to_buckets(sums, k, buckets.clamp(max=n_buckets - 1))
+    k = k.masked_fill(outside, 0)  # not times 0, which leaves inf a nan
+    return _add_to_buckets(sums, k, buckets)
+
+
+def _buckets_of_new(level: Tensor, count: Tensor, n_new: Tensor, T: int,
+                    n_buckets: int) -> tuple[Tensor, Tensor]:
+    """The bucket of each new key, (B, T), and which are in none, (B, 1, T, 1)."""
+    i = torch.arange(T, device=count.device)
+    buckets = (count[:, None] + i) >> level[:, None]
+    outside = (buckets >= n_buckets) | (i >= n_new[:, None])
+    return buckets.clamp(max=n_buckets - 1), outside[:, None, :, None]
 
 
 def _add_to_buckets(sums: Tensor, x: Tensor, buckets: Tensor) -> Tensor:
@@ -644,16 +660,18 @@ def _add_to_buckets(sums: Tensor, x: Tensor, buckets: Tensor) -> Tensor:
 
 def bucket_tops(x: Tensor, level: Tensor, rise: int, count: Tensor, n_new: Tensor,
                 past: Tensor) -> Tensor:
-    """As bucket_sums, but the largest number in each dimension; 0 where there is none."""
-    n_buckets, i = past.shape[2], torch.arange(x.shape[2], device=x.device)
+    """As bucket_sums, but the largest number in each dimension, 0 where there is none.
+
+    x (B, Hkv, T, 2D); past and what is returned (B, Hkv, n_buckets, 2D).
+    """
+    n_buckets = past.shape[2]
     number = torch.arange(n_buckets, device=x.device)
-    buckets = (count[:, None] + i) >> level[:, None]  # (B, T)
-    outside = (buckets >= n_buckets) | (i >= n_new[:, None])
+    buckets, outside = _buckets_of_new(level, count, n_new, x.shape[2], n_buckets)
     was_empty = (number << (level[:, None] - rise)) >= count[:, None]  # (B, n_buckets)
     x = torch.cat([past.masked_fill(was_empty[:, None, :, None], -math.inf),
-                   x.masked_fill(outside[:, None, :, None], -math.inf)], dim=2)
+                   x.masked_fill(outside, -math.inf)], dim=2)
     of_past = (number >> rise).expand(len(x), -1)
-    buckets = torch.cat([of_past, buckets.clamp(max=n_buckets - 1)], dim=1)
+    buckets = torch.cat([of_past, buckets], dim=1)
     buckets, tops = buckets[:, None, :, None].expand_as(x), torch.full_like(past, -math.inf)
     tops = tops.scatter_reduce(2, buckets, x, "amax")
     is_empty = (number << level[:, None]) >= (count + n_new)[:, None]
@@ -801,7 +819,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
     _expect(probs.ndim == 4, "probs", "shape (B, H, T, width)", tuple(probs.shape))
     B, H, T, width = probs.shape
     _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
-    _expect(isinstance(topk, int) and topk >= 1, "topk", "an integer >= 1", topk)
+    _expect(is_integer(topk) and topk >= 1, "topk", "an integer >= 1", repr(topk))
     _expect(group in tuple(GROUPS), "group", f"one of {tuple(GROUPS)}", repr(group))
     _expect(not GROUPS[group].shared, "group", "one that ranks cells, not bins", repr(group))
     visible = (seen > 0)[:, None, :, None]  # (B, 1, T, 1)
@@ -866,13 +884,14 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
-        chosen       the config.n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k)
+        chosen       the n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k), or H
+                     times as many of all heads, by its log softmax (group "causal_batch")
         always       those of the first keys, and of all keys behind the row's cells
     """
     S, bin, C = k.shape[2], config.bin, config.n_choosers
     n_chosen, n_listed = config.n_chosen(topk), config.n_listed(topk, S)
     if order is not None:
-        k = take(k, order).masked_fill(~is_token(k, seen.amax(1)), 0)
+        k = by_rank(k, order, seen)
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
     n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
@@ -921,9 +940,9 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 
 def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
-    """Where kernels.py keeps a row's candidates from one decoding step to the next: (B, C, 1, n)
-    int32, some 64 KB at most for each of C. k (B, Hkv, S, D) is the cache; for a longer one they are
-    not kept."""
+    """None here. kernels.py keeps a row's candidates from one decoding step to the next: there
+    (B, C, 1, n) int32, some 64 KB at most for each of C, with k (B, Hkv, S, D) the cache, beyond
+    whose length they are not kept."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -959,8 +978,8 @@ def first_key_of_cell(p, seen, width: int):
 
 
 def keys_per_cell(in_cells: Tensor, width: int, unit: int = 1, first: int = 0) -> Tensor:
-    """(B, T) -> (B, T, width): how many keys each cell covers, without the first ones; arguments as
-    in cells_of_keys."""
+    """(B, T) -> (B, T, width): how many keys each cell covers, without the `first` first ones; the
+    other arguments as in cells_of_keys."""
     cells = torch.arange(width + 1, device=in_cells.device)
     edges = first_key_of_cell(cells, in_cells[..., None] // unit, width) * unit
     return edges.clamp(min=first).diff(dim=-1)
@@ -1001,6 +1020,21 @@ def expand_bins(bins: Tensor, seen: Tensor, n_keys: int, bin: int) -> Tensor:
 # -- 9. sparse attention ---------------------------------------------------------------------------
 
 
+def by_rank(x: Tensor, order: Tensor, seen: Tensor) -> Tensor:
+    """x (B, heads, S, size) with what order (B, S) gives each rank at its place, and 0 behind what
+    queries see, seen (B, T): padding may be nan."""
+    x = take(x, order)
+    return x.masked_fill(~is_token(x, seen.amax(1)), 0)
+
+
+def _check_places(k: Tensor, seen: Tensor, queries: tuple[int, int], order: Tensor | None) -> None:
+    """Raises ValueError for seen and order that are not of these keys and (B, T) queries."""
+    keys = len(k), k.shape[2]
+    _expect(seen.shape == queries, "seen", f"shape (B, T) = {queries}", tuple(seen.shape))
+    _expect(order is None or order.shape == keys, "order", f"shape (B, S) = {keys}",
+            order is not None and tuple(order.shape))
+
+
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor,
                      softmax_scale: float | None = None, *, row: Tensor | None = None,
                      order: Tensor | None = None, block: int = 1024) -> Tensor:
@@ -1022,9 +1056,11 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask",
             f"shape (B, H, R, width) with B, H = {(B, H)}", tuple(mask.shape))
     _expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
-    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+    _check_places(k, seen, (B, T), order)
     _expect(row is not None or mask.shape[2] == T, "mask",
             f"{T} rows, or `row` to say which is whose", mask.shape[2])
+    _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}",
+            row is not None and tuple(row.shape))
     mask = mask if row is None else take(mask, row)
     return _attend(q, k, v, mask, seen, softmax_scale, order, expand_mask, block)
 
@@ -1046,7 +1082,7 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
             f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a "
             f"multiple of the {Hkv} key/value heads", tuple(bins.shape))
-    _expect(seen.shape == (B, T), "seen", f"shape (B, T) = {(B, T)}", tuple(seen.shape))
+    _check_places(k, seen, (B, T), order)
 
     def expand(bins, seen, n_keys):
         return repeat_heads(expand_bins(bins, seen, n_keys, bin), H)
@@ -1059,8 +1095,7 @@ def _attend(q, k, v, kept, seen, softmax_scale, order, expand, block):
     (B, C, T, n)."""
     H, T = q.shape[1:3]
     if order is not None:
-        unseen = ~is_token(k, seen.amax(1))
-        k, v = (take(x, order).masked_fill(unseen, 0) for x in (k, v))  # padding may be nan
+        k, v = by_rank(k, order, seen), by_rank(v, order, seen)
 
     def part(q, k, v, kept, seen):
         with no_autocast(q):
@@ -1161,12 +1196,12 @@ class SEAState:
     """What a causal layer needs of the past; constant in size but for the KV cache (None where the
     caller keeps it).
 
-    Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*ceil(width/4) of
-    conv_rows (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins
-    three times as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and
-    width 256, in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but,
-    where steps overwrite it, the last row's candidates: what stands for the keys of a bin is
-    computed from the KV cache in every call.
+    Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*P of conv_rows
+    (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins three times
+    as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and width 256,
+    in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but, where steps
+    overwrite it, the last row's candidates: what stands for the keys of a bin is computed from the
+    KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1189,28 +1224,34 @@ class SEAState:
     @classmethod
     def empty(cls, config: SEAConfig, q: Tensor) -> "SEAState":
         """Before the first token: sums are 0, and there are no rows and no keys. q (B, H, T, D)."""
-        B, H, Hkv, D = len(q), config.n_head, config.kv_heads, config.d_head
-        none = q.new_empty(B, Hkv, 0, D)
-        rows = q.new_empty(B, 2 * H, 0, CausalCNN.image_width(config.width))
+        B, none = len(q), q.new_empty(len(q), config.kv_heads, 0, config.d_head)
+        sums, rows = cls.shapes(config)
+        sums = {name: torch.zeros(B, *shape, dtype=at_least_fp32(q[:0]).dtype, device=q.device)
+                for name, shape in sums.items()}
+        rows = {name: q.new_empty(B, heads, 0, size) for name, (heads, size) in rows.items()}
+        rows["conv_rows"] = (rows["conv_rows"], rows["conv_rows"])
+        count = torch.zeros(B, dtype=torch.long, device=q.device)
+        return cls(count=count, n_tokens=0, **sums, **rows, k=none, v=none,
+                   stride=config.query_stride)
+
+    @staticmethod
+    def shapes(config: SEAConfig) -> tuple[dict, dict]:
+        """Of a sequence's sums, and heads and size of its rows, which are 0 or more, by name."""
+        H, Hkv, D = config.n_head, config.kv_heads, config.d_head
         n_buckets = 2 * config.width if config.causal and config.cell_keys else 0
-        fp32 = dict(dtype=at_least_fp32(q[:0]).dtype, device=q.device)
-        return cls(
-            count=torch.zeros(B, dtype=torch.long, device=q.device),
-            n_tokens=0,
-            sums=torch.zeros(B, Hkv, config.n_features, 2 * D + 1, **fp32),
-            v_sum=torch.zeros(B, Hkv, D, **fp32),
-            conv_rows=(rows, rows),
-            last_scores=q.new_empty(B, config.n_estimates, 0, config.width),
-            last_gates=q.new_empty(B, H, 0, 2),
-            key_sums=torch.zeros(B, Hkv, n_buckets, 3 * D if config.has_bins else D, **fp32),
-            k=none,
-            v=none,
-            stride=config.query_stride,
+        return dict(
+            sums=(Hkv, config.n_features, 2 * D + 1),
+            v_sum=(Hkv, D),
+            key_sums=(Hkv, n_buckets, 3 * D if config.has_bins else D),
+        ), dict(
+            conv_rows=(2 * H, CausalCNN.image_width(config.width)),
+            last_scores=(config.n_estimates, config.width),
+            last_gates=(H, 2),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All but candidates, which are found again if -1 stands there: who writes into a state that
-        has them fills them with it, as copy_ does."""
+        """All but candidates. Who overwrites these fills candidates, if there are any, with -1, as
+        copy_ does: then they are found anew."""
         for name, value in vars(self).items():
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, Tensor) and name != "candidates":
@@ -1232,6 +1273,7 @@ class SEAState:
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
             _expect(mine.shape == theirs.shape, "other", f"{name} of shape {tuple(mine.shape)}",
                     tuple(theirs.shape))
+        for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors()):
             mine.copy_(theirs)
         self.n_tokens, self.n_least, self.stride = other.n_tokens, other.n_least, other.stride
         if self.candidates is not None and self.candidates is not other.candidates:
@@ -1246,8 +1288,8 @@ class SEAOutput:
     out: Tensor  # (B, H, T, D)
     seen: Tensor  # (B, T)
     state: SEAState | None  # None if bidirectional
-    # A call in chunks (rows_at_once) has none of these, a layer of bins no cells, one of cells no
-    # bins, and a control (baselines.py) what it computes. R: rows, with that kept from the past.
+    # A call in chunks (rows_at_once) or of documents has none of these, a layer of bins no cells,
+    # one of cells no bins, a control (baselines.py) what it computes. R: with the row of the past.
     scores: Tensor | None = None  # (B, E, R, width), before the softmax over cells
     cells: Any = None  # (B, H, R, width) the kept ones: a bool tensor, or kernels.CellBits
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
@@ -1273,7 +1315,9 @@ class SEAOutput:
         return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
 
     def attended(self, n_keys: int) -> Tensor:
-        """Which keys each query attends to, bool (B, H, T, n_keys)."""
+        """Which keys each query attends to, bool (B, H, T, n_keys). Raises ValueError, as
+        n_attended does, for a result that has neither cells nor bins."""
+        self._expect_choice()
         if self.bins is None:
             keep = expand_mask(self.mask, self.seen, n_keys)
         else:
@@ -1284,6 +1328,7 @@ class SEAOutput:
 
     def n_attended(self) -> Tensor:
         """How many keys each query attends to: (B, H, T), or (B, C, T) with bins."""
+        self._expect_choice()
         if self.bins is None:
             n = (self.mask * keys_per_cell(self.seen, self.mask.shape[-1])[:, None]).sum(-1)
         else:
@@ -1291,10 +1336,16 @@ class SEAOutput:
             n = (self.seen[:, None, :, None] - begin).clamp(0, self.bin).sum(-1)
         return torch.where(self.is_dense[:, None], self.seen[:, None], n)
 
+    def _expect_choice(self) -> None:
+        _expect(self.cells is not None or self.bins is not None, "result", "one with cells or bins",
+                "that of a call in chunks or of documents, or of a Performer")
+
     @property
     def in_cells(self) -> Tensor | None:
         """How many keys a query's cells share out, (B, T): with bins as many as its row's."""
-        return self.seen if self.bins is None else self.row_in_cells.gather(1, self.row)
+        if self.cells is not None:
+            return self.seen
+        return None if self.row_in_cells is None else self.row_in_cells.gather(1, self.row)
 
     @property
     def is_dense(self) -> Tensor:
@@ -1498,8 +1549,8 @@ def is_plain(module: nn.Module, q: Tensor) -> bool:
 
 
 def operations_reading(ops, q: Tensor, *modules: nn.Module):
-    """`ops`, or this file, which calls the modules, where kernels that only read weights would not
-    do what the modules do. 9 us on a CPU for all modules of a layer."""
+    """`ops`, or this file if a module is not plain: kernels read its weights and do not call it.
+    9 us on a CPU for all modules of a layer."""
     if ops is torch_operations or all(is_plain(m, q) for m in modules):
         return ops
     return torch_operations
@@ -1554,11 +1605,11 @@ class SEAttention(nn.Module):
         output there is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state:
         SEAOutput.state of the call before. topk: keys per query and head, the config's by default;
         it may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV
-        cache, so the state carries none. For one query k and v may be a static buffer of up to
-        max_positions, longer than the tokens so far: the new token of sequence b stands at
-        state.count[b], and any finite numbers follow (not below config.dense_below keys).
-        rows_at_once: compute this many queries at a time, each chunk with the state of the one
-        before (causal only): the same output and state, less memory, no scores, cells or bins.
+        cache, so the state carries none. For one query k and v may be a static buffer (with a CNN
+        of up to max_positions), longer than the tokens so far: the new token of sequence b stands
+        at state.count[b], and any finite numbers follow (not below config.dense_below keys).
+        rows_at_once: compute about this many queries at a time, each chunk with the state of the
+        one before (causal only): the same output and state, less memory, no scores, cells or bins.
         in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
         which the result then carries, so that a CUDA graph of a decoding step goes on from there
         when it is replayed (a step outside the graph, before, gives the state room for candidates);
@@ -1571,6 +1622,7 @@ class SEAttention(nn.Module):
         config, ops = self.config, operations(self.config, q)
         scale = scale_or_default(softmax_scale, config.d_head)
         topk = config.topk if topk is None else topk
+        _expect(is_integer(topk) and topk >= 1, "topk", "an integer >= 1", repr(topk))
         if config.has_bins:
             config.n_chosen(topk)  # raises
         if rows_at_once is not None and q.shape[2] > rows_at_once:
@@ -1602,7 +1654,7 @@ class SEAttention(nn.Module):
     def choose_and_attend(self, ops, tokens: Tokens, q_chooser: Tensor, rows: Rows,
                           scores: Tensor, topk: int, softmax_scale: float, n_dense: int,
                           kept: Tensor | None) -> tuple[Tensor, dict]:
-        """Steps 6 to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. q_chooser
+        """Steps 6, or 7, to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. q_chooser
         (B, C, T, D): what chooses bins; kept: candidates of the state. The first n_dense queries
         attend to all keys anyway: they choose no bins, and get 0 here."""
         config, T, stride = self.config, tokens.q.shape[2], rows.stride
@@ -1643,7 +1695,8 @@ class SEAttention(nn.Module):
         if most < 1:
             return 0, 0
         fewest, highest = past.n_least, past.n_tokens
-        if past.n_tokens and (valid is not None or not kv_cached):  # int() waits for the GPU
+        some_past = past.n_tokens > 0 and len(past.count) > 0
+        if some_past and (valid is not None or not kv_cached):  # int() waits for the GPU
             fewest, highest = (int(x) for x in past.count.aminmax())
         return min(max(most - fewest, 0), T), min(max(most - highest, 0), T)
 
@@ -1656,8 +1709,7 @@ class SEAttention(nn.Module):
         if order is None:
             k, v = k[:, :, :n_key], v[:, :, :n_key]
         else:
-            k, v = (take(x, order[:, :n_key]) for x in (k, v))
-            k, v = (x.masked_fill(~is_token(x, seen[:, :n].amax(1)), 0) for x in (k, v))
+            k, v = (by_rank(x, order[:, :n_key], seen[:, :n]) for x in (k, v))
         dense = dense_attention(tokens.q[:, :, :n], k, v, seen[:, :n], softmax_scale, is_first)
         dense = torch.where(is_dense[:, None, :n, None], dense, out[:, :, :n])
         return torch.cat([dense, out[:, :, n:]], dim=2)
@@ -1670,7 +1722,7 @@ class SEAttention(nn.Module):
         state.k, state.v = (None, None) if kv_cached else (tokens.keys, tokens.values)
         if valid is None:
             state.n_least = past.n_least + tokens.q.shape[2]
-        elif self.config.dense_below:  # it is read for this alone, since int() waits for the GPU
+        elif self.config.dense_below and len(state.count):  # for this alone, int() waits for a GPU
             state.n_least = int(state.count.min())
         if in_place:
             past.copy_(state)
@@ -1719,6 +1771,7 @@ class SEAttention(nn.Module):
         if config.cell_keys:
             without_past = slice(-q_row.shape[2], None)
             row_seen, in_cells = (x[:, without_past] for x in (rows.row_seen, rows.row_in_cells))
+            # The kernel adds to scores in place: only what the CNN itself made.
             key_ops = operations_reading(ops, q, self.cnn) if config.cnn else ops
             scores, key_sums = key_ops.add_cell_keys(
                 scores, self.key_gain, q_row, k, row_seen, softmax_scale, past.count, n_new,
@@ -1758,10 +1811,17 @@ class SEAttention(nn.Module):
     def check(self, q, k, v, valid, state, kv_cached, rows_at_once) -> None:
         """Raises ValueError for arguments of forward that do not fit this layer."""
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
-        longest, width = self.config.max_positions, self.config.width
+        longest = self.config.max_positions
         if state is not None:
-            of_state = state.last_scores.shape[-1]
+            of_state, width = state.last_scores.shape[-1], self.config.width
             _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
+            sums, rows = state.shapes(self.config)
+            for name, shape in (sums | rows).items():
+                x = getattr(state, name)
+                x = x[0] if isinstance(x, tuple) else x
+                got = tuple(x.shape[1:]) if name in sums else (x.shape[1], x.shape[3])
+                _expect(got == shape, "state",
+                        f"one of a layer with the same options, {name} of size {shape}", got)
             stride = self.config.query_stride  # at 1 no row of the past is used
             _expect(stride in (1, state.stride), "state", f"one of query_stride {stride}",
                     state.stride)
@@ -1771,7 +1831,7 @@ class SEAttention(nn.Module):
         n_least = 0 if state is None else state.n_least
         _expect(not is_buffer or n_least + 1 >= self.config.dense_below, "k",
                 f"no static buffer until a query sees dense_below = {self.config.dense_below} keys",
-                f"one of {k.shape[2]} for {n_least + 1}")
+                f"one of {k.shape[2]} for a query that sees {n_least + 1}")
         has_table = self.config.causal and self.config.cnn
         _expect(not has_table or total <= longest, "k",
                 f"at most max_positions = {longest} tokens, padding included", total)
@@ -1810,13 +1870,15 @@ def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: T
     """
     check_qkv(q, k, v)
     B, _, T, _ = q.shape
-    _expect(documents.shape == (B, T) and not documents.is_floating_point(), "documents",
-            f"integers of shape {(B, T)}", f"{documents.dtype} {tuple(documents.shape)}")
+    is_number = not documents.is_floating_point() and documents.dtype != torch.bool
+    _expect(documents.shape == (B, T) and is_number, "documents", f"integers of shape {(B, T)}",
+            f"{documents.dtype} {tuple(documents.shape)}")
+    _expect(B >= 1, "documents", "at least one sequence", B)
     _expect(k.shape[2] == T, "k", f"the {T} tokens of q", k.shape[2])
     _expect(valid is None or valid.shape == (B, T), "valid", f"shape {(B, T)}",
             valid is not None and tuple(valid.shape))
-    lowest, highest = documents.aminmax()
-    of_batch = documents + (highest - lowest + 1) * torch.arange(B, device=q.device)[:, None]
+    number = documents.unique(return_inverse=True)[1]  # below B * T, whatever their dtype holds
+    of_batch = number + B * T * torch.arange(B, device=q.device)[:, None]
     _, number, n_tokens = of_batch.flatten().unique(return_inverse=True, return_counts=True)
     by_document, first = number.argsort(stable=True), n_tokens.cumsum(0) - n_tokens
     outs, seen, places = [], [], []
@@ -1867,17 +1929,18 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
         _expect(valid.dtype == torch.bool and valid.shape == (B, S), "valid",
                 f"bool of shape {(B, S)}", f"{valid.dtype} {tuple(valid.shape)}")
     if rows_at_once is not None:
-        ok = isinstance(rows_at_once, int) and rows_at_once >= 1 and config.causal
-        _expect(ok, "rows_at_once", "an integer >= 1, and a causal layer, or None", rows_at_once)
+        _expect(is_integer(rows_at_once) and rows_at_once >= 1, "rows_at_once",
+                "an integer >= 1 or None", repr(rows_at_once))
+        _expect(config.causal, "rows_at_once", "None when bidirectional", rows_at_once)
 
 
 def check_in_place(state: SEAState | None, kv_cached: bool, rows_at_once: int | None) -> None:
     """Raises ValueError where a state cannot be overwritten."""
-    can_be = (state is not None and state.k is None and kv_cached and rows_at_once is None
-              and not torch.is_grad_enabled())
-    _expect(can_be, "in_place", "False where there is no state to overwrite, or one with a KV "
-            "cache of its own, without kv_cached, with rows_at_once, or where gradients are wanted",
-            True)
+    _expect(state is not None, "state", "one to overwrite, with in_place", None)
+    _expect(kv_cached, "kv_cached", "True with in_place", kv_cached)
+    _expect(state.k is None, "state", "one without a KV cache, with in_place", "one with its own")
+    _expect(rows_at_once is None, "rows_at_once", "None with in_place", rows_at_once)
+    _expect(not torch.is_grad_enabled(), "in_place", "False unless under torch.no_grad()", True)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -1895,7 +1958,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             k.shape[1])
 
 
-# -- losses: what the estimate and the scores learn from the teacher's attention -------------------
+# -- losses: what the estimate and q, k themselves learn from the teacher's attention --------------
 
 
 @dataclass
@@ -1909,7 +1972,8 @@ class PooledAttention:
     n_keys: int
 
 
-def dense_scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def dense_log_probs(q: Tensor, k: Tensor, seen: Tensor,
+                    softmax_scale: float) -> tuple[Tensor, Tensor]:
     """log softmax(q k^T * softmax_scale) over the keys seen, with 0 at those unseen: (B, H, T, S),
     and which are seen, (B, 1, T, S). q (B, H, T, D), k (B, Hkv, S, D), seen (B, T)."""
     visible = (torch.arange(k.shape[2], device=k.device) < seen[..., None])[:, None]  # (B, 1, T, S)
@@ -1936,7 +2000,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     in_cells = seen if in_cells is None else in_cells
     j, parts = torch.arange(k.shape[2], device=k.device), []
     for i in range(0, q.shape[2], block):
-        log_a, visible = dense_scores(q[:, :, i : i + block], k, seen[:, i : i + block], scale)
+        log_a, visible = dense_log_probs(q[:, :, i : i + block], k, seen[:, i : i + block], scale)
         cell, is_in = cells_of_keys(in_cells[:, i : i + block], k.shape[2], width, unit)
         a = log_a.exp() * (visible & (is_in & (j >= first))[:, None])
         cells = a.new_zeros(*a.shape[:-1], width).scatter_add(-1, cell[:, None].expand_as(a), a)
@@ -1968,6 +2032,12 @@ def estimate_loss(scores: Tensor, pooled: Any, in_cells: Tensor, *, row: Tensor 
             pooled.cells.shape[-1])
     B, H, T, _ = pooled.cells.shape
     _expect(in_cells.shape == (B, T), "in_cells", f"shape (B, T) = {(B, T)}", tuple(in_cells.shape))
+    of_all = scores.ndim == 4 and len(scores) == B and H % scores.shape[1] == 0
+    _expect(of_all and (row is not None or scores.shape[2] == T), "scores",
+            f"shape (B, E, R, width) with B = {B}, E a divisor of {H} and, without row, R = {T}",
+            tuple(scores.shape))
+    _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}",
+            row is not None and tuple(row.shape))
     s = at_least_fp32(scores if row is None else take(scores, row))
     s = repeat_heads(s, H)  # (B, H, T, width)
     visible = in_cells > first
@@ -2000,9 +2070,9 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     scale, T = scale_or_default(softmax_scale, q.shape[-1]), q.shape[2]
 
     def part(q, k, teacher_q, teacher_k, seen):
-        log_s, visible = dense_scores(q, k, seen, scale)
+        log_s, visible = dense_log_probs(q, k, seen, scale)
         with torch.no_grad():
-            log_a, _ = dense_scores(teacher_q, teacher_k, seen, scale)
+            log_a, _ = dense_log_probs(teacher_q, teacher_k, seen, scale)
             a = log_a.exp() * visible
         kl = (a * (log_a - log_s)).sum(-1)
         square = ((log_s.exp() - a) * visible).square().sum(-1)

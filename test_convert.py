@@ -55,6 +55,8 @@ FAMILIES = {
     "cohere": ("CohereForCausalLM", {}),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "lfm2, with convolutions": ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),
+    "lfm2-moe": ("Lfm2MoeForCausalLM", dict(layer_types=["full_attention"] * 2, moe_intermediate_size=16, num_experts=4,
+                                            num_experts_per_tok=2, num_dense_layers=1)),
     "albert": ("AlbertModel", dict(embedding_size=16)),
     "roberta": ("RobertaModel", dict(max_position_embeddings=SEQ + 1)),
     "electra": ("ElectraModel", dict(embedding_size=16)),
@@ -426,6 +428,45 @@ def test_left_padding_changes_nothing(kind):
     begun = model(x[:, :15], attention_mask=mask[:, :15])
     rest = model(x[:, 15:], attention_mask=mask, past_key_values=begun.past_key_values)
     torch.testing.assert_close(rest.logits, alone[:, 15 - n :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_left_padding_changes_what_it_changes_with_dense_attention(kind):
+    """Nothing, but where positions, which the caller does not give, are columns and learned."""
+    model, x, n = tiny(kind), tokens(), 7
+    mask = torch.ones_like(x)
+    mask[:, :n] = 0
+
+    def change():
+        return (model(x, attention_mask=mask)[0][:, n:] - model(x[:, n:])[0]).abs().max()
+
+    learned = kind in ("gpt2", "gpt-bigcode", "bert", "albert", "roberta", "electra", "distilbert")
+    assert (change() > 0.1) == learned
+    convert.attach(model, **SEA if type(model).__name__.endswith(("LM", "LMHeadModel")) else dict(topk=4, width=8))
+    assert (change() > 0.1) == learned and (learned or change() < 1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_goes_on_without_its_padded_sequences():
+    model, x = convert.attach(tiny("llama"), **SEA), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :4] = 0
+    cache = model(x[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+    cache.batch_select_indices(torch.tensor([1]))
+    for given in (mask[1:], None):
+        step = model(x[1:, -1:], attention_mask=given, past_key_values=copy.deepcopy(cache)).logits
+        torch.testing.assert_close(step, model(x[1:]).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_each_weight_is_loaded_in_the_precision_that_it_was_saved_in(tmp_path):
+    model = convert.attach(tiny("llama").bfloat16(), width=8)
+    for module in convert.attention_modules(model):
+        module.sea.float()
+    convert.save(model, tmp_path / "student")
+    assert {name: x.dtype for name, x in convert.load(tmp_path / "student").named_parameters()} == {
+        name: x.dtype for name, x in model.named_parameters()}
+    assert all(x.dtype == torch.float64 for x in convert.load(tmp_path / "student", torch.float64).parameters())
 
 
 def test_loading_in_half_precision_keeps_rotary_frequencies(tmp_path):

@@ -363,7 +363,7 @@ BAD_OPTIONS = {
     "--teacher-lr nan": "--teacher-lr: expected a number > 0, got nan",
     "--method sea sea": "--method: expected each once",
     "--sea query_stride=4": "--sea query_stride: expected 1 unless causal, got 4",
-    "--sea group=kv": "--sea bin: expected bins for group kv",
+    "--sea group=kv": "--sea group: expected one that ranks cells when bidirectional",
     "--loss kd=-1": "--loss kd: expected a finite number >= 0",
     "--optimizer schedule=never": "--optimizer schedule: expected constant, linear or cosine",
     "--method window": "argument --method: invalid choice: 'window'",

@@ -518,8 +518,11 @@ def test_shapes_alone_go_through_a_layer(causal, bin):
 @pytest.mark.parametrize("kind", [SEAttention, PerformerAttention, ReformerAttention])
 def test_an_empty_batch_gives_an_empty_batch(causal, kind):
     case = Case(causal, 1, [9], 1, 2, 4, 8, 4, "query", 0, cell_keys=True)
-    result = case.layer(kind)(*(x[:0] for x in case.qkv()))
-    assert result.out.shape == (0, 2, 9, 4)
+    layer, qkv = case.layer(kind), [x[:0] for x in case.qkv()]
+    if causal and kind is SEAttention:
+        layer.config = replace(layer.config, dense_below=5)
+        assert layer(*qkv, state=layer(*qkv).state).out.shape == layer(*qkv, rows_at_once=4).out.shape == (0, 2, 9, 4)
+    assert layer(*qkv, valid=torch.ones(0, 9).bool()).out.shape == layer(*qkv).out.shape == (0, 2, 9, 4)
 
 
 def test_the_default_device_changes_no_feature():
@@ -1221,6 +1224,29 @@ def test_estimate_loss_is_the_dense_loss(case, block, extra_keys):
     torch.testing.assert_close(*(torch.autograd.grad(x, scores)[0] for x in (loss, expected)), **CLOSE)
 
 
+@pytest.mark.parametrize("argument, change", [
+    ("scores", dict(scores=torch.zeros(1, 3, 8, 5))), ("scores", dict(scores=torch.zeros(1, 2, 4, 5))),
+    ("row", dict(scores=torch.zeros(1, 2, 4, 5), row=torch.zeros(1, 7).long())), ("in_cells", dict(in_cells=torch.ones(1, 7))),
+])
+def test_what_does_not_fit_pooled_attention_is_named(argument, change):
+    pooled = sea.pool_attention(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), torch.ones(1, 8).long(), 5)
+    fits = dict(scores=torch.zeros(1, 2, 8, 5), pooled=pooled, in_cells=torch.ones(1, 8).long())
+    with pytest.raises(ValueError, match=f"^{argument}: expected shape .*, got "):
+        sea.estimate_loss(**{**fits, **change})
+
+
+@pytest.mark.parametrize("argument", ["seen", "row", "order"])
+def test_places_that_do_not_fit_keys_and_queries_are_named(argument):
+    q, k = torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 8, 4)
+    places = dict(seen=torch.ones(1, 8).long(), row=torch.zeros(1, 8).long(), order=torch.arange(8)[None])
+    places[argument] = torch.zeros(1, 7).long()
+    with pytest.raises(ValueError, match=f"^{argument}: expected shape .* = .1, 8., got .1, 7."):
+        sea.sparse_attention(q, k, k, torch.ones(1, 2, 8, 5).bool(), **places)
+    if places.pop("row").shape == (1, 8):
+        with pytest.raises(ValueError, match=f"^{argument}: expected shape .* = .1, 8., got .1, 7."):
+            sea.bin_attention(q, k, k, torch.zeros(1, 2, 8, 1).int(), **places, bin=8)
+
+
 @given(cases())
 def test_pooled_attention_is_the_sum_over_each_cell(case):
     (q, k, _), seen = case.qkv(), seen_by(case)
@@ -1302,6 +1328,7 @@ BINS = dict(bin=4, local=3, first=5, topk=13)
     (BINS | dict(candidates=0), "candidates", ">= 1", "0"),
     (BINS | dict(topk=12), "topk", "at least 13, since on average as many first and last keys", "12"),
     (dict(group="kv"), "bin", "bins for group kv", "0"),
+    (dict(group="kv", causal=False), "group", "cells when bidirectional", "'kv'"),
 ])
 def test_bad_config_names_the_argument(change, argument, expected, got):
     with pytest.raises(ValueError, match=f"^{argument}: expected .*") as error:
@@ -1327,16 +1354,23 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("other", "last_scores of shape (2, 4, 1, 8)", "(2, 4, 0, 8)", torch.no_grad()(lambda a, q, k, v: a(
         q[:, :, 5:], k, v, kv_cached=True, in_place=True, state=SEAttention(replace(a.config, query_stride=4))(
             *(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state))),
+    ("state", "the same options, key_sums of size (2, 0, 8)", "(2, 16, 8)", lambda a, q, k, v: SEAttention(replace(
+        a.config, cell_keys=False))(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], state=a(*(x[:, :, :5] for x in (q, k, v))).state)),
     ("valid", "bool", "torch.int64", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 6, dtype=torch.long))),
     ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
     ("rows_at_once", ">= 1", "0", lambda a, q, k, v: a(q, k, v, rows_at_once=0)),
-    ("in_place", "no state to overwrite", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, kv_cached=True, in_place=True))),
-    ("in_place", "KV cache of its own", "True", torch.no_grad()(lambda a, q, k, v: a(
+    ("rows_at_once", ">= 1", "True", lambda a, q, k, v: a(q, k, v, rows_at_once=True)),
+    ("state", "to overwrite, with in_place", "None", torch.no_grad()(lambda a, q, k, v: a(q, k, v, kv_cached=True, in_place=True))),
+    ("state", "without a KV cache, with in_place", "its own", torch.no_grad()(lambda a, q, k, v: a(
         q[:, :, 5:], k, v, kv_cached=True, in_place=True, state=a(*(x[:, :, :5] for x in (q, k, v))).state))),
-    ("in_place", "without kv_cached", "True", torch.no_grad()(lambda a, q, k, v: a(q, k, v, state=a(q, k, v).state, in_place=True))),
-    ("in_place", "where gradients are wanted", "True", lambda a, q, k, v: a(q[:, :, 5:], k, v, kv_cached=True, in_place=True,
-                                                                           state=a(*(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state)),
+    ("kv_cached", "True with in_place", "False", torch.no_grad()(lambda a, q, k, v: a(q, k, v, state=a(q, k, v).state, in_place=True))),
+    ("rows_at_once", "None with in_place", "3", torch.no_grad()(lambda a, q, k, v: a(
+        q[:, :, 5:], k, v, kv_cached=True, in_place=True, rows_at_once=3, state=a(*(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state))),
+    ("in_place", "False unless under torch.no_grad()", "True", lambda a, q, k, v: a(
+        q[:, :, 5:], k, v, kv_cached=True, in_place=True, state=a(*(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state)),
+    ("result", "one with cells or bins", "in chunks", lambda a, q, k, v: a(q, k, v, rows_at_once=3).attended(6)),
+    ("result", "one with cells or bins", "in chunks", lambda a, q, k, v: a(q, k, v, rows_at_once=3).n_attended()),
     ("state", "the caller keeps", "its own", lambda a, q, k, v: a(q, k, v).state.copy_(a(q, k, v).state)),
     ("other", "count of shape (2,)", "(1,)", lambda a, q, k, v: a(q, k, v, kv_cached=True).state.copy_(
         a(q[:1], k[:1], v[:1], kv_cached=True).state)),
@@ -1405,7 +1439,7 @@ def test_bidirectional_refuses_a_state():
     state = SEAttention(SEAConfig(**GOOD))(q, k, v).state
     with pytest.raises(ValueError, match="^state: expected None when bidirectional"):
         layer(q, k, v, state=state)
-    with pytest.raises(ValueError, match="^rows_at_once: expected .* a causal layer, or None, got 3"):
+    with pytest.raises(ValueError, match="^rows_at_once: expected None when bidirectional, got 3"):
         layer(q, k, v, rows_at_once=3)
     assert layer(q, k, v).state is None
 
@@ -1618,11 +1652,25 @@ def test_no_gradient_goes_where_none_belongs(case):
 
 
 def test_a_state_copied_in_place_is_the_other_whole():
+    """Or, where the other is that of another layer, as it was."""
     case = Case(True, 2, [9], 1, 2, 4, 8, 3, "query", 1, cell_keys=True)
     layer, qkv = case.layer(), case.qkv()
     first, second = (layer(*(x[:, :, :n] for x in qkv), kv_cached=True).state for n in (4, 8))
     first.copy_(second)
     assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+    with pytest.raises(ValueError, match="^other: expected last_scores of shape "):
+        first.copy_(replace(case, width=9).layer()(*(x[:, :, :7] for x in qkv), kv_cached=True).state)
+    assert first.n_tokens == 8 and all(torch.equal(x, tensors_of(second)[name]) for name, x in tensors_of(first).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_documents_have_any_numbers(dtype):
+    case = Case(True, 1, [9, 9], 1, 2, 4, 8, 3, "query", 1, cell_keys=True)
+    layer, qkv, second = case.layer(), case.qkv(), torch.arange(9).expand(2, 9) > 4
+    documents = torch.where(second, torch.iinfo(dtype).max, torch.tensor(torch.iinfo(dtype).min).to(dtype)).to(dtype)
+    torch.testing.assert_close(sea.in_documents(layer, documents, *qkv).out, sea.in_documents(layer, second.int(), *qkv).out, **CLOSE)
+    with pytest.raises(ValueError, match="^documents: expected integers of shape .*, got torch.bool"):
+        sea.in_documents(layer, second, *qkv)
 
 
 def test_a_state_without_rows_is_copied_from_calls_of_any_topk():
