@@ -693,12 +693,16 @@ def check_replaceable(folder: Path) -> None:
                          f"{', '.join(others[:3] or names[:3])}")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
          model_class: type[PreTrainedModel] | None = None) -> Any:
     """The PreTrainedModel that `save` wrote, SEA included, in eval mode.
 
-    dtype: as saved by default, each weight in its own. model_class: the model's class, where transformers has none of its name. Runs no code from
-    `folder`. Raises ValueError if that is not such a model or lacks weights, before it takes the memory of one.
+    dtype: as saved by default, each weight in its own if that is one of FLOATS. model_class: the model's class, where
+    transformers has none of its name. Runs no code from `folder`. Raises ValueError if that is not such a model or lacks
+    weights, before it takes the memory of one.
     """
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
@@ -715,7 +719,7 @@ def load(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     for file in files:
         weights = load_file(file)
         for name, parameter in model.named_parameters():
-            if name in weights:
+            if name in weights and weights[name].dtype in FLOATS:
                 parameter.data = parameter.data.to(weights[name].dtype)
         model.load_state_dict(weights, strict=False)
     model.tie_weights()

@@ -4,7 +4,7 @@ Lee, Kim, Willette, Hwang, ICLR 2024 (arXiv 2310.01777). SEA replaces the attent
 transformer. It estimates each attention row in `width` cells with linear attention and a small CNN,
 keeps the best cells by a grouped top-k, attends only to the best keys under them, and learns all
 this by distilling the teacher's attention. A causal layer, SEAttention.forward, computes (a
-bidirectional one has functions of its own for steps 1 to 5 and 10):
+bidirectional one has functions of its own for steps 1, 2, 4, 5 and 10):
 
             what                                                              step   by
     tokens  valid tokens of q, k, v at the front, padding behind them         -      to_front
@@ -1342,7 +1342,8 @@ class SEAOutput:
 
     @property
     def in_cells(self) -> Tensor | None:
-        """How many keys a query's cells share out, (B, T): with bins as many as its row's."""
+        """How many keys a query's cells share out, (B, T): with bins as many as its row's. None of
+        a result that says nothing of cells."""
         if self.cells is not None:
             return self.seen
         return None if self.row_in_cells is None else self.row_in_cells.gather(1, self.row)

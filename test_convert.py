@@ -467,6 +467,10 @@ def test_each_weight_is_loaded_in_the_precision_that_it_was_saved_in(tmp_path):
     assert {name: x.dtype for name, x in convert.load(tmp_path / "student").named_parameters()} == {
         name: x.dtype for name, x in model.named_parameters()}
     assert all(x.dtype == torch.float64 for x in convert.load(tmp_path / "student", torch.float64).parameters())
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(16, dtype=torch.int64)  # which no weight can be
+    save_file(weights, tmp_path / "student" / "model.safetensors", metadata={"format": "pt"})
+    assert convert.load(tmp_path / "student").model.norm.weight.dtype == torch.bfloat16
 
 
 def test_loading_in_half_precision_keeps_rotary_frequencies(tmp_path):
@@ -1140,6 +1144,11 @@ def test_each_layer_has_features_of_its_own():
     for options in ({}, {"seed": 5}):
         first, second = (m.sea.projection for m in convert.attention_modules(student(**options)))
         assert not torch.equal(first, second)
+
+
+def test_attach_names_a_seed_that_is_no_number():
+    with refused("seed: expected an integer of 64 bits, got 'x'$"):
+        convert.attach(tiny("llama"), seed="x")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1356,6 +1356,10 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
             *(x[:, :, :5] for x in (q, k, v)), kv_cached=True).state))),
     ("state", "the same options, key_sums of size (2, 0, 8)", "(2, 16, 8)", lambda a, q, k, v: SEAttention(replace(
         a.config, cell_keys=False))(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], state=a(*(x[:, :, :5] for x in (q, k, v))).state)),
+    ("state", "the same options, conv_rows of size (8, 4)", "(4, 4)", lambda a, q, k, v: a(
+        q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], state=SEAttention(replace(a.config, n_head=2))(q[:, :2, :5], k[:, :, :5], v[:, :, :5]).state)),
+    ("documents", "at least one sequence", "0", lambda a, q, k, v: sea.in_documents(a, torch.zeros(0, 6).long(), q[:0], k[:0], v[:0])),
+    ("result", "one with cells or bins", "documents", lambda a, q, k, v: sea.in_documents(a, torch.zeros(2, 6).long(), q, k, v).attended(6)),
     ("valid", "bool", "torch.int64", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 6, dtype=torch.long))),
     ("valid", "(2, 6)", "(2, 5)", lambda a, q, k, v: a(q, k, v, valid=torch.ones(2, 5, dtype=torch.bool))),
     ("topk", ">= 1", "0", lambda a, q, k, v: a(q, k, v, topk=0)),
