@@ -1138,7 +1138,7 @@ def shares_in_bins(result: sea.SEAOutput, teacher: convert.Record, block: int = 
     for i in range(0, teacher.q.shape[2], block):
         rows = slice(i, i + block)
         log_a, seen = sea.dense_log_probs(teacher.q[:, :, rows], teacher.k, result.seen[:, rows],
-                                            teacher.scale)
+                                          teacher.scale)
         a = F.pad(log_a.exp() * seen, (0, -log_a.shape[-1] % bin)).unflatten(-1, (-1, bin)).sum(-1)
         bins = result.bins[:, :, rows].long()
         a = a.unflatten(1, (bins.shape[1], -1)).mean(2)  # of each chooser, (B, C, rows, bins)

@@ -137,7 +137,7 @@ class SEAConfig:
     local: int = 8  # last keys that a query always attends to, with bins
     first: int = 2  # first keys of the sequence, likewise; rounded up to whole bins
     candidates: int = 16  # bins that compete for each that is chosen, at most
-    query_stride: int = 1  # every how many queries one is estimated; the others use it too (causal)
+    query_stride: int = 1  # of so many queries one is estimated, the others use its row (causal)
     dense_below: int = 0  # a query that sees fewer keys attends to all of them (causal)
     nbf: float = 8  # random features m = int(D ln D / nbf); 1 for BERT
     max_positions: int = 2048  # rows of the learned position table, padding included (causal)
@@ -940,9 +940,9 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 
 def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
-    """None here. kernels.py keeps a row's candidates from one decoding step to the next: there
-    (B, C, 1, n) int32, some 64 KB at most for each of C, with k (B, Hkv, S, D) the cache, beyond
-    whose length they are not kept."""
+    """None here. kernels.py keeps a row's candidates from one decoding step to the next, in what
+    its own makes for the cache k (B, Hkv, S, D): (B, C, 1, n) int32, some 64 KB at most for each of
+    C. For a longer cache they are not kept."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1814,8 +1814,6 @@ class SEAttention(nn.Module):
         check_call(self.config, q, k, v, valid, state, kv_cached, rows_at_once)
         longest = self.config.max_positions
         if state is not None:
-            of_state, width = state.last_scores.shape[-1], self.config.width
-            _expect(of_state == width, "state", f"one of a layer of width {width}", of_state)
             sums, rows = state.shapes(self.config)
             for name, shape in (sums | rows).items():
                 x = getattr(state, name)
