@@ -303,7 +303,7 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 BIN_GROUPS = ("query", "kv")
 HEAD = tl.constexpr(16)  # numbers, 64 bytes: what follows is aligned
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
-BOXES = dict(BLOCK_N=32, num_warps=4)
+STAND_INS = dict(BLOCK_N=32, num_warps=4)
 PRODUCTS = dict(BLOCK_N=128, num_warps=4)
 PRODUCTS_STEP = dict(BLOCK_N=64, num_warps=4)  # of a decoding step, which reads keys
 # scratch: products at a time, but of so many queries at least; what a warp ranks
@@ -325,45 +325,57 @@ def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
-    """The two halves of sea.boxes of bins (int64) of one head, (bins, BLOCK_D) fp32 each. order_ptr: the
-    place of the key of each rank, or None. The order of the sum is fixed."""
+def _stand_ins(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
+    """The two halves of sea.stand_ins of bins (int64) of one head, (bins, BLOCK_D) fp32 each. order_ptr: the
+    place of the key of each rank, or None. The order of sums is fixed. Reads keys twice: the second time from
+    a cache."""
     total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
-    highest, lowest = total - float("inf"), total + float("inf")
+    outlier, farthest = total, tl.full((bins.shape[0],), -1.0, tl.float32)
     AT_ONCE: tl.constexpr = BIN if BIN < 8 else 8  # loads that do not wait for each other  # noqa: FURB136
     for start in range(0, BIN, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            j, is_key = bins * BIN + start + i, start + i < BIN
-            mask_j = mask_bin & (j < n_key) & is_key
-            place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
-            key = _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
-                             mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
-            total += key
-            highest = tl.where(is_key, tl.maximum(highest, key), highest)
-            lowest = tl.where(is_key, tl.minimum(lowest, key), lowest)
-    return total / (2 * BIN) + (highest + lowest) / 4, (highest - lowest) / 4
+            total += _key_of_bin(k_ptr, k_strides, order_ptr, bins, start + i, mask_bin, n_key, offs_d, D, BIN)
+    for start in range(0, BIN, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            key = _key_of_bin(k_ptr, k_strides, order_ptr, bins, start + i, mask_bin, n_key, offs_d, D, BIN)
+            from_mean = BIN * key - total
+            distance = tl.where(start + i < BIN, tl.sum(from_mean * from_mean, axis=1), -1.0)
+            outlier = tl.where((distance > farthest)[:, None], key, outlier)
+            farthest = tl.maximum(distance, farthest)
+    N_OTHERS: tl.constexpr = BIN - 1 if BIN > 1 else 1
+    return outlier, (total - outlier) / N_OTHERS
 
 
-# out = what stands for every BIN keys: the two halves of sea.boxes.
+@triton.jit
+def _key_of_bin(k_ptr, k_strides, order_ptr, bins, i, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
+    """Key i of each bin, (bins, BLOCK_D) fp32, 0 where there is none."""
+    j = bins * BIN + i
+    mask_j = mask_bin & (j < n_key) & (i < BIN)
+    place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
+    return _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
+                      mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+
+
+# out = what stands for every BIN keys: the two halves of sea.stand_ins.
 # One program: BLOCK_N bins of one key/value head; grid (cdiv(n_bin, BLOCK_N) * B * Hkv,).
 #   k (B, Hkv, S, D), any strides; order (B, S) int or None: the place of the key of each rank
 #   out (B, Hkv, n_bin, 2, D) in the dtype of k, contiguous
-# fp32: sums. Reads each key once. The last bin may not be whole: no row has such a bin in its cells.
-# Reference: sea.boxes.
+# fp32: sums. The last bin may not be whole: no row has such a bin in its cells.
+# Reference: sea.stand_ins.
 @triton.jit
-def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
-                  BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _stand_ins_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
+                      BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_n, pid_bkv = _program(tl.cdiv(n_bin, BLOCK_N))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     bins, offs_d = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_n = bins < n_bin
     order_ptr = None if order_ptr is None else order_ptr + b * n_key
-    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n,
-                            n_key, offs_d, D=D, BIN=BIN)
+    outlier, others = _stand_ins(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
+                                 mask_n, n_key, offs_d, D=D, BIN=BIN)
     out_ptr += (pid_bkv * n_bin + bins[:, None]) * 2 * D + offs_d[None, :]
     mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
-    tl.store(out_ptr, centre.to(out_ptr.dtype.element_ty), mask=mask_nd)
-    tl.store(out_ptr + D, radius.to(out_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(out_ptr, outlier.to(out_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(out_ptr + D, others.to(out_ptr.dtype.element_ty), mask=mask_nd)
 
 
 @triton.jit
@@ -469,7 +481,7 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN)
 
 
-# products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
+# products = sea.log_weights of each candidate in the softmax of queries begin_t ... end_t - 1.
 # One program: BLOCK_N candidates of one row and chooser, and the queries that use it; grid
 # (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
 #   q (B, C, T, D), any strides; row (B, T) int, as choose_bins says
@@ -478,11 +490,11 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
 #   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
 # Operands of the dots have the dtype of k. Reads two numbers a dimension for each candidate (in a decoding
 # step: its keys), once for all queries of its row, so that rows times bins is neither computed nor written.
-# Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
-# of one query as they are.
+# Reference: sea.log_weights, which rounds differently; sea.choose_bins ranks their log-softmax, which orders
+# those of one query as they are.
 @triton.jit
 def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, q_strides, k_strides, C, HKV,
-                     T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale,
+                     T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale, log_others,
                      STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
                      BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
@@ -505,12 +517,12 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, 
     if FROM_BINS:
         k_ptr += ((b * HKV + kv) * n_key + bins)[:, None] * 2 * D + offs_d[None, :]
         mask_cd = mask_c[:, None] & mask_d[None, :]
-        centre, radius = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
+        outlier, others = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
     else:
         order_ptr = None if order_ptr is None else order_ptr + b * n_key
-        centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
-                                mask_c, n_key, offs_d, D=D, BIN=BIN)
-        centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
+        outlier, others = _stand_ins(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
+                                     mask_c, n_key, offs_d, D=D, BIN=BIN)
+        outlier, others = outlier.to(k_ptr.dtype.element_ty), others.to(k_ptr.dtype.element_ty)
     first_q, end_q = begin_t, end_t
     if FROM_BINS:
         first_row_end = _end_of_first_row(row_ptr, b, T, STRIDE, BLOCK_S)
@@ -521,8 +533,10 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, 
         mask_m = query < end_q
         q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query.to(tl.int64), offs_d, q_strides[2],
                        q_strides[3], mask_m[:, None] & mask_d[None, :])
-        s = tl.dot(q, tl.trans(centre), input_precision="ieee")
-        s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
+        s = tl.dot(q, tl.trans(outlier), input_precision="ieee") * softmax_scale
+        if BIN > 1:
+            of_others = tl.dot(q, tl.trans(others), input_precision="ieee") * softmax_scale + log_others
+            s = tl.maximum(s, of_others) + tl.log(1 + tl.exp(-tl.abs(s - of_others)))
         s = tl.where(mask_c[None, :], s, float("nan"))
         offs_q = pid_bc * (end_t - begin_t) + query - begin_t
         tl.store(products_ptr + offs_q[:, None] * BLOCK_C + offs_c[None, :], s, mask=mask_m[:, None])
@@ -638,9 +652,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
         block_d, stride = _dot_block(D, q.dtype), config.query_stride
         if not is_step:
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)
-            _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
+            _stand_ins_kernel[(_cdiv(n_bin, STAND_INS["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
-                BLOCK_D=block_d, **BOXES)
+                BLOCK_D=block_d, **STAND_INS)
             k, order = of_bins, None
         cell_warps = _rank_warps(block_p, CHOOSE["cells_per_warp"], is_step)
         warps = _rank_warps(block_c, CHOOSE["candidates_per_warp"], is_step)
@@ -658,7 +672,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
                 BLOCK_P=block_p, num_warps=cell_warps, **of_row)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
                 q, k, order, row, lists, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
-                n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
+                n_key=k.shape[2], softmax_scale=float(softmax_scale), log_others=math.log(max(bin - 1, 1)), STRIDE=stride, D=D,
                 FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
                 BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](

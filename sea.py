@@ -698,7 +698,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
         level = level_of_past + rise  # (B,)
         of_level = bucket_sums(k, level, rise, count, n_new, past[..., :D])
         keys, queries = of_level / 2 ** level[:, None, None, None], q
-        if bounds:  # as in boxes, step 7
+        if bounds:
             tops = bucket_tops(torch.cat([k, -k], dim=-1), level, rise, count, n_new, past[..., D:])
             high, low = tops[..., :D], -tops[..., D:]
             keys = torch.cat([keys / 2 + (high + low) / 4, (high - low) / 4], dim=-1)
@@ -726,9 +726,11 @@ def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row
     is not full yet, at the last full one:
 
         without bounds   s = softmax_scale * q . mean of the bucket's keys
-        with bounds      half that and half an upper bound of q's products with its keys (boxes),
-                         in which a single key stands out; of two buckets, those in the middle of
-                         the cell's halves, the larger s
+        with bounds      half that and half an upper bound of q's products with its keys, in which
+                         a single key stands out (Quest; Tang et al., ICML 2024): with any key in
+                         the box that is as large as they are in each dimension, q . middle of the
+                         box + |q| . its radius; of two buckets, those in the middle of the cell's
+                         halves, the larger s
 
     Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up
     attention.
@@ -845,27 +847,34 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 # -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
 # The longer a text, the more keys are in a cell, and few of them matter. So the best cells only
-# name candidates: bins of a fixed number of keys, which are ranked by the query's products with
-# boxes around their keys (heads that share a choice: by those of their mean query). A query attends
-# to the best bins, and always to its last keys and to the first of the sequence. The last keys are
-# in no cell; the first are in cells, but are no candidates.
+# name candidates: bins of a fixed number of keys, which are ranked by about what they weigh in the
+# query's softmax (heads that share a choice: in that of their mean query). A query attends to the
+# best bins, and always to its last keys and to the first of the sequence. The last keys are in no
+# cell; the first are in cells, but are no candidates.
 
 NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
 
-def boxes(k: Tensor, bin: int) -> Tensor:
-    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k.
-
-    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A
-    query's product with one of them is at most q . middle + |q| . radius, an upper bound (Quest;
-    Tang et al., ICML 2024), and on average q . mean. A single key stands out in the bound but is
-    lost in the mean; many similar keys count in the mean. Bins are ranked by half of each, which is
-    the product of [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
-    """
+def stand_ins(k: Tensor, bin: int) -> Tensor:
+    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k:
+    the key farthest from their mean, ties to the first, and the mean of the others."""
     keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
-    highest, lowest = keys.amax(3), keys.amin(3)
-    centre = keys.mean(3) / 2 + (highest + lowest) / 4
-    return torch.cat([centre, (highest - lowest) / 4], dim=-1).to(k.dtype)
+    total = keys.sum(3)
+    far = (bin * keys - total[..., None, :]).square().sum(-1).argmax(3)
+    outlier = keys.take_along_dim(far[..., None, None], 3).squeeze(3)
+    return torch.cat([outlier, (total - outlier) / max(bin - 1, 1)], dim=-1).to(k.dtype)
+
+
+def log_weights(q: Tensor, of_bins: Tensor, bin: int) -> Tensor:
+    """log(exp(q . outlier) + (bin - 1) exp(q . mean of the others)): (..., T, bins), of scaled
+    queries (..., T, D) and stand_ins (..., bins, 2D).
+
+    It is what a bin's keys weigh in the query's softmax, if all but one are alike: a single key
+    stands out, and many similar ones count.
+    """
+    outlier, others = of_bins.chunk(2, dim=-1)
+    log_others = math.log(bin - 1) if bin > 1 else -math.inf
+    return torch.logaddexp(q @ outlier.mT, q @ others.mT + log_others)
 
 
 @torch.no_grad()
@@ -884,8 +893,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
-        chosen       the n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k), or H
-                     times as many of all heads, by its log softmax (group "causal_batch")
+        chosen       the n_chosen(topk) best of them, by log_weights, or H times as many of all
+                     heads, by its log softmax (group "causal_batch")
         always       those of the first keys, and of all keys behind the row's cells
     """
     S, bin, C = k.shape[2], config.bin, config.n_choosers
@@ -895,18 +904,17 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
     n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
-    of_bins = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
+    of_bins = at_least_fp32(repeat_heads(stand_ins(k, bin), C))  # (B, C, bins, 2D)
     n_bin = of_bins.shape[2]
     number = torch.arange(n_bin, device=k.device)  # of each bin
     best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
     in_best_cells = spread_to_keys(best_cells, n_in_cells, n_bin, False)  # bins for keys
     is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
-        q = at_least_fp32(q) * softmax_scale  # (B, C, T, D)
-        products = torch.cat([q, q.abs()], dim=-1) @ of_bins.mT  # (B, C, T, bins)
-        lowest = torch.finfo(products.dtype).min
+        weights = log_weights(at_least_fp32(q) * softmax_scale, of_bins, bin)  # (B, C, T, bins)
+        lowest = torch.finfo(weights.dtype).min
         # Keeps a choice's ranking, and makes choices that are ranked together comparable.
-        ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
+        ranked = weights.masked_fill(~is_candidate, lowest).log_softmax(-1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(ranked.masked_fill(~is_candidate, lowest), n, config.group)
         chosen &= is_candidate & (n_chosen > 0) & (seen > 0)[:, None, :, None]

@@ -412,11 +412,11 @@ CHOICES = st.builds(
     exact=st.booleans(), layout=LAYOUTS, seed=st.integers(0, 99))
 
 
-def unsure_rows(case, scores, q, *args, **kwargs):
+def unsure_rows(case, scores, q, k, *args, **kwargs):
     """Queries whose bins change if what they are chosen by changes by as little as rounding does."""
     eps, generator = torch.finfo(case.dtype).eps + 4 * torch.finfo(torch.float32).eps, torch.Generator().manual_seed(1)
     noisy = lambda x: x.float() + eps * (1 + x.float().abs()) * torch.randn(x.shape, generator=generator).to(DEVICE)
-    runs = [sea.choose_bins(noisy(scores), noisy(q), *args, **kwargs) for _ in range(16)]  # a tie may end alike in a few
+    runs = [sea.choose_bins(noisy(scores), noisy(q), noisy(k), *args, **kwargs) for _ in range(16)]  # a tie may end alike in a few
     return torch.stack([(x != runs[0]).any(-1) for x in runs]).any(0)
 
 
@@ -450,12 +450,12 @@ def test_chosen_bins_are_those_of_sea(case):
 @given(CHOICES.map(lambda case: replace(case, R=4)))
 @settings(max_examples=8)
 def test_a_step_chooses_the_bins_of_the_whole_call(case):
-    """Query by query: from keys, in whatever order, not from all boxes; other rows are there that it does not use."""
+    """Query by query: from keys, in whatever order, not from what stands for all bins; other rows are there that it does not use."""
     config, (scores, q, k, seen, row, row_seen, order) = case.config(), case.tensors()
     args = config.topk, config, 0.5
     whole = kernels.choose_bins(scores, q, k, seen, row, row_seen, *args, order=order)
     sure = case.is_exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
-    with mock.patch.object(kernels, "_boxes_kernel", None):
+    with mock.patch.object(kernels, "_stand_ins_kernel", None):
         steps = [kernels.choose_bins(scores, q[:, :, i : i + 1], k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, *args,
                                      order=order) for i in range(q.shape[2])]
     assert ((torch.cat(steps, 2) == whole).all(-1) | ~sure).all(), case

@@ -715,10 +715,11 @@ def naive_layer(layer: SEAttention, q, k, v):
     return out, scores[:, [i // r for i in range(T)]]
 
 
-def box_product(q, k):
-    """Half the mean product of q (D,) and keys k (n, D), half the largest of q and a key anywhere in their box."""
-    corner = torch.where(q > 0, k.amax(0), k.amin(0))
-    return (k @ q).mean() / 2 + corner @ q / 2
+def weight_of_bin(q, k):
+    """What keys k (n, D) add to the sum of a softmax of q (D,), if all but the farthest from their mean are alike."""
+    far = max(range(len(k)), key=lambda i: (k[i] - k.mean(0)).norm())
+    others = [x for i, x in enumerate(k) if i != far]
+    return (k[far] @ q).exp() + sum((sum(others) / len(others) @ q).exp() for _ in others)
 
 
 def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int]]:
@@ -745,7 +746,7 @@ def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int
                 candidates = [b for b in range(first, middle) if cell[b] in best]
                 if candidates:
                     mean_q = q[heads, i].mean(0)
-                    of_bins = torch.stack([box_product(mean_q, k[h, b * bin : b * bin + bin]) for b in candidates]).log_softmax(0)
+                    of_bins = torch.stack([weight_of_bin(mean_q, k[h, b * bin : b * bin + bin]) for b in candidates]).log().log_softmax(0)
                     ranked += [(-x.item(), h, b) for x, b in zip(of_bins, candidates)]
             for g in heads:
                 chosen[g, i] = {b for b in range(i // bin + 1) if b < first or b >= middle}
