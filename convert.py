@@ -764,8 +764,9 @@ def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig,
             config.tie_word_embeddings = False
             skeleton = _student(model_class, config)
     optional = skeleton.all_tied_weights_keys.keys()
-    if not _encoder_gains(skeleton).keys() & found.keys():
-        optional = optional | _encoder_gains(skeleton).keys()
+    for later in (_encoder_gains(skeleton).keys(), _head_shares(skeleton)):
+        if not later & found.keys():
+            optional = optional | later
     expected = {name: tuple(x.shape) for name, x in skeleton.state_dict().items()}
     if unexpected := sorted(found.keys() - expected.keys()):
         raise ValueError(f"folder: expected the weights of {model_class.__name__}, as convert.save names them, got {unexpected[:3]} in "
@@ -781,6 +782,11 @@ def _encoder_gains(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The gains of bidirectional layers' cell keys, by name, which students from before there were such do not have."""
     layers = {name: x for name, x in model.named_modules() if isinstance(x, SEAttention) and not x.config.causal}
     return {f"{name}.key_gain": x.key_gain for name, x in layers.items() if x.config.cell_keys}
+
+
+def _head_shares(model: PreTrainedModel) -> set[str]:
+    """Names of what heads count in choices of bins, in causal layers; before it was learned they counted alike, as in new ones."""
+    return {f"{name}.head_share" for name, x in model.named_modules() if isinstance(x, SEAttention) and x.config.causal}
 
 
 @contextmanager

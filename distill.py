@@ -297,8 +297,8 @@ def logit_losses(student: Tensor, teacher: Tensor, x: Tensor,
 
 def layer_losses(student: convert.Record, teacher: convert.Record,
                  weights: LossWeights) -> dict[str, Tensor]:
-    """Of one attention layer: L_context; L_score, if it has a weight; L_estimate, if the student has an
-    estimate."""
+    """Of one attention layer: L_context; L_score, if it has a weight; if the student has an estimate
+    L_estimate and, if it chooses bins, the loss of this choice."""
     B, _, T, _ = student.q.shape
     seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
     terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
@@ -313,6 +313,9 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
         pooled = ops.pool_attention(teacher.q[:, :, ::every], teacher.k, seen[:, ::every], config.width,
                                     teacher.scale, **cells)
         terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row[:, ::every], **cells)
+        if config.has_bins:
+            terms["choice"] = sea.choice_loss(result.head_gain, student.q, student.k, teacher.q, teacher.k,
+                                              config, student.scale, teacher.scale)
     return terms
 
 

@@ -346,9 +346,13 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
-def mean_of_heads(q: Tensor, n: int) -> Tensor:
-    """The mean over each of n groups of adjacent heads: (B, H, T, D) -> (B, n, T, D)."""
-    return q if q.shape[1] == n else q.unflatten(1, (n, -1)).mean(2)
+def mean_of_heads(q: Tensor, n: int, gain: Tensor | None = None) -> Tensor:
+    """The mean over each of n groups of adjacent heads, times gain (H,) if there is one:
+    (B, H, T, D) -> (B, n, T, D), dtype of q."""
+    if gain is None:
+        return q if q.shape[1] == n else q.unflatten(1, (n, -1)).mean(2)
+    of_heads = at_least_fp32(q) * gain[:, None, None]
+    return of_heads.unflatten(1, (n, -1)).mean(2).to(q.dtype)
 
 
 # -- 1. features and linear attention --------------------------------------------------------------
@@ -848,9 +852,9 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 #
 # The longer a text, the more keys are in a cell, and few of them matter. So the best cells only
 # name candidates: bins of a fixed number of keys, which are ranked by about what they weigh in the
-# query's softmax (heads that share a choice: in that of their mean query). A query attends to the
-# best bins, and always to its last keys and to the first of the sequence. The last keys are in no
-# cell; the first are in cells, but are no candidates.
+# query's softmax. Heads that share a choice make it by their mean query, in which each counts by a
+# learned share. A query attends to the best bins, and always to its last keys and to the first of the
+# sequence. The last keys are in no cell; the first are in cells, but are no candidates.
 
 NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
@@ -886,7 +890,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
     scores (B, E, R, width) of the rows, which see row_seen (B, R) keys; q (B, C, T, D), row (B, T)
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
-    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is the mean query of the
+    are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is mean_of_heads of the
     heads that share keys. With a stride the queries of a row share its candidates, but each chooses
     for itself. kept: of no_candidates, which this file, finding them anew in every call, has no use
     for.
@@ -1303,6 +1307,7 @@ class SEAOutput:
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     row_in_cells: Tensor | None = None  # (B, R), keys that a row's cells share out
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
+    head_gain: Tensor | None = None  # (H,) of the mean query that they were chosen by
     bin: int = 0  # keys of each
     dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
 
@@ -1583,6 +1588,9 @@ class SEAttention(nn.Module):
         H, D = config.n_head, config.d_head
         if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
+        if config.causal:  # what each head counts in step 7; with bins it is learned
+            share = torch.full((H,), config.kv_heads / H)
+            self.head_share = nn.Parameter(share) if config.has_bins else nn.Buffer(share)
         if not config.cnn:
             self.gates = nn.Parameter(torch.full((H, 2), OPEN))
             return
@@ -1641,7 +1649,10 @@ class SEAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached, ops.take_pair)
         rows = self.choose_rows(ops, tokens, past)
-        q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers)
+        gain = None
+        if config.has_bins:
+            gain = at_least_fp32(self.head_share) * (config.n_head // config.kv_heads)
+        q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers, gain)
         scores, gates, state = self.estimate_attention(
             ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
             in_place)
@@ -1657,7 +1668,8 @@ class SEAttention(nn.Module):
             out = self.attend_to_all(out, tokens, rows.seen, n_some, scale, is_first)
         state = self.complete(state, past, tokens, valid, kv_cached, in_place)
         result = SEAOutput(out, rows.seen, state, scores, row=rows.row,
-                           row_in_cells=rows.row_in_cells, dense_below=config.dense_below, **choice)
+                           row_in_cells=rows.row_in_cells, head_gain=gain,
+                           dense_below=config.dense_below, **choice)
         return tokens.back(result)
 
     def choose_and_attend(self, ops, tokens: Tokens, q_chooser: Tensor, rows: Rows,
@@ -2091,3 +2103,35 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
         x = q[:, :, rows], k, teacher_q[:, :, rows], teacher_k, seen[:, rows]
         total = total + (part(*x) if T <= block else checkpoint(part, *x, use_reentrant=False))
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)
+
+
+def choice_loss(gain: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
+                config: SEAConfig, softmax_scale: float, teacher_scale: float, *,
+                n_queries: int = 128) -> Tensor:
+    """KL(A || P) of about n_queries evenly spaced queries, which trains gain (H,), what each head
+    counts in the choice of bins (step 7); differs: the paper has no such choice.
+
+    q (B, H, T, D) and k (B, Hkv, T, D) of the student, to which no gradient flows, and likewise of
+    its teacher, all tokens valid. P: the softmax of log_weights over the bins of a query's cells
+    but the first. A: what the teacher's attention, the mean over the heads of a choice, gives to
+    each of these. A row counts by the sum of its A; the mean is over queries and choices.
+    """
+    T, bin, C = q.shape[2], config.bin, config.n_choosers
+    every = max(T // n_queries, 1)
+    seen = torch.arange(T, 0, -every, device=q.device).expand(len(q), -1)  # (B, n)
+    q, teacher_q = (x[:, :, seen[0] - 1] for x in (q, teacher_q))
+    n_bin = -(-T // bin)
+    number = torch.arange(n_bin, device=q.device)
+    competes = (number >= config.n_first) & (number < config.in_cells(seen)[..., None] // bin)
+    competes = competes[:, None]  # (B, 1, n, bins)
+    with torch.no_grad(), no_autocast(q):
+        log_a, visible = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
+        a = (log_a.exp() * visible).unflatten(1, (C, -1)).mean(2)  # (B, C, n, T)
+        a = F.pad(a, (0, n_bin * bin - T)).unflatten(-1, (n_bin, bin)).sum(-1) * competes
+        of_bins = at_least_fp32(repeat_heads(stand_ins(k, bin), C))
+    with no_autocast(q):
+        weights = log_weights(mean_of_heads(at_least_fp32(q.detach()), C, gain) * softmax_scale, of_bins, bin)
+        log_p = weights.masked_fill(~competes, torch.finfo(weights.dtype).min).log_softmax(-1)
+        m = a.sum(-1, keepdim=True)
+        kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p.masked_fill(~competes, 0)
+    return kl.sum() / m.numel()

@@ -874,6 +874,23 @@ def test_causal_layers_without_their_cell_keys_are_refused(tmp_path):
         convert.load(tmp_path / "student")
 
 
+@torch.no_grad()
+def test_heads_of_students_from_before_they_had_shares_count_alike(tmp_path):
+    model = convert.attach(tiny("llama"), **SEA)
+    expected = model(tokens()).logits
+    convert.save(model, tmp_path / "student")
+    weights = load_file(tmp_path / "student/model.safetensors")
+    shares = [name for name in weights if "head_share" in name]
+    for lost, message in ((shares, None), (shares[:1], "folder: expected all weights, got none for .*head_share")):
+        old = {name: x for name, x in weights.items() if name not in lost}
+        save_file(old, tmp_path / "student/model.safetensors", {"format": "pt"})
+        if message is None:
+            assert len(shares) == 2 and torch.equal(convert.load(tmp_path / "student")(tokens()).logits, expected)
+        else:
+            with refused(message):
+                convert.load(tmp_path / "student")
+
+
 # -- what reaches the layers, and what is left afterwards
 
 

@@ -192,6 +192,8 @@ def test_losses_are_those_of_the_method(bin):
         "score": mean(sea.score_loss(u.q, u.k, v.q, v.k, seen, 1.0) for u, v in zip(s, t)),
         "estimate": mean(sea.estimate_loss(u.sea.scores, sea.pool_attention(v.q, v.k, seen, 8, 1.0, **cells), **cells) for u, v in zip(s, t)),
     }
+    if bin:
+        expected["choice"] = mean(sea.choice_loss(torch.ones(2), u.q, u.k, v.q, v.k, u.config, u.scale, v.scale) for u, v in zip(s, t))
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")

@@ -1181,8 +1181,12 @@ def test_entries_and_means_are_those_of_sea(dtype, heads, T, D, layout, seed):
         assert all(z.isnan().all() for i in (-1, T) for z in kernels.take_pair(x, y, torch.full_like(index[:, :1], i)))
     with guarded():
         mean, equal = kernels.mean_of_heads(x, Hkv), kernels.mean_of_heads(sea.repeat_heads(x[:, :Hkv], Hkv * group), Hkv)
+        gain = torch.rand(Hkv * group, generator=generator).to(DEVICE)
+        by_gain = [kernels.mean_of_heads(x, n, gain) for n in (Hkv, Hkv * group)]
+        ones = kernels.mean_of_heads(x, Hkv, torch.ones_like(gain))
     torch.testing.assert_close(mean, sea.mean_of_heads(x, Hkv))
-    assert torch.equal(equal, x[:, :Hkv])
+    torch.testing.assert_close(by_gain, [sea.mean_of_heads(x, n, gain) for n in (Hkv, Hkv * group)])
+    assert torch.equal(equal, x[:, :Hkv]) and torch.equal(ones, mean)
 
 
 @given(st.integers(1, 3), st.integers(1, 40) | st.sampled_from([255, 256, 257, 600]), st.integers(1, 40), st.booleans(),

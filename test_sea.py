@@ -677,6 +677,7 @@ def naive_layer(layer: SEAttention, q, k, v):
     """
     c, w = layer.config, layer.state_dict()
     (H, T, D), r, width = q.shape, c.query_stride, c.width
+    q_choosing = q * w["head_share"][:, None, None] * (H // len(k)) if c.has_bins else q
     k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
     rows = list(range(0, T, r))
     if c.cnn:
@@ -687,7 +688,7 @@ def naive_layer(layer: SEAttention, q, k, v):
         sharing = 1 if c.cnn else H // c.n_kv_head
         for h, (n, i) in itertools.product(range(H), enumerate(rows)):
             in_cells = max(0, i + 1 - c.local) // c.bin * c.bin if c.bin else i + 1
-            mean_q = q[h // sharing * sharing :][:sharing, i].mean(0)
+            mean_q = (q if c.cnn else q_choosing)[h // sharing * sharing :][:sharing, i].mean(0)
             if c.causal:
                 products = key_products(D**-0.5 * mean_q, k[h], i + 1, width, in_cells, c.has_bins)
             else:
@@ -696,7 +697,7 @@ def naive_layer(layer: SEAttention, q, k, v):
     probs = scores.softmax(-1)
     row_seen = torch.tensor([[i + 1 if c.causal else T for i in rows]])
     if c.has_bins:
-        chosen = brute_force_bins(probs, q * D**-0.5, k, c)
+        chosen = brute_force_bins(probs, q_choosing * D**-0.5, k, c)
     else:
         mask = brute_force_topk(probs[None], row_seen, c.topk, c.group)[0]
 
@@ -1274,6 +1275,40 @@ def test_score_loss_is_the_dense_loss(case, block):
 def test_a_perfect_student_has_no_loss(case):
     (q, k, _), seen = case.qkv(), seen_by(case)
     assert abs(sea.score_loss(q, k, q, k, seen).item()) < 1e-12
+
+
+@given(cases(causal=st.just(True)).filter(lambda case: case.bin), st.integers(1, 30))
+@settings(max_examples=40)
+def test_the_loss_of_a_choice_is_what_its_bins_weigh_against_what_the_teacher_gives_them(case, n_queries):
+    """Query by query and bin by bin; it trains the gains alone."""
+    config, (q, k, _) = case.config(), case.qkv()
+    teacher_q, teacher_k = (x.detach() + torch.randn_like(x) for x in (q, k))
+    gain = torch.rand(config.n_head, dtype=torch.float64).requires_grad_()
+    q.requires_grad_(), k.requires_grad_()
+    loss = sea.choice_loss(gain, q, k, teacher_q, teacher_k, config, 0.7, 0.3, n_queries=n_queries)
+    (B, H, T, _), C, bin, expected = q.shape, config.n_choosers, config.bin, []
+    for i, b, c in itertools.product(range(T - 1, -1, -max(T // n_queries, 1)), range(B), range(C)):
+        heads, h = range(c * H // C, (c + 1) * H // C), c * k.shape[1] // C
+        bins = range(config.n_first, max(0, i + 1 - config.local) // bin)
+        kv = [g * k.shape[1] // H for g in heads]
+        a = torch.stack([(0.3 * teacher_k[b, n, : i + 1] @ teacher_q[b, g, i]).softmax(0) for g, n in zip(heads, kv)]).mean(0)
+        a = torch.stack([a[x * bin : x * bin + bin].sum() for x in bins]) if bins else torch.zeros(0)
+        mean_q = torch.stack([gain[g] * q[b, g, i] for g in heads]).mean(0)
+        p = torch.stack([weight_of_bin(0.7 * mean_q, k[b, h, x * bin : x * bin + bin]) for x in bins]) if bins else torch.zeros(0)
+        expected.append((a * ((a / a.sum()).log() - (p / p.sum()).log())).sum())
+    torch.testing.assert_close(loss, torch.stack(expected).mean().to(loss.dtype), **CLOSE)
+    of_gain, *others = torch.autograd.grad(loss, (gain, q, k), allow_unused=True)
+    assert of_gain.isfinite().all() and others == [None, None]
+
+
+def test_a_choice_that_weighs_keys_as_the_teacher_does_has_no_loss():
+    case = Case(True, 1, [30], 3, 1, 4, 8, 9, "query", 0, bin=1, local=2)
+    q, k, _ = case.qkv()
+    gain = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = sea.choice_loss(gain, q, k, q, k, case.config(), 0.5, 0.5)
+    assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, gain)[0].abs().max() < 1e-12
+    assert sea.choice_loss(2 * gain, q, k, q, k, case.config(), 0.5, 0.5) > 0.001
+
 
 
 # -- the public face ---------------------------------------------------------------------------------------------------
