@@ -65,7 +65,7 @@ def test_own_model_and_text_end_to_end(home, tmp_path, capsys):
     for record in losses:
         if "terms" in record:
             assert math.isclose(record["loss"], sum(record["terms"].values()))
-    assert {"ce", "hidden", "kd", "context", "score", "estimate"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
+    assert {"ce", "hidden", "kd", "context", "score", "estimate", "choice"} == set(next(r for r in losses if r.get("name") == "sea")["terms"])
     steps = [r for r in losses if r.get("name") == "dense" and "lr" in r]
     assert [r["lr"] for r in steps] == [1e-3] * 4  # the paper's schedule is constant
 
