@@ -383,7 +383,7 @@ def forward(attention, q, k, v) -> Callable[[], None]:
 
 
 def forward_backward(attention, q, k, v) -> Callable[[], None]:
-    """As training needs it: from all outputs, SEA's scores among them, to q, k, v and all weights."""
+    """As training needs it: from all outputs, also what SEA's own losses are of, to q, k, v and all weights."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     douts = [torch.randn_like(x) for x in outputs(attention(*inputs))]
     weights = list(attention.parameters()) if isinstance(attention, torch.nn.Module) else []
@@ -395,7 +395,9 @@ def forward_backward(attention, q, k, v) -> Callable[[], None]:
 
 
 def outputs(result) -> list[torch.Tensor]:
-    return [result.out, result.scores] if isinstance(result, sea.SEAOutput) else [result]
+    if not isinstance(result, sea.SEAOutput):
+        return [result]
+    return [x for x in (result.out, result.scores, result.head_gain) if x is not None]
 
 
 def sdpa(backend: SDPBackend | None, q, k, v, causal: bool = True) -> torch.Tensor:

@@ -342,8 +342,8 @@ def _stand_ins(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl
             distance = tl.where(start + i < BIN, tl.sum(from_mean * from_mean, axis=1), -1.0)
             outlier = tl.where((distance > farthest)[:, None], key, outlier)
             farthest = tl.maximum(distance, farthest)
-    N_OTHERS: tl.constexpr = BIN - 1 if BIN > 1 else 1
-    return outlier, (total - outlier) / N_OTHERS
+    n_others = tl.full(total.shape, BIN - 1 if BIN > 1 else 1, tl.float32)
+    return outlier, tl.div_rn(total - outlier, n_others)  # "/" would not give x of equal keys x
 
 
 @triton.jit

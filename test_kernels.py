@@ -352,10 +352,6 @@ class Choice:
     layout: str
     seed: int
 
-    @property
-    def is_exact(self):
-        return self.exact and self.bin.bit_count() == 1
-
     def config(self):
         _, Hkv, group = self.heads
         n_first = -(-self.first // self.bin)
@@ -394,6 +390,9 @@ class Choice:
         seen = (row_seen.gather(1, row) + later.clamp(max=self.stride - 1)).clamp(max=self.S)
         seen[torch.rand(B, T, generator=generator) < 0.1] = 0
         order = torch.stack([torch.randperm(self.S, generator=generator) for _ in range(B)]) if self.ordered else None
+        if self.exact:  # keys of a bin are equal, so that its weight is as exact as a product
+            k = k[:, :, torch.arange(self.S) // self.bin]
+            k = k if order is None else sea.take(k, order.argsort(1))
         for b in range(B):
             unseen = torch.arange(self.S)[seen[b].max() :]
             k[b, :, unseen if order is None else order[b, unseen]] = torch.nan
@@ -429,7 +428,7 @@ def check_choose_bins(case):
         bins = kernels.choose_bins(*args, order=order)
     assert bins.dtype == torch.int32 and bins.shape == expected.shape
     equal = (bins == expected).all(-1)
-    sure = torch.ones_like(equal) if case.is_exact else ~unsure_rows(case, *args, order=order)
+    sure = torch.ones_like(equal) if case.exact else ~unsure_rows(case, *args, order=order)
     assert (equal | ~sure).all(), case
     assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()  # also where rounding decides
     assert torch.equal((bins != sea.NONE).sum(-1), (expected != sea.NONE).sum(-1))
@@ -454,7 +453,7 @@ def test_a_step_chooses_the_bins_of_the_whole_call(case):
     config, (scores, q, k, seen, row, row_seen, order) = case.config(), case.tensors()
     args = config.topk, config, 0.5
     whole = kernels.choose_bins(scores, q, k, seen, row, row_seen, *args, order=order)
-    sure = case.is_exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
+    sure = case.exact | ~unsure_rows(case, scores, q, k, seen, row, row_seen, *args, order=order)
     with mock.patch.object(kernels, "_stand_ins_kernel", None):
         steps = [kernels.choose_bins(scores, q[:, :, i : i + 1], k, seen[:, i : i + 1], row[:, i : i + 1], row_seen, *args,
                                      order=order) for i in range(q.shape[2])]
@@ -521,6 +520,17 @@ def test_bins_are_chosen_whatever_the_numbers(ordered, n_chosen):
             assert (((bins >= 0) & (bins < 50)) | (bins == sea.NONE)).all()
             assert (bins[..., 1:] > bins[..., :-1])[bins[..., 1:] != sea.NONE].all()
             assert all(set(x.tolist()) <= {*y.tolist(), sea.NONE} for x, y in zip(always, bins[0, 0]))
+
+
+@pytest.mark.parametrize("backend", [kernels, sea])
+def test_of_keys_as_far_from_the_mean_the_first_stands_for_a_bin(backend):
+    """Of the bins (3, -3, 0, 0) and (-3, 3, 0, 0) it makes the first the better one of a query of 1."""
+    k = torch.tensor([0.0, 0, 0, 0, -3, 3, 0, 0, 3, -3, 0, 0, -3, 3, 0, 0, 0], device=DEVICE).view(1, 1, 17, 1)
+    seen, config = torch.tensor([[17]], device=DEVICE), sea.SEAConfig(n_head=1, d_head=2, width=4, bin=4, local=1, first=4, topk=11)
+    assert config.n_chosen(11) == 1
+    k, q, scores = k.repeat(1, 1, 1, 2), torch.ones(1, 1, 1, 2, device=DEVICE), torch.zeros(1, 1, 1, 4, device=DEVICE)
+    bins = backend.choose_bins(scores, q, k, seen, 0 * seen, seen, 11, config, 0.5)
+    assert bins.flatten().tolist()[:3] == [0, 2, 4]
 
 
 @given(st.integers(1, 80), st.integers(1, 40), st.sampled_from([1, 8, 64]))
@@ -1986,7 +1996,7 @@ def test_bench_runs_what_its_options_say(monkeypatch):
     with mock.patch.object(torch.autograd, "grad") as grad:
         bench.forward_backward(layer, *inputs)()
     (outputs, to, _), _ = grad.call_args
-    assert [x.shape for x in outputs] == [(1, 2, 64, 8)] * 2 and len(to) == 3 + len(list(layer.parameters()))
+    assert [x.shape for x in outputs] == [(1, 2, 64, 8)] * 2 + [(2,)] and len(to) == 3 + len(list(layer.parameters()))
     import convert
 
     with mock.patch.object(convert, "attach", wraps=convert.attach) as attach:
@@ -2360,7 +2370,7 @@ def test_a_layer_is_bit_equal_from_run_to_run(stride, cell_keys, bin):
 
     def run():
         result = layer(*q)
-        outs = [result.out, result.scores]
+        outs = [x for x in (result.out, result.scores, result.head_gain) if x is not None]
         return outs + list(torch.autograd.grad(outs, [*q, *layer.parameters()], [torch.ones_like(x) for x in outs]))
 
     first = run()
