@@ -481,6 +481,15 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN)
 
 
+@triton.jit
+def _log_1_plus(x):
+    """log(1 + x) of 0 <= x <= 1, to 3e-7, in a third of what tl.log takes: x times a polynomial."""
+    y = 0.044214192777872086 - 0.008574675768613815 * x
+    y = 0.17757023870944977 + x * (-0.10785368084907532 + x * y)
+    y = 0.3327617645263672 + x * (-0.2449961155653 + x * y)
+    return x * (0.9999998211860657 + x * (-0.49997448921203613 + x * y))
+
+
 # products = sea.log_weights of each candidate in the softmax of queries begin_t ... end_t - 1.
 # One program: BLOCK_N candidates of one row and chooser, and the queries that use it; grid
 # (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
@@ -533,13 +542,13 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, 
         mask_m = query < end_q
         q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query.to(tl.int64), offs_d, q_strides[2],
                        q_strides[3], mask_m[:, None] & mask_d[None, :])
-        s = tl.dot(q, tl.trans(outlier), input_precision="ieee") * softmax_scale
+        s = tl.dot(outlier, tl.trans(q), input_precision="ieee") * softmax_scale  # (BLOCK_N, BLOCK_M)
         if BIN > 1:
-            of_others = tl.dot(q, tl.trans(others), input_precision="ieee") * softmax_scale + log_others
-            s = tl.maximum(s, of_others) + tl.log(1 + tl.exp(-tl.abs(s - of_others)))
-        s = tl.where(mask_c[None, :], s, float("nan"))
+            of_others = tl.dot(others, tl.trans(q), input_precision="ieee") * softmax_scale + log_others
+            s = tl.maximum(s, of_others) + _log_1_plus(tl.exp(-tl.abs(s - of_others)))
+        s = tl.where(mask_c[:, None], s, float("nan"))
         offs_q = pid_bc * (end_t - begin_t) + query - begin_t
-        tl.store(products_ptr + offs_q[:, None] * BLOCK_C + offs_c[None, :], s, mask=mask_m[:, None])
+        tl.store(products_ptr + offs_q[None, :] * BLOCK_C + offs_c[:, None], s, mask=mask_m[None, :])
 
 
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
@@ -658,6 +667,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             k, order = of_bins, None
         cell_warps = _rank_warps(block_p, CHOOSE["cells_per_warp"], is_step)
         warps = _rank_warps(block_c, CHOOSE["candidates_per_warp"], is_step)
+        block_m = 8 if is_step or stride <= 8 else 16  # rows of queries in a dot, of which a row has `stride`
         tiles = dict(PRODUCTS_STEP if is_step else PRODUCTS)
         if q.dtype == torch.float32:  # no tensor cores
             tiles["BLOCK_N"] = 16
@@ -673,7 +683,7 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
                 q, k, order, row, lists, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
                 n_key=k.shape[2], softmax_scale=float(softmax_scale), log_others=math.log(max(bin - 1, 1)), STRIDE=stride, D=D,
-                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
+                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=block_m, BLOCK_D=block_d,
                 BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
                 products, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
