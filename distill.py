@@ -17,11 +17,12 @@
       reformer    control: keys found by hashing, about as many as SEA attends to
       dense       control: the teacher's own attention
       oracle      SEA whose cells come from the teacher's attention: what is lost to the estimate
-    loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + context + 0 score)
+    loss        0.1 ce + 5 hidden + 0.2 kd + mean over layers of (estimate + choice + context + 0 score)
       ce          cross entropy of the next token
       hidden      mean square between hidden states of student and teacher, mean over layers
       kd          KL(teacher || student) of the next token
       estimate    L_estimate: SEA's cells against the teacher's attention
+      choice      of bins, if there are: what they weigh with SEA against the teacher's attention
       context     L_context: mean square between the outputs of an attention layer
       score       L_score: the student's own dense attention against the teacher's; the paper has 1
 
@@ -298,7 +299,7 @@ def logit_losses(student: Tensor, teacher: Tensor, x: Tensor,
 def layer_losses(student: convert.Record, teacher: convert.Record,
                  weights: LossWeights) -> dict[str, Tensor]:
     """Of one attention layer: L_context; L_score, if it has a weight; if the student has an estimate
-    L_estimate and, if it chooses bins, the loss of this choice."""
+    L_estimate and, with bins, the loss of their choice."""
     B, _, T, _ = student.q.shape
     seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
     terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}

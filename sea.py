@@ -56,7 +56,7 @@ a GPU.
     P          -       columns of the CNN's image: width / 4 (bidirectional: / 2), rounded up, at
                        least 4
     s_prob, s_mix      a row's learned gates: of sparse attention, and of that against the average
-    gain       -       a head's learned weight of step 5
+    gain       -       a head's learned weight of step 5, or in the mean query of step 7
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are computed in at
 least fp32, whatever the input is. "Differs" marks where we leave the paper or its authors' code.
