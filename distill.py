@@ -22,7 +22,7 @@
       hidden      mean square between hidden states of student and teacher, mean over layers
       kd          KL(teacher || student) of the next token
       estimate    L_estimate: SEA's cells against the teacher's attention
-      choice      of bins, if there are: what they weigh with SEA against the teacher's attention
+      choice      attention of the mean query that chooses bins against the teacher's, its heads' mean
       context     L_context: mean square between the outputs of an attention layer
       score       L_score: the student's own dense attention against the teacher's; the paper has 1
 

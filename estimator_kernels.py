@@ -1684,7 +1684,7 @@ def _bucket_of_cell(p, seen, in_cells, e, WIDTH: tl.constexpr, PLACE: tl.constex
 #   past, totals (B, Hkv, N_BUCKETS, D) fp32, sums at the levels of count and of count + n_new; or, BOUNDS,
 #   (B, Hkv, N_BUCKETS, 3, D), followed by the largest numbers of k and of -k
 #   keys (B, Hkv, n_level, N_BUCKETS, D) in the dtype of k, their means; or, BOUNDS, (B, Hkv, n_level,
-#   N_BUCKETS, 2, D), as sea.cell_key_scores has them
+#   N_BUCKETS, 2, D), as sea.boxes has them
 # fp32: the sums, in a fixed order. A level holds half as many keys as the next, so all together read each key
 # twice. Reference: sea.bucket_sums, sea.bucket_tops.
 @triton.jit

@@ -292,10 +292,10 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # -- candidates and bins -----------------------------------------------------------------------------
 #
 # Three kernels, behind one that computes what stands for each bin. The first finds each row's best cells and
-# lists their bins, the candidates. The second weighs these for the queries of a row (in group "kv" means over
-# heads), by products with what stands for them, so that queries share what is read. The third ranks each
-# query's weights, and lists the first bins, the chosen ones and the last. Candidates and weights are
-# scratch: the kernels run on as many queries at a time as have at most 2^25 weights, 128 MiB, or on 16.
+# lists their bins, the candidates. The second multiplies the queries of a row (in group "kv" means over heads)
+# with what stands for the candidates' keys, so that they share what is read. The third ranks each
+# query's products, and lists the first bins, the chosen ones and the last. Candidates and products are
+# scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
 #
 # A list of candidates begins with HEAD numbers: how many there are, and what they are the candidates of. So a
 # decoding step whose query is no row finds those that the last row has left, and need not look for them.
@@ -303,10 +303,10 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 BIN_GROUPS = ("query", "kv")
 HEAD = tl.constexpr(16)  # numbers, 64 bytes: what follows is aligned
 MAX_CANDIDATES = 16384  # of a row, padded to a power of two: a program's registers
-STAND_INS = dict(BLOCK_N=32, num_warps=4)
-WEIGHTS = dict(BLOCK_N=128, num_warps=4)
-WEIGHTS_STEP = dict(BLOCK_N=64, num_warps=4)  # of a decoding step, which reads keys
-# scratch: weights at a time, but of so many queries at least; what a warp ranks
+BOXES = dict(BLOCK_N=32, num_warps=4)
+PRODUCTS = dict(BLOCK_N=128, num_warps=4)
+PRODUCTS_STEP = dict(BLOCK_N=64, num_warps=4)  # of a decoding step, which reads keys
+# scratch: products at a time, but of so many queries at least; what a warp ranks
 CHOOSE = dict(scratch=2**25, queries=16, cells_per_warp=1024, candidates_per_warp=2048)
 ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # the last of a number in fp32
 
@@ -325,57 +325,45 @@ def _candidates(config, topk: int, width: int, n_key: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _stand_ins(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
-    """The two halves of sea.stand_ins of bins (int64) of one head, (bins, BLOCK_D) fp32 each. order_ptr: the
-    place of the key of each rank, or None. The order of sums is fixed. Reads keys twice: the second time from
-    a cache."""
+def _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
+    """The two halves of sea.boxes of bins (int64) of one head, (bins, BLOCK_D) fp32 each. order_ptr: the
+    place of the key of each rank, or None. The order of the sum is fixed."""
     total = tl.zeros((bins.shape[0], offs_d.shape[0]), tl.float32)
-    outlier, farthest = total, tl.full((bins.shape[0],), -1.0, tl.float32)
+    highest, lowest = total - float("inf"), total + float("inf")
     AT_ONCE: tl.constexpr = BIN if BIN < 8 else 8  # loads that do not wait for each other  # noqa: FURB136
     for start in range(0, BIN, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            total += _key_of_bin(k_ptr, k_strides, order_ptr, bins, start + i, mask_bin, n_key, offs_d, D, BIN)
-    for start in range(0, BIN, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            key = _key_of_bin(k_ptr, k_strides, order_ptr, bins, start + i, mask_bin, n_key, offs_d, D, BIN)
-            from_mean = BIN * key - total
-            distance = tl.where(start + i < BIN, tl.sum(from_mean * from_mean, axis=1), -1.0)
-            outlier = tl.where((distance > farthest)[:, None], key, outlier)
-            farthest = tl.maximum(distance, farthest)
-    n_others = tl.full(total.shape, BIN - 1 if BIN > 1 else 1, tl.float32)
-    return outlier, tl.div_rn(total - outlier, n_others)  # "/" would not give x of equal keys x
+            j, is_key = bins * BIN + start + i, start + i < BIN
+            mask_j = mask_bin & (j < n_key) & is_key
+            place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
+            key = _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
+                             mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
+            total += key
+            highest = tl.where(is_key, tl.maximum(highest, key), highest)
+            lowest = tl.where(is_key, tl.minimum(lowest, key), lowest)
+    return total / (2 * BIN) + (highest + lowest) / 4, (highest - lowest) / 4
 
 
-@triton.jit
-def _key_of_bin(k_ptr, k_strides, order_ptr, bins, i, mask_bin, n_key, offs_d, D: tl.constexpr, BIN: tl.constexpr):
-    """Key i of each bin, (bins, BLOCK_D) fp32, 0 where there is none."""
-    j = bins * BIN + i
-    mask_j = mask_bin & (j < n_key) & (i < BIN)
-    place = j if order_ptr is None else tl.load(order_ptr + j, mask=mask_j, other=0).to(tl.int64)
-    return _load_tile(k_ptr, place, offs_d, k_strides[2], k_strides[3],
-                      mask_j[:, None] & (offs_d < D)[None, :]).to(tl.float32)
-
-
-# out = what stands for every BIN keys: the two halves of sea.stand_ins.
+# out = what stands for every BIN keys: the two halves of sea.boxes.
 # One program: BLOCK_N bins of one key/value head; grid (cdiv(n_bin, BLOCK_N) * B * Hkv,).
 #   k (B, Hkv, S, D), any strides; order (B, S) int or None: the place of the key of each rank
 #   out (B, Hkv, n_bin, 2, D) in the dtype of k, contiguous
-# fp32: sums. The last bin may not be whole: no row has such a bin in its cells.
-# Reference: sea.stand_ins.
+# fp32: sums. Reads each key once. The last bin may not be whole: no row has such a bin in its cells.
+# Reference: sea.boxes.
 @triton.jit
-def _stand_ins_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
-                      BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _boxes_kernel(k_ptr, order_ptr, out_ptr, k_strides, HKV, n_key, n_bin, D: tl.constexpr,
+                  BIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_n, pid_bkv = _program(tl.cdiv(n_bin, BLOCK_N))
     b, kv = pid_bkv // HKV, pid_bkv % HKV
     bins, offs_d = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask_n = bins < n_bin
     order_ptr = None if order_ptr is None else order_ptr + b * n_key
-    outlier, others = _stand_ins(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
-                                 mask_n, n_key, offs_d, D=D, BIN=BIN)
+    centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins, mask_n,
+                            n_key, offs_d, D=D, BIN=BIN)
     out_ptr += (pid_bkv * n_bin + bins[:, None]) * 2 * D + offs_d[None, :]
     mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
-    tl.store(out_ptr, outlier.to(out_ptr.dtype.element_ty), mask=mask_nd)
-    tl.store(out_ptr + D, others.to(out_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(out_ptr, centre.to(out_ptr.dtype.element_ty), mask=mask_nd)
+    tl.store(out_ptr + D, radius.to(out_ptr.dtype.element_ty), mask=mask_nd)
 
 
 @triton.jit
@@ -481,32 +469,23 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN)
 
 
-@triton.jit
-def _log_1_plus(x):
-    """log(1 + x) of 0 <= x <= 1, to 3e-7, in a third of what tl.log takes: x times a polynomial."""
-    y = 0.044214192777872086 - 0.008574675768613815 * x
-    y = 0.17757023870944977 + x * (-0.10785368084907532 + x * y)
-    y = 0.3327617645263672 + x * (-0.2449961155653 + x * y)
-    return x * (0.9999998211860657 + x * (-0.49997448921203613 + x * y))
-
-
-# weights = sea.log_weights of each candidate in the softmax of queries begin_t ... end_t - 1.
+# products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
 # One program: BLOCK_N candidates of one row and chooser, and the queries that use it; grid
 # (cdiv(BLOCK_C, BLOCK_N) * n_row * B * C,).
 #   q (B, C, T, D), any strides; row (B, T) int, as choose_bins says
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous; n_key: keys or, FROM_BINS, bins. Else there is one query
-#   weights (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
+#   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
 # Operands of the dots have the dtype of k. Reads two numbers a dimension for each candidate (in a decoding
 # step: its keys), once for all queries of its row, so that rows times bins is neither computed nor written.
-# Reference: sea.log_weights, which rounds differently; sea.choose_bins ranks their log-softmax, which orders
-# those of one query as they are.
+# Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
+# of one query as they are.
 @triton.jit
-def _weights_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, weights_ptr, q_strides, k_strides, C, HKV,
-                    T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale, log_others,
-                    STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
-                    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, q_strides, k_strides, C, HKV,
+                     T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale,
+                     STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
+                     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
     pid_n, pid_rbc = _program(tl.cdiv(BLOCK_C, BLOCK_N))
     pid_r, pid_bc = pid_rbc % n_row, pid_rbc // n_row
     b, c = pid_bc // C, pid_bc % C
@@ -526,12 +505,12 @@ def _weights_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, weights_ptr, q_
     if FROM_BINS:
         k_ptr += ((b * HKV + kv) * n_key + bins)[:, None] * 2 * D + offs_d[None, :]
         mask_cd = mask_c[:, None] & mask_d[None, :]
-        outlier, others = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
+        centre, radius = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
     else:
         order_ptr = None if order_ptr is None else order_ptr + b * n_key
-        outlier, others = _stand_ins(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
-                                     mask_c, n_key, offs_d, D=D, BIN=BIN)
-        outlier, others = outlier.to(k_ptr.dtype.element_ty), others.to(k_ptr.dtype.element_ty)
+        centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
+                                mask_c, n_key, offs_d, D=D, BIN=BIN)
+        centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
     first_q, end_q = begin_t, end_t
     if FROM_BINS:
         first_row_end = _end_of_first_row(row_ptr, b, T, STRIDE, BLOCK_S)
@@ -542,25 +521,23 @@ def _weights_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, weights_ptr, q_
         mask_m = query < end_q
         q = _load_tile(q_ptr + b * q_strides[0] + c * q_strides[1], query.to(tl.int64), offs_d, q_strides[2],
                        q_strides[3], mask_m[:, None] & mask_d[None, :])
-        s = tl.dot(outlier, tl.trans(q), input_precision="ieee") * softmax_scale  # (BLOCK_N, BLOCK_M)
-        if BIN > 1:
-            of_others = tl.dot(others, tl.trans(q), input_precision="ieee") * softmax_scale + log_others
-            s = tl.maximum(s, of_others) + _log_1_plus(tl.exp(-tl.abs(s - of_others)))
-        s = tl.where(mask_c[:, None], s, float("nan"))
+        s = tl.dot(q, tl.trans(centre), input_precision="ieee")
+        s = (s + tl.dot(tl.abs(q), tl.trans(radius), input_precision="ieee")) * softmax_scale
+        s = tl.where(mask_c[None, :], s, float("nan"))
         offs_q = pid_bc * (end_t - begin_t) + query - begin_t
-        tl.store(weights_ptr + offs_q[None, :] * BLOCK_C + offs_c[:, None], s, mask=mask_m[None, :])
+        tl.store(products_ptr + offs_q[:, None] * BLOCK_C + offs_c[None, :], s, mask=mask_m[:, None])
 
 
 # The bins that each query attends to: those of the first keys, n_chosen of its row's candidates, and those
 # behind the row's cells, ascending.
 # One program: one query and chooser; grid ((end_t - begin_t) * B * C,).
-#   weights, in blocks of BLOCK, lists, row, row_seen as above; seen (B, T) int
+#   products, in blocks of BLOCK, lists, row, row_seen as above; seen (B, T) int
 #   bins (B, C, T, n_listed) int32
-# All weights of a query are in registers until the n_chosen-th largest is found, and are then read again a
+# All products of a query are in registers until the n_chosen-th largest is found, and are then read again a
 # block at a time, so that a program needs few more. Few warps: in a warp a sum needs no shared memory.
 # Limits: MAX_CANDIDATES. Reference: sea.choose_bins.
 @triton.jit
-def _choose_bins_kernel(weights_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr, C, T, R, n_key,
+def _choose_bins_kernel(products_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr, bins_ptr, C, T, R, n_key,
                         begin_t, end_t, n_row, list_size, local, n_first, n_chosen, n_listed,
                         BIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
                         BLOCK_N: tl.constexpr):
@@ -571,20 +548,20 @@ def _choose_bins_kernel(weights_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr,
     row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
     lists_ptr += (pid_bc * n_row + r - tl.load(row_ptr + b * T + begin_t)) * list_size
     n_candidate = tl.load(lists_ptr)
-    weights_ptr += (pid_bc * (end_t - begin_t) + pid_q) * BLOCK_C
+    products_ptr += (pid_bc * (end_t - begin_t) + pid_q) * BLOCK_C
     bins_ptr += (pid_bc * T + i) * n_listed
 
-    # -- the n-th largest weight, (BLOCK_C,)
+    # -- the n-th largest product, (BLOCK_C,)
     offs_c, n_slot = tl.arange(0, BLOCK_C), tl.cdiv(n_candidate, BLOCK) * BLOCK
-    weights = tl.load(weights_ptr + offs_c, mask=offs_c < n_slot, other=float("nan"))  # it reaches nothing
+    products = tl.load(products_ptr + offs_c, mask=offs_c < n_slot, other=float("nan"))  # it reaches nothing
     n = tl.where(seen > 0, tl.minimum(n_chosen, n_candidate), 0)
-    high = _float_to_order(tl.max(weights, axis=0)) + 1
-    low = tl.minimum(_float_to_order(tl.min(weights, axis=0)), high - 1)
-    threshold, n_reach = _bisect(weights, tl.maximum(n, 1), tl.maximum(n_candidate, 1), low, high,
+    high = _float_to_order(tl.max(products, axis=0)) + 1
+    low = tl.minimum(_float_to_order(tl.min(products, axis=0)), high - 1)
+    threshold, n_reach = _bisect(products, tl.maximum(n, 1), tl.maximum(n_candidate, 1), low, high,
                                  GUESS=True)
     n_tie = n
     if n_reach != n:  # more numbers than wanted equal the n-th largest
-        n_tie -= tl.sum((weights > threshold).to(tl.int32), axis=0)
+        n_tie -= tl.sum((products > threshold).to(tl.int32), axis=0)
 
     # -- those that reach it, ties to the lower, (BLOCK_N,) at a time
     n_seen, offs_n = tl.cdiv(seen, BIN), tl.arange(0, BLOCK_N)
@@ -592,7 +569,7 @@ def _choose_bins_kernel(weights_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr,
     chosen_end = first_end
     for start in range(0, tl.where(n > 0, n_candidate, 0), BLOCK_N):
         mask_n = start + offs_n < n_slot
-        s = tl.load(weights_ptr + start + offs_n, mask=mask_n, other=float("nan"))
+        s = tl.load(products_ptr + start + offs_n, mask=mask_n, other=float("nan"))
         candidate = tl.load(lists_ptr + HEAD + start + offs_n, mask=mask_n, other=0)
         mask_chosen = s >= threshold
         if n_reach != n:
@@ -616,7 +593,7 @@ def _choose_bins_kernel(weights_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr,
 def no_candidates(config, k: Tensor) -> Tensor | None:
     """sea.no_candidates: room for whatever topk."""
     n_bin = min(_cdiv(k.shape[2], config.bin), MAX_CANDIDATES)
-    n = HEAD.value + max(WEIGHTS["BLOCK_N"], _next_power_of_2(n_bin))
+    n = HEAD.value + max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_bin))
     return torch.full((len(k), config.n_choosers, 1, n), -1, dtype=torch.int32, device=k.device)
 
 
@@ -648,27 +625,26 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
     is_step, block_p = T == 1, max(32, _next_power_of_2(width))
-    block_c = max(WEIGHTS["BLOCK_N"], _next_power_of_2(n_candidate))
+    block_c = max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
     n_row = 1 if is_step else min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
     n_list = HEAD.value + block_c
     is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1) and kept.shape[3] >= n_list
     lists = kept if is_kept else _new(q, B, C, n_row, n_list, dtype=torch.int32)
-    weights = _new(q, B, C, n_query, block_c, dtype=torch.float32)
+    products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
     with torch.cuda.device_of(q):
         block_d, stride = _dot_block(D, q.dtype), config.query_stride
         if not is_step:
             of_bins = _new(k, B, Hkv, n_bin, 2 * D)
-            _stand_ins_kernel[(_cdiv(n_bin, STAND_INS["BLOCK_N"]) * B * Hkv,)](
+            _boxes_kernel[(_cdiv(n_bin, BOXES["BLOCK_N"]) * B * Hkv,)](
                 k, order, of_bins, k_strides=k.stride(), HKV=Hkv, n_key=S, n_bin=n_bin, D=D, BIN=bin,
-                BLOCK_D=block_d, **STAND_INS)
+                BLOCK_D=block_d, **BOXES)
             k, order = of_bins, None
         cell_warps = _rank_warps(block_p, CHOOSE["cells_per_warp"], is_step)
         warps = _rank_warps(block_c, CHOOSE["candidates_per_warp"], is_step)
-        block_m = 8 if is_step or stride <= 8 else 16  # rows of queries in a dot, of which a row has `stride`
-        tiles = dict(WEIGHTS_STEP if is_step else WEIGHTS)
+        tiles = dict(PRODUCTS_STEP if is_step else PRODUCTS)
         if q.dtype == torch.float32:  # no tensor cores
             tiles["BLOCK_N"] = 16
         for begin_t in range(0, T, n_query):
@@ -680,13 +656,13 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
                 scores, row, row_seen, lists, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
                 KEPT=is_kept, ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width,
                 BLOCK_P=block_p, num_warps=cell_warps, **of_row)
-            _weights_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
-                q, k, order, row, lists, weights, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
-                n_key=k.shape[2], softmax_scale=float(softmax_scale), log_others=math.log(max(bin - 1, 1)), STRIDE=stride, D=D,
-                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=block_m, BLOCK_D=block_d,
+            _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
+                q, k, order, row, lists, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
+                n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
+                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
                 BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
-                weights, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
+                products, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
                 BLOCK=tiles["BLOCK_N"], BLOCK_C=block_c, BLOCK_N=min(block_c, 512 * warps), num_warps=warps,
                 **of_row)
     return bins

@@ -702,7 +702,7 @@ def cell_key_scores(q: Tensor, k: Tensor, row_seen: Tensor, in_cells: Tensor, wi
         level = level_of_past + rise  # (B,)
         of_level = bucket_sums(k, level, rise, count, n_new, past[..., :D])
         keys, queries = of_level / 2 ** level[:, None, None, None], q
-        if bounds:
+        if bounds:  # as in boxes, step 7
             tops = bucket_tops(torch.cat([k, -k], dim=-1), level, rise, count, n_new, past[..., D:])
             high, low = tops[..., :D], -tops[..., D:]
             keys = torch.cat([keys / 2 + (high + low) / 4, (high - low) / 4], dim=-1)
@@ -730,11 +730,9 @@ def add_cell_keys(scores: Tensor | None, gain: Tensor, q: Tensor, k: Tensor, row
     is not full yet, at the last full one:
 
         without bounds   s = softmax_scale * q . mean of the bucket's keys
-        with bounds      half that and half an upper bound of q's products with its keys, in which
-                         a single key stands out (Quest; Tang et al., ICML 2024): with any key in
-                         the box that is as large as they are in each dimension, q . middle of the
-                         box + |q| . its radius; of two buckets, those in the middle of the cell's
-                         halves, the larger s
+        with bounds      half that and half an upper bound of q's products with its keys (boxes),
+                         in which a single key stands out; of two buckets, those in the middle of
+                         the cell's halves, the larger s
 
     Layers with bins (step 7) have bounds: their cells have to find keys, not only to sum up
     attention.
@@ -851,34 +849,27 @@ def keep_best(x: Tensor, n: Tensor | int, group: str) -> Tensor:
 # -- 7. candidates and bins, ours: which keys of the best cells ------------------------------------
 #
 # The longer a text, the more keys are in a cell, and few of them matter. So the best cells only
-# name candidates: bins of a fixed number of keys, which are ranked by about what they weigh in the
-# query's softmax. Heads that share a choice make it by their mean query, in which each counts by a
-# learned share. A query attends to the best bins, and always to its last keys and to the first of the
-# sequence. The last keys are in no cell; the first are in cells, but are no candidates.
+# name candidates: bins of a fixed number of keys, which are ranked by the query's products with
+# boxes around their keys. Heads that share a choice make it by their mean query, in which each counts
+# by a learned share. A query attends to the best bins, and always to its last keys and to the first
+# of the sequence. The last keys are in no cell; the first are in cells, but are no candidates.
 
 NONE = 2**31 - 1  # fills up lists of bins; larger than the number of any bin
 
 
-def stand_ins(k: Tensor, bin: int) -> Tensor:
-    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k:
-    the key farthest from their mean, ties to the first, and the mean of the others."""
-    keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
-    total = keys.sum(3)
-    far = (bin * keys - total[..., None, :]).square().sum(-1).argmax(3)
-    outlier = keys.take_along_dim(far[..., None, None], 3).squeeze(3)
-    return torch.cat([outlier, (total - outlier) / max(bin - 1, 1)], dim=-1).to(k.dtype)
+def boxes(k: Tensor, bin: int) -> Tensor:
+    """What stands for every `bin` keys: (B, Hkv, S, D) -> (B, Hkv, ceil(S / bin), 2D), dtype of k.
 
-
-def log_weights(q: Tensor, of_bins: Tensor, bin: int) -> Tensor:
-    """log(exp(q . outlier) + (bin - 1) exp(q . mean of the others)): (..., T, bins), of scaled
-    queries (..., T, D) and stand_ins (..., bins, 2D).
-
-    It is what a bin's keys weigh in the query's softmax, if all but one are alike: a single key
-    stands out, and many similar ones count.
+    A bin's keys lie in a box, from their lowest to their highest number in each dimension. A
+    query's product with one of them is at most q . middle + |q| . radius, an upper bound (Quest;
+    Tang et al., ICML 2024), and on average q . mean. A single key stands out in the bound but is
+    lost in the mean; many similar keys count in the mean. Bins are ranked by half of each, which is
+    the product of [q ; |q|] with [(mean + middle) / 2 ; radius / 2].
     """
-    outlier, others = of_bins.chunk(2, dim=-1)
-    log_others = math.log(bin - 1) if bin > 1 else -math.inf
-    return torch.logaddexp(q @ outlier.mT, q @ others.mT + log_others)
+    keys = F.pad(at_least_fp32(k), (0, 0, 0, -k.shape[2] % bin)).unflatten(2, (-1, bin))
+    highest, lowest = keys.amax(3), keys.amin(3)
+    centre = keys.mean(3) / 2 + (highest + lowest) / 4
+    return torch.cat([centre, (highest - lowest) / 4], dim=-1).to(k.dtype)
 
 
 @torch.no_grad()
@@ -897,8 +888,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
-        chosen       the n_chosen(topk) best of them, by log_weights, or H times as many of all
-                     heads, by its log softmax (group "causal_batch")
+        chosen       the n_chosen(topk) best of them, by softmax_scale * [q ; |q|] . boxes(k), or H
+                     times as many of all heads, by its log softmax (group "causal_batch")
         always       those of the first keys, and of all keys behind the row's cells
     """
     S, bin, C = k.shape[2], config.bin, config.n_choosers
@@ -908,17 +899,18 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     if isinstance(S, torch.SymInt):  # torch.export: any S, not a number of bins
         k = F.pad(k, (0, 0, 0, config.most_bins(S) * bin - S))
     n_in_cells = config.in_cells(row_seen) // bin  # (B, R), bins
-    of_bins = at_least_fp32(repeat_heads(stand_ins(k, bin), C))  # (B, C, bins, 2D)
+    of_bins = at_least_fp32(repeat_heads(boxes(k, bin), C))  # (B, C, bins, 2D)
     n_bin = of_bins.shape[2]
     number = torch.arange(n_bin, device=k.device)  # of each bin
     best_cells = candidate_cells(scores, n_in_cells, config, n_chosen)
     in_best_cells = spread_to_keys(best_cells, n_in_cells, n_bin, False)  # bins for keys
     is_candidate = take(in_best_cells & (number >= config.n_first), row)  # (B, C, T, bins)
     with no_autocast(q):
-        weights = log_weights(at_least_fp32(q) * softmax_scale, of_bins, bin)  # (B, C, T, bins)
-        lowest = torch.finfo(weights.dtype).min
+        q = at_least_fp32(q) * softmax_scale  # (B, C, T, D)
+        products = torch.cat([q, q.abs()], dim=-1) @ of_bins.mT  # (B, C, T, bins)
+        lowest = torch.finfo(products.dtype).min
         # Keeps a choice's ranking, and makes choices that are ranked together comparable.
-        ranked = weights.masked_fill(~is_candidate, lowest).log_softmax(-1)
+        ranked = products.masked_fill(~is_candidate, lowest).log_softmax(-1)
         n = min(config.n_ranked_together * n_chosen, 2**31)  # as in topk_mask
         chosen = keep_best(ranked.masked_fill(~is_candidate, lowest), n, config.group)
         chosen &= is_candidate & (n_chosen > 0) & (seen > 0)[:, None, :, None]
@@ -2109,29 +2101,26 @@ def choice_loss(gain: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k
                 config: SEAConfig, softmax_scale: float, teacher_scale: float, *,
                 n_queries: int = 128) -> Tensor:
     """KL(A || P) of about n_queries evenly spaced queries, which trains gain (H,), what each head
-    counts in the choice of bins (step 7); differs: the paper has no such choice.
+    counts in the mean query of a choice (step 7); differs: the paper has no such choice.
 
     q (B, H, T, D) and k (B, Hkv, T, D) of the student, to which no gradient flows, and likewise of
-    its teacher, all tokens valid. P: the softmax of log_weights over the bins of a query's cells
-    but the first. A: what the teacher's attention, the mean over the heads of a choice, gives to
-    each of these. A row counts by the sum of its A; the mean is over queries and choices.
+    its teacher, all tokens valid. P: the mean query's softmax over the keys that compete, those in
+    cells but the first. A: what the teacher's attention, the mean over the heads of a choice, gives
+    to each of them. A row counts by the sum of its A; the mean is over queries and choices.
     """
-    T, bin, C = q.shape[2], config.bin, config.n_choosers
-    every = max(T // n_queries, 1)
-    seen = torch.arange(T, 0, -every, device=q.device).expand(len(q), -1)  # (B, n)
+    T, C = q.shape[2], config.n_choosers
+    seen = torch.arange(T, 0, -max(T // n_queries, 1), device=q.device).expand(len(q), -1)  # (B, n)
     q, teacher_q = (x[:, :, seen[0] - 1] for x in (q, teacher_q))
-    n_bin = -(-T // bin)
-    number = torch.arange(n_bin, device=q.device)
-    competes = (number >= config.n_first) & (number < config.in_cells(seen)[..., None] // bin)
-    competes = competes[:, None]  # (B, 1, n, bins)
-    with torch.no_grad(), no_autocast(q):
-        log_a, visible = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
-        a = (log_a.exp() * visible).unflatten(1, (C, -1)).mean(2)  # (B, C, n, T)
-        a = F.pad(a, (0, n_bin * bin - T)).unflatten(-1, (n_bin, bin)).sum(-1) * competes
-        of_bins = at_least_fp32(repeat_heads(stand_ins(k, bin), C))
+    j = torch.arange(T, device=q.device)
+    competes = (j >= config.n_first * config.bin) & (j < config.in_cells(seen)[..., None])
+    competes = competes[:, None]  # (B, 1, n, T)
+    with torch.no_grad():
+        log_a, _ = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
+        a = log_a.exp().unflatten(1, (C, -1)).mean(2) * competes  # (B, C, n, T)
     with no_autocast(q):
-        weights = log_weights(mean_of_heads(at_least_fp32(q.detach()), C, gain) * softmax_scale, of_bins, bin)
-        log_p = weights.masked_fill(~competes, torch.finfo(weights.dtype).min).log_softmax(-1)
-        m = a.sum(-1, keepdim=True)
-        kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p.masked_fill(~competes, 0)
+        q = mean_of_heads(at_least_fp32(q.detach()), C, gain) * softmax_scale
+        scores = q @ at_least_fp32(repeat_heads(k.detach(), C)).mT
+        log_p = scores.masked_fill(~competes, torch.finfo(scores.dtype).min).log_softmax(-1)
+    m = a.sum(-1, keepdim=True)
+    kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p.masked_fill(~competes, 0)
     return kl.sum() / m.numel()

@@ -716,11 +716,10 @@ def naive_layer(layer: SEAttention, q, k, v):
     return out, scores[:, [i // r for i in range(T)]]
 
 
-def weight_of_bin(q, k):
-    """What keys k (n, D) add to the sum of a softmax of q (D,), if all but the farthest from their mean are alike."""
-    far = max(range(len(k)), key=lambda i: (k[i] - k.mean(0)).norm())
-    others = [x for i, x in enumerate(k) if i != far]
-    return (k[far] @ q).exp() + sum((sum(others) / len(others) @ q).exp() for _ in others)
+def box_product(q, k):
+    """Half the mean product of q (D,) and keys k (n, D), half the largest of q and a key anywhere in their box."""
+    corner = torch.where(q > 0, k.amax(0), k.amin(0))
+    return (k @ q).mean() / 2 + corner @ q / 2
 
 
 def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int]]:
@@ -747,7 +746,7 @@ def brute_force_bins(probs, q, k, c: SEAConfig) -> dict[tuple[int, int], set[int
                 candidates = [b for b in range(first, middle) if cell[b] in best]
                 if candidates:
                     mean_q = q[heads, i].mean(0)
-                    of_bins = torch.stack([weight_of_bin(mean_q, k[h, b * bin : b * bin + bin]) for b in candidates]).log().log_softmax(0)
+                    of_bins = torch.stack([box_product(mean_q, k[h, b * bin : b * bin + bin]) for b in candidates]).log_softmax(0)
                     ranked += [(-x.item(), h, b) for x, b in zip(of_bins, candidates)]
             for g in heads:
                 chosen[g, i] = {b for b in range(i // bin + 1) if b < first or b >= middle}
@@ -1279,8 +1278,8 @@ def test_a_perfect_student_has_no_loss(case):
 
 @given(cases(causal=st.just(True)).filter(lambda case: case.bin), st.integers(1, 30))
 @settings(max_examples=40)
-def test_the_loss_of_a_choice_is_what_its_bins_weigh_against_what_the_teacher_gives_them(case, n_queries):
-    """Query by query and bin by bin; it trains the gains alone."""
+def test_the_loss_of_a_choice_is_the_attention_of_its_mean_query_against_the_teachers(case, n_queries):
+    """Query by query, over the keys in cells but the first; it trains the gains alone."""
     config, (q, k, _) = case.config(), case.qkv()
     teacher_q, teacher_k = (x.detach() + torch.randn_like(x) for x in (q, k))
     gain = torch.rand(config.n_head, dtype=torch.float64).requires_grad_()
@@ -1288,21 +1287,18 @@ def test_the_loss_of_a_choice_is_what_its_bins_weigh_against_what_the_teacher_gi
     loss = sea.choice_loss(gain, q, k, teacher_q, teacher_k, config, 0.7, 0.3, n_queries=n_queries)
     (B, H, T, _), C, bin, expected = q.shape, config.n_choosers, config.bin, []
     for i, b, c in itertools.product(range(T - 1, -1, -max(T // n_queries, 1)), range(B), range(C)):
-        heads, h = range(c * H // C, (c + 1) * H // C), c * k.shape[1] // C
-        bins = range(config.n_first, max(0, i + 1 - config.local) // bin)
+        heads, keys = range(c * H // C, (c + 1) * H // C), slice(-(-config.first // bin) * bin, max(0, i + 1 - config.local) // bin * bin)
         kv = [g * k.shape[1] // H for g in heads]
-        a = torch.stack([(0.3 * teacher_k[b, n, : i + 1] @ teacher_q[b, g, i]).softmax(0) for g, n in zip(heads, kv)]).mean(0)
-        a = torch.stack([a[x * bin : x * bin + bin].sum() for x in bins]) if bins else torch.zeros(0)
-        mean_q = torch.stack([gain[g] * q[b, g, i] for g in heads]).mean(0)
-        p = torch.stack([weight_of_bin(0.7 * mean_q, k[b, h, x * bin : x * bin + bin]) for x in bins]) if bins else torch.zeros(0)
-        expected.append((a * ((a / a.sum()).log() - (p / p.sum()).log())).sum())
-    torch.testing.assert_close(loss, torch.stack(expected).mean().to(loss.dtype), **CLOSE)
+        a = torch.stack([(0.3 * teacher_k[b, n, : i + 1] @ teacher_q[b, g, i]).softmax(0) for g, n in zip(heads, kv)]).mean(0)[keys]
+        p = (0.7 * k[b, kv[0], keys] @ torch.stack([gain[g] * q[b, g, i] for g in heads]).mean(0)).softmax(0)
+        expected.append((a * ((a / a.sum()).log() - p.log())).sum())
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), **CLOSE)
     of_gain, *others = torch.autograd.grad(loss, (gain, q, k), allow_unused=True)
     assert of_gain.isfinite().all() and others == [None, None]
 
 
-def test_a_choice_that_weighs_keys_as_the_teacher_does_has_no_loss():
-    case = Case(True, 1, [30], 3, 1, 4, 8, 9, "query", 0, bin=1, local=2)
+def test_a_choice_that_attends_as_the_teacher_does_has_no_loss():
+    case = Case(True, 1, [30], 3, 1, 4, 8, 9, "query", 0, bin=3, local=2)
     q, k, _ = case.qkv()
     gain = torch.ones(3, dtype=torch.float64, requires_grad=True)
     loss = sea.choice_loss(gain, q, k, q, k, case.config(), 0.5, 0.5)
