@@ -22,7 +22,7 @@
       hidden      mean square between hidden states of student and teacher, mean over layers
       kd          KL(teacher || student) of the next token
       estimate    L_estimate: SEA's cells against the teacher's attention
-      choice      attention of the mean query that chooses bins against the teacher's, its heads' mean
+      choice      attention of the mean query of heads that share a choice of bins against the teacher's
       context     L_context: mean square between the outputs of an attention layer
       score       L_score: the student's own dense attention against the teacher's; the paper has 1
 
@@ -299,7 +299,7 @@ def logit_losses(student: Tensor, teacher: Tensor, x: Tensor,
 def layer_losses(student: convert.Record, teacher: convert.Record,
                  weights: LossWeights) -> dict[str, Tensor]:
     """Of one attention layer: L_context; L_score, if it has a weight; if the student has an estimate
-    L_estimate and, with bins, the loss of their choice."""
+    L_estimate and, if heads share a choice of bins, its loss."""
     B, _, T, _ = student.q.shape
     seen = torch.arange(1, T + 1, device=student.q.device).expand(B, T)
     terms = {"context": F.mse_loss(student.out.float(), teacher.out.float())}
@@ -314,7 +314,7 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
         pooled = ops.pool_attention(teacher.q[:, :, ::every], teacher.k, seen[:, ::every], config.width,
                                     teacher.scale, **cells)
         terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row[:, ::every], **cells)
-        if config.has_bins:
+        if result.head_gain is not None:
             terms["choice"] = sea.choice_loss(result.head_gain, student.q, student.k, teacher.q, teacher.k,
                                               config, student.scale, teacher.scale)
     return terms

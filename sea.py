@@ -217,6 +217,11 @@ class SEAConfig:
         return self.kv_heads if GROUPS[self.group].shared else self.n_head
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several heads share a choice of bins."""
+        return self.has_bins and self.n_choosers < self.n_head
+
+    @property
     def n_first(self) -> int:
         """Bins of the first keys."""
         return -(-self.first // self.bin) if self.has_bins else 0
@@ -1299,7 +1304,7 @@ class SEAOutput:
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     row_in_cells: Tensor | None = None  # (B, R), keys that a row's cells share out
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
-    head_gain: Tensor | None = None  # (H,) of the mean query that they were chosen by
+    head_gain: Tensor | None = None  # (H,) in the mean query that they were chosen by, if heads share
     bin: int = 0  # keys of each
     dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
 
@@ -1580,9 +1585,9 @@ class SEAttention(nn.Module):
         H, D = config.n_head, config.d_head
         if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
-        if config.causal:  # what each head counts in step 7; with bins it is learned
+        if config.causal:  # what each head counts in a choice of bins; learned if there is one
             share = torch.full((H,), config.kv_heads / H)
-            self.head_share = nn.Parameter(share) if config.has_bins else nn.Buffer(share)
+            self.head_share = nn.Parameter(share) if config.is_shared else nn.Buffer(share)
         if not config.cnn:
             self.gates = nn.Parameter(torch.full((H, 2), OPEN))
             return
@@ -1642,7 +1647,7 @@ class SEAttention(nn.Module):
         tokens = to_front(q, k, v, valid, past, kv_cached, ops.take_pair)
         rows = self.choose_rows(ops, tokens, past)
         gain = None
-        if config.has_bins:
+        if config.is_shared:
             gain = at_least_fp32(self.head_share) * (config.n_head // config.kv_heads)
         q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers, gain)
         scores, gates, state = self.estimate_attention(

@@ -446,8 +446,6 @@ def test_grouped_query_is_repeated_heads(case):
     grouped, (q, k, v) = case.layer(), case.qkv()
     repeated = SEAttention(case.config(n_kv_head=None)).double()
     repeated.load_state_dict(grouped.state_dict())
-    if case.causal:
-        repeated.head_share.data *= case.heads_per_kv  # which is of the queries of a key/value head
     torch.testing.assert_close(grouped(q, k, v).out,
                                repeated(q, *(x.repeat_interleave(case.heads_per_kv, 1) for x in (k, v))).out, **CLOSE)
 
@@ -679,7 +677,8 @@ def naive_layer(layer: SEAttention, q, k, v):
     """
     c, w = layer.config, layer.state_dict()
     (H, T, D), r, width = q.shape, c.query_stride, c.width
-    q_choosing = q * w["head_share"][:, None, None] * (H // len(k)) if c.has_bins else q
+    shares = c.has_bins and c.group == "kv" and len(k) < H
+    q_choosing = q * w["head_share"][:, None, None] * (H // len(k)) if shares else q
     k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
     rows = list(range(0, T, r))
     if c.cnn:
