@@ -397,7 +397,7 @@ def forward_backward(attention, q, k, v) -> Callable[[], None]:
 def outputs(result) -> list[torch.Tensor]:
     if not isinstance(result, sea.SEAOutput):
         return [result]
-    return [x for x in (result.out, result.scores, result.head_gain) if x is not None]
+    return [x for x in (result.out, result.scores, result.head_share) if x is not None]
 
 
 def sdpa(backend: SDPBackend | None, q, k, v, causal: bool = True) -> torch.Tensor:

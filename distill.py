@@ -314,8 +314,8 @@ def layer_losses(student: convert.Record, teacher: convert.Record,
         pooled = ops.pool_attention(teacher.q[:, :, ::every], teacher.k, seen[:, ::every], config.width,
                                     teacher.scale, **cells)
         terms["estimate"] = sea.estimate_loss(result.scores, pooled, row=result.row[:, ::every], **cells)
-        if result.head_gain is not None:
-            terms["choice"] = sea.choice_loss(result.head_gain, student.q, student.k, teacher.q, teacher.k,
+        if result.head_share is not None:
+            terms["choice"] = sea.choice_loss(result.head_share, student.q, student.k, teacher.q, teacher.k,
                                               config, student.scale, teacher.scale)
     return terms
 

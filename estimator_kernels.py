@@ -209,13 +209,13 @@ def keep_row(past: Tensor, x: Tensor, last: Tensor, in_place: bool = False) -> t
     return rows, row
 
 
-# out = the mean over every GROUP adjacent heads, times gain.
+# out = the mean over every GROUP adjacent heads, or their sum by shares.
 # One program: BLOCK_T queries of one group; grid (cdiv(T, BLOCK_T) * B * N,).
-#   q (B, N * GROUP, T, D), any strides; gain (N * GROUP,) fp32 or None
+#   q (B, N * GROUP, T, D), any strides; share (N * GROUP,) or None
 #   out (B, N, T, D) contiguous
 # fp32: the sum. Reads each query once. Reference: sea.mean_of_heads.
 @triton.jit
-def _mean_of_heads_kernel(q_ptr, gain_ptr, out_ptr, q_strides, N, T, GROUP: tl.constexpr, D: tl.constexpr,
+def _mean_of_heads_kernel(q_ptr, share_ptr, out_ptr, q_strides, N, T, GROUP: tl.constexpr, D: tl.constexpr,
                           BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     pid_t, pid_bn = _program(tl.cdiv(T, BLOCK_T))
     b, n = pid_bn // N, pid_bn % N
@@ -225,22 +225,23 @@ def _mean_of_heads_kernel(q_ptr, gain_ptr, out_ptr, q_strides, N, T, GROUP: tl.c
     for g in tl.static_range(GROUP):
         head_ptr = q_ptr + b * q_strides[0] + (n * GROUP + g) * q_strides[1]
         q = _load_tile(head_ptr, offs_t, offs_d, q_strides[2], q_strides[3], mask)
-        total += q.to(tl.float32) * (1.0 if gain_ptr is None else tl.load(gain_ptr + n * GROUP + g))
+        times = 1.0 if share_ptr is None else tl.load(share_ptr + n * GROUP + g).to(tl.float32) * GROUP
+        total += q.to(tl.float32) * times
     out_ptrs = out_ptr + (pid_bn * T + offs_t)[:, None] * D + offs_d[None, :]
     mean = tl.div_rn(total, tl.full(total.shape, GROUP, tl.float32))  # "/" would not give x for GROUP times x
     tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.no_grad()
-def mean_of_heads(q: Tensor, n: int, gain: Tensor | None = None) -> Tensor:
+def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
     """sea.mean_of_heads, without gradient."""
     (B, H, T, D), block_d = q.shape, _next_power_of_2(q.shape[3])
-    if H == n and gain is None:
+    if H == n and share is None:
         return q
     block_t, out = min(_next_power_of_2(T), max(2048 // block_d, 1)), _new(q, B, n, T, D)
     with torch.cuda.device_of(q):
         _mean_of_heads_kernel[(_cdiv(T, block_t) * B * n,)](
-            q, gain if gain is None else gain.float().contiguous(), out, q_strides=q.stride(), N=n, T=T, GROUP=H // n, D=D, BLOCK_T=block_t, BLOCK_D=block_d,
+            q, share if share is None else share.contiguous(), out, q_strides=q.stride(), N=n, T=T, GROUP=H // n, D=D, BLOCK_T=block_t, BLOCK_D=block_d,
             **MEAN)
     return out
 

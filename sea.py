@@ -56,7 +56,8 @@ a GPU.
     P          -       columns of the CNN's image: width / 4 (bidirectional: / 2), rounded up, at
                        least 4
     s_prob, s_mix      a row's learned gates: of sparse attention, and of that against the average
-    gain       -       a head's learned weight of step 5, or in the mean query of step 7
+    gain       -       a head's learned weight of step 5
+    share      -       what a head counts in the mean query of step 7, learned, too
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are computed in at
 least fp32, whatever the input is. "Differs" marks where we leave the paper or its authors' code.
@@ -351,12 +352,12 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
-def mean_of_heads(q: Tensor, n: int, gain: Tensor | None = None) -> Tensor:
-    """The mean over each of n groups of adjacent heads, times gain (H,) if there is one:
-    (B, H, T, D) -> (B, n, T, D), dtype of q."""
-    if gain is None:
+def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
+    """The mean over each of n groups of adjacent heads: (B, H, T, D) -> (B, n, T, D), dtype of q.
+    share (H,): what each head counts instead of n / H."""
+    if share is None:
         return q if q.shape[1] == n else q.unflatten(1, (n, -1)).mean(2)
-    of_heads = at_least_fp32(q) * gain[:, None, None]
+    of_heads = at_least_fp32(q) * (at_least_fp32(share) * (len(share) // n))[:, None, None]
     return of_heads.unflatten(1, (n, -1)).mean(2).to(q.dtype)
 
 
@@ -1304,7 +1305,7 @@ class SEAOutput:
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     row_in_cells: Tensor | None = None  # (B, R), keys that a row's cells share out
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
-    head_gain: Tensor | None = None  # (H,) in the mean query that they were chosen by, if heads share
+    head_share: Tensor | None = None  # (H,), by which heads chose them together, if they did
     bin: int = 0  # keys of each
     dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
 
@@ -1646,10 +1647,10 @@ class SEAttention(nn.Module):
         past = SEAState.empty(config, q) if state is None else state
         tokens = to_front(q, k, v, valid, past, kv_cached, ops.take_pair)
         rows = self.choose_rows(ops, tokens, past)
-        gain = None
-        if config.is_shared:
-            gain = at_least_fp32(self.head_share) * (config.n_head // config.kv_heads)
-        q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers, gain)
+        share = self.head_share if config.is_shared else None
+        if share is not None and torch.is_grad_enabled():
+            share = share.clone()  # its loss wants it after this call, when FSDP has freed the weight
+        q_chooser = ops.mean_of_heads(tokens.q, config.n_choosers, share)
         scores, gates, state = self.estimate_attention(
             ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
             in_place)
@@ -1665,7 +1666,7 @@ class SEAttention(nn.Module):
             out = self.attend_to_all(out, tokens, rows.seen, n_some, scale, is_first)
         state = self.complete(state, past, tokens, valid, kv_cached, in_place)
         result = SEAOutput(out, rows.seen, state, scores, row=rows.row,
-                           row_in_cells=rows.row_in_cells, head_gain=gain,
+                           row_in_cells=rows.row_in_cells, head_share=share,
                            dense_below=config.dense_below, **choice)
         return tokens.back(result)
 
@@ -2102,11 +2103,11 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)
 
 
-def choice_loss(gain: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
+def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
                 config: SEAConfig, softmax_scale: float, teacher_scale: float, *,
                 n_queries: int = 128) -> Tensor:
-    """KL(A || P) of about n_queries evenly spaced queries, which trains gain (H,), what each head
-    counts in the mean query of a choice (step 7); differs: the paper has no such choice.
+    """KL(A || P) of about n_queries evenly spaced queries, which trains share (H,), what each
+    head counts in the mean query of a choice (step 7); differs: the paper has no such choice.
 
     q (B, H, T, D) and k (B, Hkv, T, D) of the student, to which no gradient flows, and likewise of
     its teacher, all tokens valid. P: the mean query's softmax over the keys that compete, those in
@@ -2123,7 +2124,7 @@ def choice_loss(gain: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k
         log_a, _ = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
         a = log_a.exp().unflatten(1, (C, -1)).mean(2) * competes  # (B, C, n, T)
     with no_autocast(q):
-        q = mean_of_heads(at_least_fp32(q.detach()), C, gain) * softmax_scale
+        q = mean_of_heads(at_least_fp32(q.detach()), C, share) * softmax_scale
         scores = q @ at_least_fp32(repeat_heads(k.detach(), C)).mT
         log_p = scores.masked_fill(~competes, torch.finfo(scores.dtype).min).log_softmax(-1)
     m = a.sum(-1, keepdim=True)

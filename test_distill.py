@@ -195,7 +195,7 @@ def test_losses_are_those_of_the_method(kind, bin):
                          for u, v in zip(s, t)),
     }
     if kind == "llama":
-        expected["choice"] = mean(sea.choice_loss(torch.ones(u.q.shape[1]), u.q, u.k, v.q, v.k, u.config, u.scale, v.scale) for u, v in zip(s, t))
+        expected["choice"] = mean(sea.choice_loss(torch.full((u.q.shape[1],), u.k.shape[1] / u.q.shape[1]), u.q, u.k, v.q, v.k, u.config, u.scale, v.scale) for u, v in zip(s, t))
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")

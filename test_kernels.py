@@ -1181,12 +1181,12 @@ def test_entries_and_means_are_those_of_sea(dtype, heads, T, D, layout, seed):
         assert all(z.isnan().all() for i in (-1, T) for z in kernels.take_pair(x, y, torch.full_like(index[:, :1], i)))
     with guarded():
         mean, equal = kernels.mean_of_heads(x, Hkv), kernels.mean_of_heads(sea.repeat_heads(x[:, :Hkv], Hkv * group), Hkv)
-        gain = torch.rand(Hkv * group, generator=generator).to(DEVICE)
-        by_gain = [kernels.mean_of_heads(x, n, gain) for n in (Hkv, Hkv * group)]
-        ones = kernels.mean_of_heads(x, Hkv, torch.ones_like(gain))
+        share = torch.rand(Hkv * group, generator=generator).to(DEVICE, dtype)
+        by_share = [kernels.mean_of_heads(x, n, share) for n in (Hkv, Hkv * group)]
+        alike = kernels.mean_of_heads(x, Hkv, torch.full_like(share, 1 / group, dtype=torch.float32))
     torch.testing.assert_close(mean, sea.mean_of_heads(x, Hkv))
-    torch.testing.assert_close(by_gain, [sea.mean_of_heads(x, n, gain) for n in (Hkv, Hkv * group)])
-    assert torch.equal(equal, x[:, :Hkv]) and torch.equal(ones, mean)
+    torch.testing.assert_close(by_share, [sea.mean_of_heads(x, n, share) for n in (Hkv, Hkv * group)])
+    assert torch.equal(equal, x[:, :Hkv]) and torch.equal(alike, mean)
 
 
 @given(st.integers(1, 3), st.integers(1, 40) | st.sampled_from([255, 256, 257, 600]), st.integers(1, 40), st.booleans(),
@@ -2360,7 +2360,7 @@ def test_a_layer_is_bit_equal_from_run_to_run(stride, cell_keys, bin):
 
     def run():
         result = layer(*q)
-        outs = [x for x in (result.out, result.scores, result.head_gain) if x is not None]
+        outs = [x for x in (result.out, result.scores, result.head_share) if x is not None]
         return outs + list(torch.autograd.grad(outs, [*q, *layer.parameters()], [torch.ones_like(x) for x in outs]))
 
     first = run()

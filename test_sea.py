@@ -1280,31 +1280,31 @@ def test_a_perfect_student_has_no_loss(case):
 @given(cases(causal=st.just(True)).filter(lambda case: case.bin), st.integers(1, 30))
 @settings(max_examples=40)
 def test_the_loss_of_a_choice_is_the_attention_of_its_mean_query_against_the_teachers(case, n_queries):
-    """Query by query, over the keys in cells but the first; it trains the gains alone."""
+    """Query by query, over the keys in cells but the first; it trains the shares alone."""
     config, (q, k, _) = case.config(), case.qkv()
     teacher_q, teacher_k = (x.detach() + torch.randn_like(x) for x in (q, k))
-    gain = torch.rand(config.n_head, dtype=torch.float64).requires_grad_()
+    share = torch.rand(config.n_head, dtype=torch.float64).requires_grad_()
     q.requires_grad_(), k.requires_grad_()
-    loss = sea.choice_loss(gain, q, k, teacher_q, teacher_k, config, 0.7, 0.3, n_queries=n_queries)
+    loss = sea.choice_loss(share, q, k, teacher_q, teacher_k, config, 0.7, 0.3, n_queries=n_queries)
     (B, H, T, _), C, bin, expected = q.shape, config.n_choosers, config.bin, []
     for i, b, c in itertools.product(range(T - 1, -1, -max(T // n_queries, 1)), range(B), range(C)):
         heads, keys = range(c * H // C, (c + 1) * H // C), slice(-(-config.first // bin) * bin, max(0, i + 1 - config.local) // bin * bin)
         kv = [g * k.shape[1] // H for g in heads]
         a = torch.stack([(0.3 * teacher_k[b, n, : i + 1] @ teacher_q[b, g, i]).softmax(0) for g, n in zip(heads, kv)]).mean(0)[keys]
-        p = (0.7 * k[b, kv[0], keys] @ torch.stack([gain[g] * q[b, g, i] for g in heads]).mean(0)).softmax(0)
+        p = (0.7 * k[b, kv[0], keys] @ sum(share[g] * q[b, g, i] for g in heads)).softmax(0)
         expected.append((a * ((a / a.sum()).log() - p.log())).sum())
     torch.testing.assert_close(loss, torch.stack(expected).mean(), **CLOSE)
-    of_gain, *others = torch.autograd.grad(loss, (gain, q, k), allow_unused=True)
-    assert of_gain.isfinite().all() and others == [None, None]
+    of_share, *others = torch.autograd.grad(loss, (share, q, k), allow_unused=True)
+    assert of_share.isfinite().all() and others == [None, None]
 
 
 def test_a_choice_that_attends_as_the_teacher_does_has_no_loss():
     case = Case(True, 1, [30], 3, 1, 4, 8, 9, "query", 0, bin=3, local=2)
     q, k, _ = case.qkv()
-    gain = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    loss = sea.choice_loss(gain, q, k, q, k, case.config(), 0.5, 0.5)
-    assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, gain)[0].abs().max() < 1e-12
-    assert sea.choice_loss(2 * gain, q, k, q, k, case.config(), 0.5, 0.5) > 0.001
+    share = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = sea.choice_loss(share, q, k, q, k, case.config(), 0.5, 0.5)
+    assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, share)[0].abs().max() < 1e-12
+    assert sea.choice_loss(2 * share, q, k, q, k, case.config(), 0.5, 0.5) > 0.001
 
 
 
