@@ -241,8 +241,8 @@ def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
     block_t, out = min(_next_power_of_2(T), max(2048 // block_d, 1)), _new(q, B, n, T, D)
     with torch.cuda.device_of(q):
         _mean_of_heads_kernel[(_cdiv(T, block_t) * B * n,)](
-            q, share if share is None else share.contiguous(), out, q_strides=q.stride(), N=n, T=T, GROUP=H // n, D=D, BLOCK_T=block_t, BLOCK_D=block_d,
-            **MEAN)
+            q, share if share is None else share.contiguous(), out, q_strides=q.stride(), N=n, T=T, GROUP=H // n,
+            D=D, BLOCK_T=block_t, BLOCK_D=block_d, **MEAN)
     return out
 
 
