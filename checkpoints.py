@@ -168,6 +168,9 @@ def resume(name: str, student, optimizer, args) -> int:
         sys.exit(f"--out: expected one folder that all processes share, got {args.out} with {name} of "
                  f"step {done} in one of them, others in others")
     if saved:
+        for key, x in student.named_buffers():  # from before heads had shares, where none are learned
+            if key.endswith(".head_share"):
+                saved["model"].setdefault(key, x)
         check_state(name, saved, student, optimizer)
         set_state_dict(student, optimizer, model_state_dict=saved["model"],
                        optim_state_dict=saved["optimizer"], options=WHOLE)

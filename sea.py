@@ -1586,7 +1586,7 @@ class SEAttention(nn.Module):
         H, D = config.n_head, config.d_head
         if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
-        if config.causal:  # what each head counts in a choice of bins; learned if there is one
+        if config.causal:  # what each head counts in step 7, learned where heads share a choice
             share = torch.full((H,), config.kv_heads / H)
             self.head_share = nn.Parameter(share) if config.is_shared else nn.Buffer(share)
         if not config.cnn:

@@ -22,7 +22,9 @@ import pytest
 import tokenizers
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM,
+                          PreTrainedTokenizerFast)
 
 import ablate
 import checkpoints
@@ -195,7 +197,8 @@ def test_losses_are_those_of_the_method(kind, bin):
                          for u, v in zip(s, t)),
     }
     if kind == "llama":
-        expected["choice"] = mean(sea.choice_loss(torch.full((u.q.shape[1],), u.k.shape[1] / u.q.shape[1]), u.q, u.k, v.q, v.k, u.config, u.scale, v.scale) for u, v in zip(s, t))
+        alike = torch.full((s[0].config.n_head,), s[0].config.kv_heads / s[0].config.n_head)
+        expected["choice"] = mean(sea.choice_loss(alike, u.q, u.k, v.q, v.k, u.config, u.scale, v.scale) for u, v in zip(s, t))
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
@@ -665,6 +668,7 @@ def test_checkpoints_of_earlier_versions_resume(home, tmp_path):
              "redraw_every", "train", "hidden_weight", "score_weight", "weight_decay", "clip", "seed", "fingerprint")
     assert set(names) <= saved["args"].keys()
     saved["args"] = {name: saved["args"][name] for name in names} | dict(valid_data=None, query_stride=None, nbf=None, cell_keys=True, steps=2)
+    saved["model"] = {name: x for name, x in saved["model"].items() if "head_share" not in name}
     torch.save({part: saved[part] for part in ("step", "model", "optimizer", "args")}, tmp_path / "sea.ckpt")
     (tmp_path / "run.json").unlink()
     with pytest.raises(SystemExit, match="^--resume: expected bin 0 as in .*sea.ckpt, got 2$"):
@@ -717,6 +721,24 @@ def test_two_processes_are_one_with_the_same_batch(home, one_process, tmp_path, 
     assert len(more) == len(steps)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def test_shares_of_heads_are_the_same_where_weights_are_spread(home, tmp_path):
+    """Their loss is computed behind the layer, when its weights are spread again."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "teacher")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.5)
+    torch.manual_seed(0)
+    convert.save(LlamaForCausalLM(config), tmp_path / "teacher", tokenizer)
+    options = ["--model", str(tmp_path / "teacher"), "--data", str(home / "text.txt"), *SMALL, "--micro-batch", "1", "--steps", "3",
+               "--eval-windows", "2", "--optimizer", "lr=1e-3", "lr_new=1e-2", "--method", "sea", "--out"]
+    distill.main([*options, str(tmp_path / "one")])
+    torchrun("distill.py", *options, str(tmp_path / "two"), "--shard", "--gradient-checkpointing")
+    one, two = (load_file(tmp_path / out / "sea/model.safetensors") for out in ("one", "two"))
+    shares = [name for name in one if name.endswith("head_share")]
+    assert len(shares) == 2 and all((one[name] != 0.5).all() for name in shares)
+    for name in shares:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_may_change_its_number_of_processes(home, tmp_path, monkeypatch):

@@ -1307,7 +1307,6 @@ def test_a_choice_that_attends_as_the_teacher_does_has_no_loss():
     assert sea.choice_loss(2 * share, q, k, q, k, case.config(), 0.5, 0.5) > 0.001
 
 
-
 # -- the public face ---------------------------------------------------------------------------------------------------
 
 
