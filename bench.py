@@ -886,8 +886,7 @@ def plot_line(axis, rows: dict[int, dict], name: str, field: str, **style) -> No
 def describe(args, argv: list[str] | None, config: sea.SEAConfig) -> dict:
     """Print and return what this run is, of layers with this config."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    command = " ".join([launcher, "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    command = evaluate.command_line("bench.py", argv)
     cuda = args.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     device = device if size == 1 else f"{size} x {device}"

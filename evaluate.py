@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -416,17 +417,23 @@ def start(script: str, argv: list[str] | None, args) -> dict[str, str]:
     _, size = start_processes(args)
     make_folder(args.out)
     transformers.utils.logging.disable_progress_bar()  # logs are files
-    launcher, device = "python", f"CPU, {torch.get_num_threads()} threads"
+    device = f"CPU, {torch.get_num_threads()} threads"
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name()
     if size > 1:
-        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
         device = f"{size} x {device}"
-    header = dict(command=" ".join([launcher, script, *(sys.argv[1:] if argv is None else argv)]),
+    header = dict(command=command_line(script, argv),
                   versions=f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers "
                            f"{transformers.__version__}", device=device)
     print("\n".join(header.values()), flush=True)
     return header
+
+
+def command_line(script: str, argv: list[str] | None) -> str:
+    """What was typed, so that a shell takes it as it was."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = "python" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)}"
+    return f"{launcher} {shlex.join([script, *(sys.argv[1:] if argv is None else argv)])}"
 
 
 def make_folder(out: str) -> None:

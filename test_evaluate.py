@@ -11,6 +11,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,15 @@ def test_an_oracle_has_the_best_cells(home, tmp_path, stride, bin):
         if stride == 1:  # otherwise a row serves queries whose own best cells are others
             assert best["kl"] == pytest.approx(best["least"], abs=1e-4)
             assert best["kept"] == pytest.approx(best["best"], abs=1e-6) or bin and best["kept"] < best["best"]
+
+
+@pytest.mark.parametrize("processes", [None, "1", "3"])
+def test_the_command_that_a_log_begins_with_can_be_typed_again(processes, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, processes) if processes else monkeypatch.delenv(name, raising=False)
+    typed = ["--variant", "query_stride=8 topk=64", "--prompt", "What's \"this\"?", "", "$HOME", "--out", "a b"]
+    launcher = ["torchrun", "--nproc-per-node", "3"] if processes == "3" else ["python"]
+    assert shlex.split(evaluate.command_line("evaluate.py", typed)) == [*launcher, "evaluate.py", *typed]
 
 
 def test_students_are_measured_one_at_a_time(home, student, tmp_path, monkeypatch):
@@ -1014,8 +1024,9 @@ def test_all_processes_have_all_tokens_of_the_first(monkeypatch):
 
 
 @pytest.mark.parametrize("option, x", [([], "keys"), (["--time"], "attention_ms")])
-def test_the_figure_of_keys_is_of_what_was_measured(option, x, tmp_path):
-    """Each student at its own number of keys and at each of --topk, over dense; models of several reports in one panel."""
+def test_the_figure_of_keys_is_of_what_was_measured(option, x, tmp_path, monkeypatch):
+    """Each student at its own number of keys and at each of --topk, over dense; models of several reports in one panel. Against
+    time points of fewer than all keys bear their number."""
     row = lambda ppl, keys, **more: dict(ppl=ppl, keys=keys, attention_ms=keys / 2, **more)
     reports = (dict(teacher=row(11.0, 64.0), dense=row(10.0, 64.0), performer=row(90.0, 64.0)),
                {"teacher": row(11.0, 64.0), "sea": row(12.0, 16.0), "sea, topk 8": row(14.0, 8.0, student="sea")})
@@ -1034,3 +1045,12 @@ def test_the_figure_of_keys_is_of_what_was_measured(option, x, tmp_path):
     with mock.patch.object(sys, "argv", argv):
         runpy.run_path(str(Path(evaluate.__file__).parent / "results/keys.py"), run_name="__main__")
     assert figure.read_bytes().startswith(b"\x89PNG")
+    variants = {"sea, bin=4": row(11.0, 16.0, student="sea, bin=4"), "sea, bin=4, topk 8": row(12.0, 8.0, student="sea, bin=4"),
+                "sea, bin=4, first=0": row(11.0, 12.0, student="sea, bin=4, first=0")}
+    (tmp_path / "2.json").write_text(json.dumps(dict(models=variants)))
+    figures = []
+    monkeypatch.setattr(evaluate.pyplot(), "close", figures.append)
+    names["draw"](str(figure), {"a title": ",".join(f"{tmp_path}/{i}.json" for i in range(3))}, x)
+    axis = figures[0].axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == (["12", "16", "16", "8", "8"] if option else [])
+    assert [line.get_label() for line in axis.lines[:2]] == ["sea, as trained", "sea, bin=4"]

@@ -44,10 +44,8 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
         curves = {name: points for name, points in found.items() if len(points) > 1}
         for style, (name, points) in zip(("-", "--", ":") * len(curves), curves.items()):  # a curve on another shows
             places, ys, keys = zip(*points)
-            has_variants = any(other.startswith(name + ",") for other in curves)
+            has_variants = "," not in name and any(other.startswith(name + ",") for other in found)
             axis.plot(places, ys, style, marker="o", label=f"{name}, as trained" if has_variants else name)
-            for i, n in enumerate(keys if x == "attention_ms" else ()):
-                axis.annotate(f"{n:.0f}", (places[i], ys[i]), (4, 4), textcoords="offset points", fontsize=8)
         highest = max(y for points in curves.values() for _, y, _ in points)
         for style, (name, (place, y, _)) in zip(("--", ":", "-.") * len(flat), flat.items()):
             if y > (1.0 if x == "attention_ms" else 1.1) * highest:  # a number says more than so high a place
@@ -56,6 +54,9 @@ def draw(path: str, files: dict[str, str], x: str = "keys") -> None:
                 axis.plot(place, y, "s", label=name)
             else:
                 axis.axhline(y, linestyle=style, color="gray", label=name)
+        fewer = [point for points in found.values() for point in points if point[2] < models["teacher"]["keys"]]
+        for place, y, n in fewer if x == "attention_ms" else ():
+            axis.annotate(f"{n:.0f}", (place, y), (4, 4), textcoords="offset points", fontsize=8)
         axis.margins(x=0.08)
         axis.set_xscale("log", base=2)
         if x == "attention_ms":
