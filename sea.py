@@ -57,7 +57,7 @@ a GPU.
                        least 4
     s_prob, s_mix      a row's learned gates: of sparse attention, and of that against the average
     gain       -       a head's learned weight of step 5
-    share      -       what a head counts in the mean query of step 7, learned, too
+    share      -       what a head counts in a chooser's mean query, learned, too
 
 Tensors are (B, H, T, D). Probabilities, softmax statistics and running sums are computed in at
 least fp32, whatever the input is. "Differs" marks where we leave the paper or its authors' code.
@@ -220,7 +220,7 @@ class SEAConfig:
     @property
     def is_shared(self) -> bool:
         """Whether several heads share a choice of bins."""
-        return self.has_bins and self.n_choosers < self.n_head
+        return self.n_choosers < self.n_head
 
     @property
     def n_first(self) -> int:
@@ -244,6 +244,7 @@ class SEAConfig:
         """How many bins to choose for a query and chooser, so that with its first and last keys it
         attends to at most topk keys on average; may be 0. Raises ValueError if topk is less than
         the first and last keys."""
+        _expect(self.has_bins, "bin", "bins", self.bin)
         always = self.n_first * self.bin + self.n_last
         _expect(is_integer(topk), "topk", "an integer >= 1", repr(topk))
         _expect(topk >= always, "topk", f"at least {math.ceil(always)}, since on average as many "
@@ -267,7 +268,7 @@ class SEAConfig:
 
     @property
     def n_always(self) -> int:
-        """The most bins that hold first and last keys: the last number local + bin - 1 +
+        """First and last keys are in at most so many bins: the last number local + bin - 1 +
         query_stride - 1 at most, from a bin's beginning on."""
         return self.n_first + (self.local + 2 * self.bin + self.query_stride - 3) // self.bin
 
@@ -354,10 +355,14 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
 
 def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
     """The mean over each of n groups of adjacent heads: (B, H, T, D) -> (B, n, T, D), dtype of q.
-    share (H,): what each head counts instead of n / H."""
+    share (H,): what each head counts instead of n / H; they need not add up to 1. Raises ValueError
+    if its shape is another."""
+    H = q.shape[1]
     if share is None:
-        return q if q.shape[1] == n else q.unflatten(1, (n, -1)).mean(2)
-    of_heads = at_least_fp32(q) * (at_least_fp32(share) * (len(share) // n))[:, None, None]
+        return q if H == n else q.unflatten(1, (n, -1)).mean(2)
+    _expect(share.shape == (H,), "share", f"shape (H,) = {(H,)}", tuple(share.shape))
+    # Not the sum of q times share: so equal shares give the plain mean, to the bit.
+    of_heads = at_least_fp32(q) * (at_least_fp32(share) * (H // n))[:, None, None]
     return of_heads.unflatten(1, (n, -1)).mean(2).to(q.dtype)
 
 
@@ -806,6 +811,7 @@ def add_mean_keys(scores: Tensor, gain: Tensor, q: Tensor, k: Tensor, n_new: Ten
 def select_cells(scores: Tensor, seen: Tensor, topk: int, group: str = "causal_batch") -> Tensor:
     """topk_mask of softmax(scores), scores (B, H, R, width), over the cells of each row, which sees
     seen (B, R) keys."""
+    _expect(scores.ndim == 4, "scores", "shape (B, H, R, width)", tuple(scores.shape))
     return topk_mask(at_least_fp32(scores).softmax(-1), seen, topk, group)
 
 
@@ -889,8 +895,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     and seen (B, T) of the queries; k (B, Hkv, S, D) and order (B, S) as in sparse_attention. There
     are C = config.n_choosers choices: H or, in group "kv", Hkv, where q is mean_of_heads of the
     heads that share keys. With a stride the queries of a row share its candidates, but each chooses
-    for itself. kept: of no_candidates, which this file, finding them anew in every call, has no use
-    for.
+    for itself. kept: as of no_candidates; not used here, where candidates are found anew in every
+    call.
 
         candidates   bins of the row's best cells, at most config.candidates for each to be chosen
                      (one cell at least)
@@ -950,9 +956,9 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 
 def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
-    """None here. kernels.py keeps a row's candidates from one decoding step to the next, in what
-    its own makes for the cache k (B, Hkv, S, D): (B, C, 1, n) int32, some 64 KB at most for each of
-    C. For a longer cache they are not kept."""
+    """None here; in kernels.py room, (B, C, 1, n) int32, for the candidates that the decoding steps
+    of a row share, with a cache k (B, Hkv, S, D): some 64 KB a chooser at most. Those of a longer
+    cache are not kept."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1037,9 +1043,12 @@ def by_rank(x: Tensor, order: Tensor, seen: Tensor) -> Tensor:
     return x.masked_fill(~is_token(x, seen.amax(1)), 0)
 
 
-def _check_places(k: Tensor, seen: Tensor, queries: tuple[int, int], order: Tensor | None) -> None:
-    """Raises ValueError for seen and order that are not of these keys and (B, T) queries."""
+def _check_places(k: Tensor, seen: Tensor, queries: tuple[int, int], order: Tensor | None,
+                  block: int) -> None:
+    """Raises ValueError for seen and order that are not of these keys and (B, T) queries, and for
+    no number of queries to compute at a time."""
     keys = len(k), k.shape[2]
+    _expect(is_integer(block) and block >= 1, "block", "an integer >= 1", repr(block))
     _expect(seen.shape == queries, "seen", f"shape (B, T) = {queries}", tuple(seen.shape))
     _expect(order is None or order.shape == keys, "order", f"shape (B, S) = {keys}",
             order is not None and tuple(order.shape))
@@ -1066,7 +1075,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor
     _expect(mask.ndim == 4 and mask.shape[:2] == (B, H), "mask",
             f"shape (B, H, R, width) with B, H = {(B, H)}", tuple(mask.shape))
     _expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
-    _check_places(k, seen, (B, T), order)
+    _check_places(k, seen, (B, T), order, block)
     _expect(row is not None or mask.shape[2] == T, "mask",
             f"{T} rows, or `row` to say which is whose", mask.shape[2])
     _expect(row is None or row.shape == (B, T), "row", f"shape (B, T) = {(B, T)}",
@@ -1092,7 +1101,7 @@ def bin_attention(q: Tensor, k: Tensor, v: Tensor, bins: Tensor, seen: Tensor,
     _expect(bins.shape[0] == B and bins.shape[2] == T and C >= 1 and H % C == C % Hkv == 0, "bins",
             f"shape (B, C, T, n) with B, T = {(B, T)} and C a divisor of the {H} heads and a "
             f"multiple of the {Hkv} key/value heads", tuple(bins.shape))
-    _check_places(k, seen, (B, T), order)
+    _check_places(k, seen, (B, T), order, block)
 
     def expand(bins, seen, n_keys):
         return repeat_heads(expand_bins(bins, seen, n_keys, bin), H)
@@ -1260,8 +1269,8 @@ class SEAState:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All but candidates. Who overwrites these fills candidates, if there are any, with -1, as
-        copy_ does: then they are found anew."""
+        """All but candidates. After overwriting these, fill candidates, if any, with -1, as copy_
+        does: they are then found anew."""
         for name, value in vars(self).items():
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, Tensor) and name != "candidates":
@@ -1305,8 +1314,8 @@ class SEAOutput:
     row: Tensor | None = None  # (B, T), the row of `scores` and `cells` that each query uses
     row_in_cells: Tensor | None = None  # (B, R), keys that a row's cells share out
     bins: Tensor | None = None  # (B, C, T, n), of choose_bins; then `cells` is None
-    head_share: Tensor | None = None  # (H,), by which heads chose them together, if they did
-    bin: int = 0  # keys of each
+    bin: int = 0  # keys of each bin
+    head_share: Tensor | None = None  # (H,), of heads that choose bins together
     dense_below: int = 0  # queries that see fewer keys attend to all of them, not to cells or bins
 
     @property
@@ -1326,7 +1335,7 @@ class SEAOutput:
         return take(cells, self.row) & (self.seen > 0)[:, None, :, None]
 
     def attended(self, n_keys: int) -> Tensor:
-        """Which keys each query attends to, bool (B, H, T, n_keys). Raises ValueError, as
+        """Which keys, by rank, each query attends to, bool (B, H, T, n_keys). Raises ValueError, as
         n_attended does, for a result that has neither cells nor bins."""
         self._expect_choice()
         if self.bins is None:
@@ -1586,7 +1595,7 @@ class SEAttention(nn.Module):
         H, D = config.n_head, config.d_head
         if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
-        if config.causal:  # what each head counts in step 7, learned where heads share a choice
+        if config.causal:  # learned where heads share a choice, else without use
             share = torch.full((H,), config.kv_heads / H)
             self.head_share = nn.Parameter(share) if config.is_shared else nn.Buffer(share)
         if not config.cnn:
@@ -1675,7 +1684,7 @@ class SEAttention(nn.Module):
                           kept: Tensor | None) -> tuple[Tensor, dict]:
         """Steps 6, or 7, to 9, (B, H, T, D), and what was chosen, as fields of SEAOutput. q_chooser
         (B, C, T, D): what chooses bins; kept: candidates of the state. The first n_dense queries
-        attend to all keys anyway: they choose no bins, and get 0 here."""
+        attend to all keys anyway: what they get here is of no use, mostly 0."""
         config, T, stride = self.config, tokens.q.shape[2], rows.stride
         if n_dense == T:
             return tokens.q.new_zeros(tokens.q.shape), self.no_choice(rows, scores)
@@ -1764,8 +1773,8 @@ class SEAttention(nn.Module):
     def estimate_attention(self, ops, q: Tensor, k: Tensor, v: Tensor, rows: Rows,
                            softmax_scale: float, past: SEAState,
                            in_place: bool) -> tuple[Tensor, Tensor, SEAState]:
-        """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D). Without a CNN q may
-        be the choosers', (B, C, T, D): it is the mean over the heads that share keys that counts.
+        """Steps 1 to 5 for the new tokens q (B, H, T, D), k, v (B, Hkv, T, D). Without a CNN q is
+        the choosers', (B, C, T, D), and the mean over those that share keys is what counts.
 
         Returns scores (B, E, R, width) and gates (B, H, R, 2) before their sigmoid, of the rows,
         the one kept from the past first, and the state after the new tokens but for v_sum, k and v.
@@ -1839,7 +1848,7 @@ class SEAttention(nn.Module):
                 got = tuple(x.shape[1:]) if name in sums else (x.shape[1], x.shape[3])
                 _expect(got == shape, "state",
                         f"one of a layer with the same options, {name} of size {shape}", got)
-            stride = self.config.query_stride  # at 1 no row of the past is used
+            stride = self.config.query_stride  # at 1 no query uses a row of the past
             _expect(stride in (1, state.stride), "state", f"one of query_stride {stride}",
                     state.stride)
         total = k.shape[2] + (0 if kv_cached or state is None else state.k.shape[2])
@@ -1892,8 +1901,8 @@ def in_documents(layer: nn.Module, documents: Tensor, q: Tensor, k: Tensor, v: T
             f"{documents.dtype} {tuple(documents.shape)}")
     _expect(B >= 1, "documents", "at least one sequence", B)
     _expect(k.shape[2] == T, "k", f"the {T} tokens of q", k.shape[2])
-    _expect(valid is None or valid.shape == (B, T), "valid", f"shape {(B, T)}",
-            valid is not None and tuple(valid.shape))
+    _expect(valid is None or valid.shape == (B, T) and valid.dtype == torch.bool, "valid",
+            f"bool of shape {(B, T)}", valid is not None and (valid.dtype, tuple(valid.shape)))
     number = documents.unique(return_inverse=True)[1]  # below B * T, whatever their dtype holds
     of_batch = number + B * T * torch.arange(B, device=q.device)[:, None]
     _, number, n_tokens = of_batch.flatten().unique(return_inverse=True, return_counts=True)
@@ -1967,7 +1976,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         _expect(x.is_floating_point(), name, "a floating-point dtype", x.dtype)
         _expect(x.dtype == q.dtype, name, f"dtype {q.dtype} as q", x.dtype)
         _expect(x.device == q.device, name, f"device {q.device} as q", x.device)
-        _expect(x.shape[2] >= 1, name, "at least one token", tuple(x.shape))
+        _expect(0 not in x.shape[1:], name, "at least one head, token and dimension",
+                tuple(x.shape))
     _expect(k.shape == v.shape, "v", f"shape {tuple(k.shape)} as k", tuple(v.shape))
     _expect(k.shape[0] == q.shape[0], "k", f"a batch of {q.shape[0]} as q", k.shape[0])
     _expect(k.shape[3] == q.shape[3], "k", f"head size {q.shape[3]} as q", k.shape[3])
@@ -2011,8 +2021,7 @@ def pool_attention(q: Tensor, k: Tensor, seen: Tensor, width: int,
     in cells_of_keys, all keys seen by default. The first keys are in no sum, nor are those in no
     cell. Memory O(T*width + block*S). Raises ValueError if `seen` does not fit.
     """
-    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
-            f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
+    _check_places(k, seen, (q.shape[0], q.shape[2]), None, block)
     scale = scale_or_default(softmax_scale, q.shape[-1])
     in_cells = seen if in_cells is None else in_cells
     j, parts = torch.arange(k.shape[2], device=k.device), []
@@ -2080,10 +2089,10 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     q, teacher_q (B, H, T, D); k, teacher_k (B, Hkv, S, D); seen (B, T) keys that each query sees.
     KL is averaged over the queries of all heads that see a key, MSE over their S entries each. If
     there are several blocks of queries, each is computed again in the backward pass, so that no
-    T x S tensor is kept. Raises ValueError if `seen` does not fit.
+    T x S tensor is kept. Raises ValueError if shapes do not fit.
     """
-    _expect(seen.shape == (q.shape[0], q.shape[2]), "seen",
-            f"shape (B, T) = {(q.shape[0], q.shape[2])}", tuple(seen.shape))
+    _check_places(k, seen, (q.shape[0], q.shape[2]), None, block)
+    _check_teacher(q, k, teacher_q, teacher_k)
     scale, T = scale_or_default(softmax_scale, q.shape[-1]), q.shape[2]
 
     def part(q, k, teacher_q, teacher_k, seen):
@@ -2103,30 +2112,40 @@ def score_loss(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor, seen:
     return total / ((seen > 0).sum() * q.shape[1]).clamp(min=1)
 
 
+def _check_teacher(q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> None:
+    for name, of_teacher, x in (("teacher_q", teacher_q, q), ("teacher_k", teacher_k, k)):
+        _expect(of_teacher.shape == x.shape, name, f"shape {tuple(x.shape)} as the student's",
+                tuple(of_teacher.shape))
+
+
 def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
                 config: SEAConfig, softmax_scale: float, teacher_scale: float, *,
                 n_queries: int = 128) -> Tensor:
-    """KL(A || P) of about n_queries evenly spaced queries, which trains share (H,), what each
-    head counts in the mean query of a choice (step 7); differs: the paper has no such choice.
+    """KL(A || P) of evenly spaced queries, n_queries to twice as many, which trains share (H,):
+    what each head counts in the mean query of a choice. Differs: the paper has no such choice.
 
     q (B, H, T, D) and k (B, Hkv, T, D) of the student, to which no gradient flows, and likewise of
-    its teacher, all tokens valid. P: the mean query's softmax over the keys that compete, those in
-    cells but the first. A: what the teacher's attention, the mean over the heads of a choice, gives
-    to each of them. A row counts by the sum of its A; the mean is over queries and choices.
+    its teacher, all tokens valid. P: the mean query's softmax over the keys that would be in its
+    cells without a stride, on which shares do not depend, but the first. A: what the teacher's
+    attention, the mean over the heads of a choice, gives to each of them. A query counts by the sum
+    of its A; the mean is over queries and choices. Raises ValueError if shapes do not fit.
     """
     T, C = q.shape[2], config.n_choosers
+    _check_teacher(q, k, teacher_q, teacher_k)
+    _expect(is_integer(n_queries) and n_queries >= 1, "n_queries", "an integer >= 1",
+            repr(n_queries))
     seen = torch.arange(T, 0, -max(T // n_queries, 1), device=q.device).expand(len(q), -1)  # (B, n)
     q, teacher_q = (x[:, :, seen[0] - 1] for x in (q, teacher_q))
     j = torch.arange(T, device=q.device)
-    competes = (j >= config.n_first * config.bin) & (j < config.in_cells(seen)[..., None])
-    competes = competes[:, None]  # (B, 1, n, T)
+    is_in = (j >= config.n_first * config.bin) & (j < config.in_cells(seen)[..., None])
+    is_in = is_in[:, None]  # (B, 1, n, T)
     with torch.no_grad():
         log_a, _ = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
-        a = log_a.exp().unflatten(1, (C, -1)).mean(2) * competes  # (B, C, n, T)
+        a = log_a.exp().unflatten(1, (C, -1)).mean(2) * is_in  # (B, C, n, T)
     with no_autocast(q):
         q = mean_of_heads(at_least_fp32(q.detach()), C, share) * softmax_scale
         scores = q @ at_least_fp32(repeat_heads(k.detach(), C)).mT
-        log_p = scores.masked_fill(~competes, torch.finfo(scores.dtype).min).log_softmax(-1)
+        log_p = scores.masked_fill(~is_in, torch.finfo(scores.dtype).min).log_softmax(-1)
     m = a.sum(-1, keepdim=True)
-    kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p.masked_fill(~competes, 0)
+    kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p
     return kl.sum() / m.numel()
