@@ -575,7 +575,11 @@ def set_option(model: PreTrainedModel, **options: Any) -> None:
     with torch.device("meta"):  # a layer that can be built can have them
         configs = [layer(dataclasses.replace(module.sea.config, **changes)).config for module in modules]
     for module, config in zip(modules, configs):
-        module.sea.config = config
+        for x in module.sea.modules():  # itself, or PEFT's copy and the original
+            if isinstance(x, SEAttention):
+                x.set_config(config)
+            elif isinstance(x, layer):
+                x.config = config
     model.config.sea = {**model.config.sea, **options}
 
 

@@ -38,6 +38,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import math
 import os
 import signal
@@ -265,8 +266,8 @@ def distillation_losses(student, teacher, x: Tensor, weights: LossWeights,
     hidden = hidden_loss(output.hidden_states, target.hidden_states)
     layers = [layer_losses(s, t, weights) for s, t in zip(of_student, of_teacher, strict=True)]
     terms = {"ce": weights.ce * ce, "hidden": weights.hidden * hidden, "kd": weights.kd * kd}
-    for name in layers[0]:
-        terms[name] = torch.stack([layer[name] for layer in layers]).mean()
+    for name in dict.fromkeys(itertools.chain(*layers)):  # heads may share a choice in some layers alone
+        terms[name] = torch.stack([layer[name] for layer in layers if name in layer]).mean()
     return terms
 
 

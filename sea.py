@@ -361,7 +361,7 @@ def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
     if share is None:
         return q if H == n else q.unflatten(1, (n, -1)).mean(2)
     _expect(share.shape == (H,), "share", f"shape (H,) = {(H,)}", tuple(share.shape))
-    # Not the sum of q times share: so equal shares give the plain mean, to the bit.
+    # Not the sum of q times share: so equal shares give the plain mean, in fp32 to the bit.
     of_heads = at_least_fp32(q) * (at_least_fp32(share) * (H // n))[:, None, None]
     return of_heads.unflatten(1, (n, -1)).mean(2).to(q.dtype)
 
@@ -639,7 +639,8 @@ def bucket_level(seen, n_buckets: int):
     if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return next(e for e in range(40) if statically_known_true(seen <= n_buckets * 2**e))
+        most = (n_buckets * 2**e for e in range(40))
+        return next(e for e, n in enumerate(most) if n >= 2**31 or statically_known_true(seen <= n))
     return (seen[..., None] > n_buckets * 2 ** torch.arange(40, device=seen.device)).sum(-1)
 
 
@@ -1591,13 +1592,12 @@ class SEAttention(nn.Module):
 
     def __init__(self, config: SEAConfig):
         super().__init__()
-        self.config = config
         H, D = config.n_head, config.d_head
         if config.cell_keys:
             self.key_gain = nn.Parameter(torch.ones(config.n_estimates))
-        if config.causal:  # learned where heads share a choice, else without use
-            share = torch.full((H,), config.kv_heads / H)
-            self.head_share = nn.Parameter(share) if config.is_shared else nn.Buffer(share)
+        if config.causal:
+            self.head_share = nn.Buffer(torch.full((H,), config.kv_heads / H))
+        self.set_config(config)
         if not config.cnn:
             self.gates = nn.Parameter(torch.full((H, 2), OPEN))
             return
@@ -1612,6 +1612,15 @@ class SEAttention(nn.Module):
         self.gate = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, OPEN)
+
+    def set_config(self, config: SEAConfig) -> None:
+        """Take other options that the sizes of no weight depend on. Shares are learned, so a
+        parameter, where heads share a choice, and else of no use."""
+        self.config = config
+        if config.causal and config.is_shared != isinstance(self.head_share, nn.Parameter):
+            share = self.head_share.detach()
+            del self.head_share
+            self.head_share = nn.Parameter(share) if config.is_shared else nn.Buffer(share)
 
     @torch.no_grad()
     def redraw_features(self, generator: torch.Generator | None = None) -> None:
@@ -2134,8 +2143,9 @@ def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_
     _check_teacher(q, k, teacher_q, teacher_k)
     _expect(is_integer(n_queries) and n_queries >= 1, "n_queries", "an integer >= 1",
             repr(n_queries))
-    seen = torch.arange(T, 0, -max(T // n_queries, 1), device=q.device).expand(len(q), -1)  # (B, n)
-    q, teacher_q = (x[:, :, seen[0] - 1] for x in (q, teacher_q))
+    seen = torch.arange(T, 0, -max(T // n_queries, 1), device=q.device)
+    q, teacher_q = (x[:, :, seen - 1] for x in (q, teacher_q))
+    seen = seen.expand(len(q), -1)  # (B, n)
     j = torch.arange(T, device=q.device)
     is_in = (j >= config.n_first * config.bin) & (j < config.in_cells(seen)[..., None])
     is_in = is_in[:, None]  # (B, 1, n, T)
@@ -2148,4 +2158,4 @@ def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_
         log_p = scores.masked_fill(~is_in, torch.finfo(scores.dtype).min).log_softmax(-1)
     m = a.sum(-1, keepdim=True)
     kl = torch.special.xlogy(a, a) - torch.special.xlogy(a, m) - a * log_p
-    return kl.sum() / m.numel()
+    return kl.sum() / max(m.numel(), 1)

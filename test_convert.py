@@ -737,12 +737,12 @@ def test_output_attentions_gives_the_sparse_attention(kind, options, monkeypatch
 @pytest.mark.parametrize("method, options", [
     *(("sea", {name: value}) for name, value in dict(topk=20, bin=1, local=5, first=4, candidates=1, query_stride=2, group="query",
                                                    backend="torch").items()),
-    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("sea without a CNN", dict(width=3, query_stride=2)), ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4)),
-    ("reformer", dict(topk=20))])
+    ("sea", dict(bin=0)), ("sea", dict(bin=0, group="query")), ("sea without a CNN", dict(width=3, query_stride=2)), ("sea in cells", dict(bin=1)),
+    ("window", dict(topk=20)), ("window", dict(topk=4)), ("window", dict(first=4)), ("reformer", dict(topk=20))])
 @torch.no_grad()
 def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp_path):
-    """As if attached so; the estimate does not change."""
-    fixed = SEA | (dict(cnn=False) if method == "sea without a CNN" else {})
+    """As if attached so, with the same parameters, the shares of heads among them where they count; the estimate does not change."""
+    fixed = SEA | {"sea without a CNN": dict(cnn=False), "sea in cells": dict(bin=0)}.get(method, {})
     method = method.split()[0]
     model, x = convert.attach(tiny("llama"), method, **fixed), tokens()
     before = model(x).logits
@@ -754,6 +754,7 @@ def test_set_option_reaches_every_layer_and_survives_saving(method, options, tmp
     attached.load_state_dict(model.state_dict())
     for other in (again, attached):
         assert torch.equal(other(x).logits, model(x).logits)
+        assert {name for name, _ in other.named_parameters()} == {name for name, _ in model.named_parameters()}
         assert [m.sea.config for m in convert.attention_modules(other)] == [m.sea.config for m in convert.attention_modules(model)]
     assert again.config.sea == attached.config.sea == model.config.sea
 
@@ -1190,6 +1191,20 @@ def test_adapters_come_after_attach_and_both_ways_of_saving_them_load(tmp_path):
     torch.testing.assert_close(convert.load(tmp_path / "merged")(x).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="^model: expected one without PEFT's adapters, which come after attach"):
         convert.attach(wrap(tiny("llama")), width=8)
+
+
+@torch.no_grad()
+def test_options_reach_layers_that_peft_trains_whole(tmp_path):
+    """Its copies of them, and the originals below."""
+    peft = pytest.importorskip("peft", reason="PEFT is no dependency")
+    plain, x = student("llama"), tokens()
+    tuned = peft.get_peft_model(student("llama"), peft.LoraConfig(modules_to_save=["sea"], target_modules=["q_proj"]))
+    for options in (dict(topk=20), dict(bin=0), dict(bin=1), dict(dense_below=20)):
+        for model in (tuned, plain):
+            convert.set_option(model, **options)
+        assert torch.equal(tuned(x).logits, plain(x).logits)
+    assert torch.equal(tuned(x[:, :19], use_cache=False).logits, plain(x[:, :19]).logits)
+    assert torch.equal(tuned.merge_and_unload()(x).logits, plain(x).logits)
 
 
 def test_where_save_writes(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The main job end to end, on models and texts that take seconds: distill.py, and the README's own code.
 What measures it is in test_evaluate.py."""
 
+import copy
 import errno
 import functools
 import gc
@@ -172,6 +173,26 @@ def test_autocast_reaches_queries_keys_and_values_alike(kind):
         out = student.eval().generate(**prompt, max_new_tokens=4, min_new_tokens=4, pad_token_id=1)
     sum(terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters()) and out.shape == (2, 9)
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_heads_of_some_layers_share_a_choice(alone):
+    """Those of the other have a key/value head each; the loss is the mean over layers that have it."""
+    teacher = tiny("llama").requires_grad_(False)
+    attention, other = (convert.attention_modules(teacher)[i] for i in (alone, 1 - alone))
+    attention.num_key_value_groups = 1
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, copy.deepcopy(attention.q_proj))
+    student = convert.attach(copy.deepcopy(teacher).requires_grad_(True), **SEA)
+    teacher.set_attn_implementation("sea_teacher")
+    assert [m.sea.config.is_shared for m in convert.attention_modules(student)] == [alone == 1, alone == 0]
+    terms, weights = distill.distillation_losses(student, teacher, tokens(), distill.LossWeights()), distill.LossWeights()
+    with convert.record(teacher) as a, convert.record(student) as b:
+        for model in (teacher, student):
+            model(tokens(), use_cache=False)
+    torch.testing.assert_close(terms["choice"], distill.layer_losses(b[1 - alone], a[1 - alone], weights)["choice"])
+    sum(terms.values()).backward()
+    assert all(p.grad is not None for p in student.parameters())
 
 
 @pytest.mark.parametrize("kind, bin", [("opt", 2), ("opt", 0), ("llama", 2)])

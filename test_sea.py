@@ -486,11 +486,11 @@ def test_one_token_of_6e4_is_no_nan_in_fp16(case, name, autocast):
         assert (result.scores - expected.scores).square().mean().sqrt() < 0.1
 
 
-@pytest.mark.parametrize("causal, bin", [(True, 0), (True, 3), (False, 0)])
-def test_a_layer_is_exported_for_any_length(causal, bin):
-    """With its example of one chunk and one level of cell keys, for lengths of several."""
-    case = Case(causal, 1, [9], 1, 2, 4, 8, 14, "query", 0, cell_keys=True, bin=bin, local=2, first=1)
-    layer = case.layer(max_positions=300)
+@pytest.mark.parametrize("causal, bin, cnn", [(True, 0, True), (True, 3, True), (True, 3, False), (False, 0, True)])
+def test_a_layer_is_exported_for_any_length(causal, bin, cnn):
+    """With its example of one chunk and one level of cell keys, for lengths of several; without a CNN there is no longest."""
+    case = Case(causal, 1, [9], 1, 2, 4, 8, 14, "query", 0, cell_keys=True, bin=bin, local=2, first=1, cnn=cnn)
+    layer = case.layer(max_positions=300 if cnn else 16)
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -1304,6 +1304,7 @@ def test_a_choice_that_attends_as_the_teacher_does_has_no_loss():
     share = torch.ones(3, dtype=torch.float64, requires_grad=True)
     loss = sea.choice_loss(share, q, k, q, k, case.config(), 0.5, 0.5)
     assert abs(loss.item()) < 1e-12 and torch.autograd.grad(loss, share)[0].abs().max() < 1e-12
+    assert sea.choice_loss(share, q[:0], k[:0], q[:0], k[:0], case.config(), 0.5, 0.5) == 0
     assert sea.choice_loss(2 * share, q, k, q, k, case.config(), 0.5, 0.5) > 0.001
 
 
