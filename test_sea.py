@@ -1280,15 +1280,16 @@ def test_a_perfect_student_has_no_loss(case):
 @given(cases(causal=st.just(True)).filter(lambda case: case.bin), st.integers(1, 30))
 @settings(max_examples=40)
 def test_the_loss_of_a_choice_is_the_attention_of_its_mean_query_against_the_teachers(case, n_queries):
-    """Query by query, over the keys in cells but the first; it trains the shares alone."""
-    config, (q, k, _) = case.config(), case.qkv()
+    """Query by query, over the keys that the layer's cells share out but the first; it trains the shares alone."""
+    config, (q, k, v) = case.config(), case.qkv()
+    in_cells = case.layer()(q, k, v).in_cells.tolist()
     teacher_q, teacher_k = (x.detach() + torch.randn_like(x) for x in (q, k))
     share = torch.rand(config.n_head, dtype=torch.float64).requires_grad_()
     q.requires_grad_(), k.requires_grad_()
     loss = sea.choice_loss(share, q, k, teacher_q, teacher_k, config, 0.7, 0.3, n_queries=n_queries)
     (B, H, T, _), C, bin, expected = q.shape, config.n_choosers, config.bin, []
     for i, b, c in itertools.product(range(T - 1, -1, -max(T // n_queries, 1)), range(B), range(C)):
-        heads, keys = range(c * H // C, (c + 1) * H // C), slice(-(-config.first // bin) * bin, max(0, i + 1 - config.local) // bin * bin)
+        heads, keys = range(c * H // C, (c + 1) * H // C), slice(-(-config.first // bin) * bin, in_cells[b][i])
         kv = [g * k.shape[1] // H for g in heads]
         a = torch.stack([(0.3 * teacher_k[b, n, : i + 1] @ teacher_q[b, g, i]).softmax(0) for g, n in zip(heads, kv)]).mean(0)[keys]
         p = (0.7 * k[b, kv[0], keys] @ sum(share[g] * q[b, g, i] for g in heads)).softmax(0)
