@@ -2134,12 +2134,12 @@ def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_
     what each head counts in the mean query of a choice. Differs: the paper has no such choice.
 
     q (B, H, T, D) and k (B, Hkv, T, D) of the student, to which no gradient flows, and likewise of
-    its teacher, all tokens valid. P: the mean query's softmax over the keys in the cells of its row
-    but the first. A: what the teacher's attention, the mean over the heads of a choice, gives to
-    each of them. A query counts by the sum of its A; the mean is over queries and choices. Raises
-    ValueError if shapes do not fit.
+    its teacher, all tokens valid. P: the mean query's softmax over the keys that would be in its
+    cells without a stride, on which shares do not depend, but the first. A: what the teacher's
+    attention, the mean over the heads of a choice, gives to each of them. A query counts by the sum
+    of its A; the mean is over queries and choices. Raises ValueError if shapes do not fit.
     """
-    T, C, stride = q.shape[2], config.n_choosers, config.query_stride
+    T, C = q.shape[2], config.n_choosers
     _check_teacher(q, k, teacher_q, teacher_k)
     _expect(is_integer(n_queries) and n_queries >= 1, "n_queries", "an integer >= 1",
             repr(n_queries))
@@ -2147,8 +2147,7 @@ def choice_loss(share: Tensor, q: Tensor, k: Tensor, teacher_q: Tensor, teacher_
     q, teacher_q = (x[:, :, seen - 1] for x in (q, teacher_q))
     seen = seen.expand(len(q), -1)  # (B, n)
     j = torch.arange(T, device=q.device)
-    in_cells = config.in_cells((seen - 1) // stride * stride + 1)  # of the row
-    is_in = (j >= config.n_first * config.bin) & (j < in_cells[..., None])
+    is_in = (j >= config.n_first * config.bin) & (j < config.in_cells(seen)[..., None])
     is_in = is_in[:, None]  # (B, 1, n, T)
     with torch.no_grad():
         log_a, _ = dense_log_probs(teacher_q, teacher_k, seen, teacher_scale)
