@@ -238,7 +238,8 @@ def mean_of_heads(q: Tensor, n: int, share: Tensor | None = None) -> Tensor:
     (B, H, T, D), block_d = q.shape, _next_power_of_2(q.shape[3])
     if H == n and share is None:
         return q
-    _expect(share is None or share.shape == (H,), "share", f"shape (H,) = {(H,)}", share is not None and tuple(share.shape))
+    _expect(share is None or share.shape == (H,), "share", f"shape (H,) = {(H,)}",
+            share is not None and tuple(share.shape))
     block_t, out = min(_next_power_of_2(T), max(2048 // block_d, 1)), _new(q, B, n, T, D)
     with torch.cuda.device_of(q):
         _mean_of_heads_kernel[(_cdiv(T, block_t) * B * n,)](

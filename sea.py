@@ -636,7 +636,7 @@ def bucket_level(seen, n_buckets: int):
     any shape, as `seen` is."""
     if isinstance(seen, int):
         return (max(0, seen - 1) // n_buckets).bit_length()
-    if isinstance(seen, torch.SymInt):  # torch.export: the level of the largest that it may be
+    if isinstance(seen, torch.SymInt):  # torch.export: of the largest that it may be, or of 2**31
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         most = (n_buckets * 2**e for e in range(40))
