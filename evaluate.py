@@ -490,6 +490,9 @@ def stop_processes() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # FSDP's caches keep gloo's threads. One that frees its last tensor while Python (before 3.14)
+        # ends aborts the process, so let them be done.
+        time.sleep(1)
 
 
 def over_processes(values: list[float], args, op=dist.ReduceOp.SUM) -> list[float]:
