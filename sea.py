@@ -1958,6 +1958,10 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
         static_buffer = T == 1 and state is not None and valid is None and S > n_past
         _expect(S == n_past + T or static_buffer, "k",
                 f"{n_past} tokens of the state and {T} of q", S)
+        # -- where new tokens of padded sequences stand; n_least is known without waiting for a GPU
+        if T > 1 and valid is None and state is not None and state.n_least < n_past:
+            _expect(bool((state.count == n_past).all()), "valid",
+                    f"a mask of {S} tokens, since some of the state's were padding", None)
     else:
         _expect(S == T, "k", f"the {T} tokens of q (or kv_cached=True)", S)
     if valid is not None:

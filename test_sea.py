@@ -1442,6 +1442,9 @@ def test_bad_config_names_the_argument(change, argument, expected, got):
     ("share", "(H,) = (4,)", "(2,)", lambda a, q, k, v: sea.mean_of_heads(q, 2, torch.ones(2))),
     ("scores", "(B, H, R, width)", "(4, 6, 8)", lambda a, q, k, v: sea.select_cells(q[0], torch.ones(2, 6).long(), 4)),
     ("bin", "bins", "0", lambda a, q, k, v: a.config.n_chosen(8)),
+    ("valid", "a mask of 6 tokens, since some of the state's were padding", "None", lambda a, q, k, v: a(
+        q[:, :, 4:], k, v, kv_cached=True, state=a(*(x[:, :, :4] for x in (q, k, v)), valid=torch.arange(4) < torch.tensor([[4], [3]]),
+                                                   kv_cached=True).state)),
     ("valid", "bool of shape (2, 6)", "int64", lambda a, q, k, v: sea.in_documents(
         a, torch.zeros(2, 6).long(), q, k, v, valid=torch.ones(2, 6).long())),
     ("mask", "6 rows", "5",
