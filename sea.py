@@ -1638,9 +1638,10 @@ class SEAttention(nn.Module):
         output there is 0. softmax_scale: what q k^T is multiplied by, D**-0.5 by default. state:
         SEAOutput.state of the call before. topk: keys per query and head, the config's by default;
         it may differ from call to call (the paper's dynamic k). kv_cached: the caller keeps the KV
-        cache, so the state carries none. For one query k and v may be a static buffer (with a CNN
-        of up to max_positions), longer than the tokens so far: the new token of sequence b stands
-        at state.count[b], and any finite numbers follow (not below config.dense_below keys).
+        cache, so the state carries none; several queries after padding need `valid`. For one query
+        k and v may be a static buffer (with a CNN of up to max_positions), longer than the tokens
+        so far: the new token of sequence b stands at state.count[b], and any finite numbers follow
+        (not below config.dense_below keys).
         rows_at_once: compute about this many queries at a time, each chunk with the state of the
         one before (causal only): the same output and state, less memory, no scores, cells or bins.
         in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
@@ -1958,7 +1959,7 @@ def check_call(config: SEAConfig, q, k, v, valid, state, kv_cached, rows_at_once
         static_buffer = T == 1 and state is not None and valid is None and S > n_past
         _expect(S == n_past + T or static_buffer, "k",
                 f"{n_past} tokens of the state and {T} of q", S)
-        # -- where new tokens of padded sequences stand; n_least is known without waiting for a GPU
+        # Only a mask tells padding from tokens. n_least is known without waiting for a GPU.
         if T > 1 and valid is None and state is not None and state.n_least < n_past:
             _expect(bool((state.count == n_past).all()), "valid",
                     f"a mask of {S} tokens, since some of the state's were padding", None)
