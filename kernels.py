@@ -297,8 +297,9 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # query's products, and lists the first bins, the chosen ones and the last. Candidates and products are
 # scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
 #
-# A list of candidates begins with HEAD numbers: how many there are, and what they are the candidates of. So a
-# decoding step whose query is no row finds those that the last row has left, and need not look for them.
+# A list of candidates begins with HEAD numbers: how many there are, what they are the candidates of, and whether
+# this call has found them. So a decoding step whose query is no row takes those that the last row has left, and
+# what stands for their keys, which is kept behind them: it neither looks for candidates nor reads their keys.
 
 BIN_GROUPS = ("query", "kv")
 HEAD = tl.constexpr(16)  # numbers, 64 bytes: what follows is aligned
@@ -410,13 +411,30 @@ def _is_listed(list_ptr, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
 
 @triton.jit
 def _store_head(list_ptr, n_candidate, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
-    """What _is_listed looks at, behind the number of candidates."""
+    """What _is_listed looks at, behind the number of candidates, and that they are new."""
     tl.store(list_ptr, n_candidate)
     tl.store(list_ptr + 1, row_seen)
     tl.store(list_ptr + 2, local)
     tl.store(list_ptr + 3, n_first)
     tl.store(list_ptr + 4, n_wanted)
     tl.store(list_ptr + 5, BIN)
+    tl.store(list_ptr + 6, 1)
+
+
+@triton.jit
+def _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, list_ptr, kept_ptr, D: tl.constexpr,
+                BIN: tl.constexpr):
+    """_boxes in the dtype of k, kept for a list of candidates: at kept_ptr, (bins, BLOCK_D), and D further. They
+    are written there if the list is new, and else read."""
+    mask = mask_bin[:, None] & (offs_d < D)[None, :]
+    if tl.load(list_ptr + 6) != 0:
+        centre, radius = _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D=D, BIN=BIN)
+        centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
+        tl.store(kept_ptr, centre, mask=mask)
+        tl.store(kept_ptr + D, radius, mask=mask)
+    else:
+        centre, radius = tl.load(kept_ptr, mask=mask, other=0.0), tl.load(kept_ptr + D, mask=mask, other=0.0)
+    return centre, radius
 
 
 # The bins of each row's best cells, ascending, without those of the first keys. n_key: keys, of which no row
@@ -440,6 +458,7 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     lists_ptr += (pid_bc * n_row + pid_r) * list_size
     if KEPT:
         if _is_listed(lists_ptr, row_seen, local, n_first, n_wanted, BIN):
+            tl.store(lists_ptr + 6, 0)
             return
         tl.debug_barrier()  # all have read before any writes
     middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
@@ -475,14 +494,15 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
 #   q (B, C, T, D), any strides; row (B, T) int, as choose_bins says
 #   k (B, Hkv, S, D), any strides, and order (B, S) int or None; or, FROM_BINS, what stands for their bins,
 #   (B, Hkv, n_bin, 2, D) contiguous; n_key: keys or, FROM_BINS, bins. Else there is one query
+#   kept (B, C, kept_size) or None: what stands for a list's bins, as _kept_boxes says
 #   products (B, C, end_t - begin_t, BLOCK_C) fp32, NaN where there is no candidate up to a whole block
 # Operands of the dots have the dtype of k. Reads two numbers a dimension for each candidate (in a decoding
-# step: its keys), once for all queries of its row, so that rows times bins is neither computed nor written.
-# Reference: sea.choose_bins, whose products round differently; it ranks their log-softmax, which orders those
-# of one query as they are.
+# step that does not find them kept: its keys), once for all queries of its row, so that rows times bins is
+# neither computed nor written. Reference: sea.choose_bins, whose products round differently; it ranks their
+# log-softmax, which orders those of one query as they are.
 @triton.jit
-def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, q_strides, k_strides, C, HKV,
-                     T, R, begin_t, end_t, n_row, list_size, n_key, softmax_scale,
+def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, kept_ptr, products_ptr, q_strides, k_strides, C,
+                     HKV, T, R, begin_t, end_t, n_row, list_size, kept_size, n_key, softmax_scale,
                      STRIDE: tl.constexpr, D: tl.constexpr, BIN: tl.constexpr, FROM_BINS: tl.constexpr,
                      BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
@@ -508,9 +528,14 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, products_ptr, 
         centre, radius = tl.load(k_ptr, mask=mask_cd, other=0.0), tl.load(k_ptr + D, mask=mask_cd, other=0.0)
     else:
         order_ptr = None if order_ptr is None else order_ptr + b * n_key
-        centre, radius = _boxes(k_ptr + b * k_strides[0] + kv * k_strides[1], k_strides, order_ptr, bins,
-                                mask_c, n_key, offs_d, D=D, BIN=BIN)
-        centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
+        k_ptr += b * k_strides[0] + kv * k_strides[1]
+        if kept_ptr is None:
+            centre, radius = _boxes(k_ptr, k_strides, order_ptr, bins, mask_c, n_key, offs_d, D=D, BIN=BIN)
+            centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
+        else:
+            kept_ptr += pid_bc * kept_size + offs_c[:, None] * 2 * D + offs_d[None, :]
+            centre, radius = _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_c, n_key, offs_d, lists_ptr, kept_ptr,
+                                         D=D, BIN=BIN)
     first_q, end_q = begin_t, end_t
     if FROM_BINS:
         first_row_end = _end_of_first_row(row_ptr, b, T, STRIDE, BLOCK_S)
@@ -590,10 +615,20 @@ def _choose_bins_kernel(products_ptr, lists_ptr, row_ptr, row_seen_ptr, seen_ptr
                  mask=(offs < n_listed) & ((offs < first_end) | (offs >= chosen_end)))
 
 
-def no_candidates(config, k: Tensor) -> Tensor | None:
-    """sea.no_candidates: room for whatever topk."""
-    n_bin = min(_cdiv(k.shape[2], config.bin), MAX_CANDIDATES)
-    n = HEAD.value + max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_bin))
+def _room(n_candidate: int) -> int:
+    """Candidates that a list has room for."""
+    return max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
+
+
+def _size_kept(k: Tensor) -> int:
+    """Of a candidate, in 32 bits: its number and, in the dtype of k, two a dimension."""
+    return 1 + 2 * k.shape[3] * k.element_size() // 4
+
+
+def no_candidates(config, k: Tensor, topk: int) -> Tensor | None:
+    """sea.no_candidates: HEAD numbers, then all candidates' numbers, then what stands for their keys."""
+    n_candidate = min(_candidates(config, topk, config.width, k.shape[2])[1], MAX_CANDIDATES)
+    n = HEAD.value + _room(n_candidate) * _size_kept(k)
     return torch.full((len(k), config.n_choosers, 1, n), -1, dtype=torch.int32, device=k.device)
 
 
@@ -604,8 +639,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     """sea.choose_bins. row as of sea.choose_rows: query_stride queries have a row, but row 0 may have fewer
     or none, and the last any number. Scratch is sized by this: other rows are out of bounds.
 
-    kept: of no_candidates at first. A step of one query a sequence leaves its row's candidates there, and the
-    next ones find them, as long as rows of one sequence that see as many keys are the same."""
+    kept: of no_candidates at first. A step of one query a sequence leaves its row's candidates there, with what
+    stands for their keys, and the next ones find them, as long as rows of one sequence that see as many keys are
+    the same, and so are these keys."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, C, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -625,12 +661,14 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     _expect(n_candidate <= MAX_CANDIDATES, "topk", f"one of at most {MAX_CANDIDATES} candidates, "
             f"{config.candidates} for each bin that it chooses", f"{topk}, of {n_candidate}")
     is_step, block_p = T == 1, max(32, _next_power_of_2(width))
-    block_c = max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
+    block_c = _room(n_candidate)
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
     n_row = 1 if is_step else min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
-    n_list = HEAD.value + block_c
-    is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1) and kept.shape[3] >= n_list
-    lists = kept if is_kept else _new(q, B, C, n_row, n_list, dtype=torch.int32)
+    is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1)
+    room = (kept.shape[3] - HEAD.value) // _size_kept(k) if is_kept else 0
+    is_kept = is_kept and room >= block_c
+    lists = kept if is_kept else _new(q, B, C, n_row, HEAD.value + block_c, dtype=torch.int32)
+    kept_boxes = kept[..., HEAD.value + room :].view(k.dtype) if is_kept else None  # wherever this list ends
     products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
@@ -657,9 +695,9 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
                 KEPT=is_kept, ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width,
                 BLOCK_P=block_p, num_warps=cell_warps, **of_row)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
-                q, k, order, row, lists, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
-                n_key=k.shape[2], softmax_scale=float(softmax_scale), STRIDE=stride, D=D,
-                FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
+                q, k, order, row, lists, kept_boxes, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
+                kept_size=kept_boxes.stride(1) if is_kept else 0, n_key=k.shape[2],
+                softmax_scale=float(softmax_scale), STRIDE=stride, D=D, FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
                 BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
                 products, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,

@@ -956,10 +956,10 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
     return keep_best(ranked, n_cells, "query") & holds
 
 
-def no_candidates(config: SEAConfig, k: Tensor) -> Tensor | None:
+def no_candidates(config: SEAConfig, k: Tensor, topk: int) -> Tensor | None:
     """None here; in kernels.py room, (B, C, 1, n) int32, for the candidates that the decoding steps
-    of a row share, with a cache k (B, Hkv, S, D): some 64 KB a chooser at most. Those of a longer
-    cache are not kept."""
+    of a row share, and what stands for their keys, 2 * D numbers of the dtype of k for each. More
+    candidates than k (B, Hkv, S, D), a cache, and topk say, as of a longer one, are not kept."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1220,8 +1220,8 @@ class SEAState:
     (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins three times
     as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and width 256,
     in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but, where steps
-    overwrite it, the last row's candidates: what stands for the keys of a bin is computed from the
-    KV cache in every call.
+    overwrite it, the last row's candidates with what stands for their keys, which other calls
+    compute from the KV cache.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1675,7 +1675,7 @@ class SEAttention(nn.Module):
             in_place)
         n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
         if in_place and config.has_bins and past.candidates is None:
-            past.candidates = ops.no_candidates(config, tokens.keys)
+            past.candidates = ops.no_candidates(config, tokens.keys, topk)
         state.candidates = past.candidates if in_place else None
         sparse, choice = self.choose_and_attend(ops, tokens, q_chooser, rows, scores, topk, scale,
                                                 n_dense, state.candidates)

@@ -474,9 +474,9 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
         dict(group={"kv": "query", "query": "kv"}[config.group])) if topk >= 2 * (config.first + local)]
     wide = replace(config, topk=10**6, bin=config.bin + 1, first=config.n_first * (config.bin + 1))  # and else the same
     others.append(replace(wide, topk=math.ceil(wide.first + wide.n_last) + case.n_chosen * wide.bin))
-    kept = kernels.no_candidates(config, k)
+    kept = kernels.no_candidates(config, k, config.topk)
 
-    def choose(config, i, scores, kept):
+    def choose(config, i, scores, kept, k=k):
         of_chooser = q[:, :, i : i + 1]
         if config.n_choosers != of_chooser.shape[1]:
             of_chooser = sea.repeat_heads(of_chooser[:, : k.shape[1]], config.n_choosers)
@@ -488,8 +488,9 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
             for options in (config, config, others[(i + case.seed) % len(others)]):
                 alone = choose(options, i, scores, None)
                 assert torch.equal(choose(options, i, scores, kept), alone)
-                if options.n_choosers == kept.shape[1] and kept.shape[3] >= kernels.no_candidates(options, k).shape[3]:
-                    assert torch.equal(choose(options, i, -scores, kept), alone)  # it did not look at the scores
+                if options.n_choosers == kept.shape[1] and kept.shape[3] >= kernels.no_candidates(options, k, options.topk).shape[3]:
+                    wild = torch.full_like(k, torch.nan)
+                    assert torch.equal(choose(options, i, -scores, kept, wild), alone)  # it did not look at scores and keys
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")  # numpy's, in the interpreter
@@ -2466,7 +2467,7 @@ def launches(dtype: torch.dtype, D: int, width: int, stride: int):
         for n, order in itertools.product((T, 1), (None, torch.zeros(B, S, dtype=torch.long))):
             of_query = torch.arange(n)[None] // stride
             of_chooser = kernels.mean_of_heads(q[:, :, :n], bins.n_choosers)
-            for kept in (None, kernels.no_candidates(bins, k)):
+            for kept in (None, kernels.no_candidates(bins, k, bins.topk)):
                 kernels.choose_bins(scores, of_chooser, k, seen[:, :n], of_query, seen[:, :R], bins.topk, bins, 0.1, order=order, kept=kept)
     config = replace(config, bin=0, group="causal_batch")
     calls = [(torch.ones(B, S, dtype=torch.bool), True), (None, True), (None, False)]
