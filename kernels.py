@@ -298,8 +298,8 @@ def topk_mask(probs: Tensor, seen: Tensor, topk: int, group: str = "causal_batch
 # scratch: the kernels run on as many queries at a time as have at most 2^25 products, 128 MiB, or on 16.
 #
 # A list of candidates begins with HEAD numbers: how many there are, what they are the candidates of, and whether
-# this call has found them. So a decoding step whose query is no row takes those that the last row has left, and
-# what stands for their keys, which is kept behind them: it neither looks for candidates nor reads their keys.
+# this call has found them. So a decoding step whose query is no row takes those that the last row has left, and,
+# if that is less to read than their keys, what stands for these, which is kept behind the list.
 
 BIN_GROUPS = ("query", "kv")
 HEAD = tl.constexpr(16)  # numbers, 64 bytes: what follows is aligned
@@ -402,15 +402,16 @@ def _end_of_first_row(row_ptr, b, T, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr
 
 
 @triton.jit
-def _is_listed(list_ptr, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
-    """Whether a list of candidates is already that of a row that sees row_seen keys, by these options."""
+def _is_listed(list_ptr, row_seen, local, n_first, n_wanted, BIN: tl.constexpr, DTYPE: tl.constexpr):
+    """Whether a list of candidates is already that of a row that sees row_seen keys, by these options, with what is
+    kept behind it in this dtype, a number for each."""
     return ((tl.load(list_ptr + 1) == row_seen) & (tl.load(list_ptr + 2) == local)
             & (tl.load(list_ptr + 3) == n_first) & (tl.load(list_ptr + 4) == n_wanted)
-            & (tl.load(list_ptr + 5) == BIN))
+            & (tl.load(list_ptr + 5) == BIN) & (tl.load(list_ptr + 6) == DTYPE))
 
 
 @triton.jit
-def _store_head(list_ptr, n_candidate, row_seen, local, n_first, n_wanted, BIN: tl.constexpr):
+def _store_head(list_ptr, n_candidate, row_seen, local, n_first, n_wanted, BIN: tl.constexpr, DTYPE: tl.constexpr):
     """What _is_listed looks at, behind the number of candidates, and that they are new."""
     tl.store(list_ptr, n_candidate)
     tl.store(list_ptr + 1, row_seen)
@@ -418,16 +419,17 @@ def _store_head(list_ptr, n_candidate, row_seen, local, n_first, n_wanted, BIN: 
     tl.store(list_ptr + 3, n_first)
     tl.store(list_ptr + 4, n_wanted)
     tl.store(list_ptr + 5, BIN)
-    tl.store(list_ptr + 6, 1)
+    tl.store(list_ptr + 6, DTYPE)
+    tl.store(list_ptr + 7, 1)
 
 
 @triton.jit
-def _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, list_ptr, kept_ptr, D: tl.constexpr,
+def _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, kept_ptr, is_new, D: tl.constexpr,
                 BIN: tl.constexpr):
     """_boxes in the dtype of k, kept for a list of candidates: at kept_ptr, (bins, BLOCK_D), and D further. They
     are written there if the list is new, and else read."""
     mask = mask_bin[:, None] & (offs_d < D)[None, :]
-    if tl.load(list_ptr + 6) != 0:
+    if is_new:
         centre, radius = _boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, D=D, BIN=BIN)
         centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
         tl.store(kept_ptr, centre, mask=mask)
@@ -447,8 +449,9 @@ def _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_bin, n_key, offs_d, list
 # probabilities. Reads a row's scores once. Limits: MAX_WIDTH. Reference: sea.candidate_cells.
 @triton.jit
 def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E, T, R, n_key, begin_t, end_t,
-                       n_row, list_size, local, n_first, n_wanted, KEPT: tl.constexpr, ONE: tl.constexpr,
-                       ZEROS: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr, BLOCK_P: tl.constexpr):
+                       n_row, list_size, local, n_first, n_wanted, KEPT: tl.constexpr, DTYPE: tl.constexpr,
+                       ONE: tl.constexpr, ZEROS: tl.constexpr, WIDTH: tl.constexpr, BIN: tl.constexpr,
+                       BLOCK_P: tl.constexpr):
     pid_r, pid_bc = _program(n_row)
     b, c = pid_bc // C, pid_bc % C
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
@@ -457,8 +460,8 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     row_seen = tl.minimum(tl.load(row_seen_ptr + b * R + r), n_key).to(tl.int32)
     lists_ptr += (pid_bc * n_row + pid_r) * list_size
     if KEPT:
-        if _is_listed(lists_ptr, row_seen, local, n_first, n_wanted, BIN):
-            tl.store(lists_ptr + 6, 0)
+        if _is_listed(lists_ptr, row_seen, local, n_first, n_wanted, BIN, DTYPE):
+            tl.store(lists_ptr + 7, 0)
             return
         tl.debug_barrier()  # all have read before any writes
     middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
@@ -485,7 +488,7 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     slot = tl.cumsum(n_of_cell, axis=0) - n_of_cell
     for i in range(0, tl.cdiv(middle, WIDTH)):
         tl.store(lists_ptr + HEAD + slot + i, begin + i, mask=i < n_of_cell)
-    _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN)
+    _store_head(lists_ptr, tl.sum(n_of_cell, axis=0), row_seen, local, n_first, n_wanted, BIN, DTYPE)
 
 
 # products = softmax_scale * [q ; |q|] . (what stands for each candidate) of queries begin_t ... end_t - 1.
@@ -513,7 +516,7 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, kept_ptr, prod
     # loads that do not wait for each other, though the first ones may say that the last is for nothing
     r, is_row = _row_of_chunk(row_ptr, b, pid_r, T, begin_t, end_t)
     lists_ptr += pid_rbc * list_size
-    n_candidate, bins = tl.load(lists_ptr), tl.load(lists_ptr + HEAD + offs_c)
+    n_candidate, bins, is_new = tl.load(lists_ptr), tl.load(lists_ptr + HEAD + offs_c), tl.load(lists_ptr + 7) != 0
     if not is_row:
         return
     if pid_n * BLOCK_N >= n_candidate:
@@ -534,7 +537,7 @@ def _products_kernel(q_ptr, k_ptr, order_ptr, row_ptr, lists_ptr, kept_ptr, prod
             centre, radius = centre.to(k_ptr.dtype.element_ty), radius.to(k_ptr.dtype.element_ty)
         else:
             kept_ptr += pid_bc * kept_size + offs_c[:, None] * 2 * D + offs_d[None, :]
-            centre, radius = _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_c, n_key, offs_d, lists_ptr, kept_ptr,
+            centre, radius = _kept_boxes(k_ptr, k_strides, order_ptr, bins, mask_c, n_key, offs_d, kept_ptr, is_new,
                                          D=D, BIN=BIN)
     first_q, end_q = begin_t, end_t
     if FROM_BINS:
@@ -620,15 +623,15 @@ def _room(n_candidate: int) -> int:
     return max(PRODUCTS["BLOCK_N"], _next_power_of_2(n_candidate))
 
 
-def _size_kept(k: Tensor) -> int:
-    """Of a candidate, in 32 bits: its number and, in the dtype of k, two a dimension."""
-    return 1 + 2 * k.shape[3] * k.element_size() // 4
+def _size_kept(k: Tensor, bin: int) -> int:
+    """Of a candidate, in 32 bits: its number and, in the dtype of k, two a dimension, unless its keys are no more."""
+    return 1 + (2 * k.shape[3] * k.element_size() // 4 if bin > 2 else 0)
 
 
 def no_candidates(config, k: Tensor, topk: int) -> Tensor | None:
     """sea.no_candidates: HEAD numbers, then all candidates' numbers, then what stands for their keys."""
     n_candidate = min(_candidates(config, topk, config.width, k.shape[2])[1], MAX_CANDIDATES)
-    n = HEAD.value + _room(n_candidate) * _size_kept(k)
+    n = HEAD.value + _room(n_candidate) * _size_kept(k, config.bin)
     return torch.full((len(k), config.n_choosers, 1, n), -1, dtype=torch.int32, device=k.device)
 
 
@@ -640,8 +643,8 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     or none, and the last any number. Scratch is sized by this: other rows are out of bounds.
 
     kept: of no_candidates at first. A step of one query a sequence leaves its row's candidates there, with what
-    stands for their keys, and the next ones find them, as long as rows of one sequence that see as many keys are
-    the same, and so are these keys."""
+    stands for their keys, and the next ones find them; rows of one sequence that see as many keys, and these keys,
+    have to be the same."""
     _check_tensor("scores", scores, 4, "(B, E, R, width)")
     _check_tensor("q", q, 4, "(B, C, T, D)")
     _check_tensor("k", k, 4, "(B, Hkv, S, D)")
@@ -665,10 +668,10 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
     n_row = 1 if is_step else min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
     is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1)
-    room = (kept.shape[3] - HEAD.value) // _size_kept(k) if is_kept else 0
+    room = (kept.shape[3] - HEAD.value) // _size_kept(k, bin) if is_kept else 0
     is_kept = is_kept and room >= block_c
     lists = kept if is_kept else _new(q, B, C, n_row, HEAD.value + block_c, dtype=torch.int32)
-    kept_boxes = kept[..., HEAD.value + room :].view(k.dtype) if is_kept else None  # wherever this list ends
+    boxes = kept[..., HEAD.value + room :].view(k.dtype) if is_kept and bin > 2 else None  # wherever this list ends
     products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))
@@ -692,13 +695,15 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
             of_row = dict(n_key=S, local=config.local, n_first=config.n_first, **shared)
             _candidates_kernel[(n_row * B * C,)](
                 scores, row, row_seen, lists, x_strides=scores.stride(), E=E, n_wanted=n_wanted,
-                KEPT=is_kept, ONE=E <= C, ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width,
-                BLOCK_P=block_p, num_warps=cell_warps, **of_row)
+                KEPT=is_kept, DTYPE=ZERO_BITS[k.dtype], ONE=E <= C,
+                ZEROS=ZERO_BITS[scores.dtype] if E <= C else 0, WIDTH=width, BLOCK_P=block_p,
+                num_warps=cell_warps, **of_row)
             _products_kernel[(_cdiv(block_c, tiles["BLOCK_N"]) * n_row * B * C,)](
-                q, k, order, row, lists, kept_boxes, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
-                kept_size=kept_boxes.stride(1) if is_kept else 0, n_key=k.shape[2],
-                softmax_scale=float(softmax_scale), STRIDE=stride, D=D, FROM_BINS=not is_step, BLOCK_C=block_c, BLOCK_M=16, BLOCK_D=block_d,
-                BLOCK_S=_next_power_of_2(min(stride, T)), **tiles, **shared)
+                q, k, order, row, lists, boxes, products, q_strides=q.stride(), k_strides=k.stride(), HKV=Hkv,
+                kept_size=0 if boxes is None else boxes.stride(1), n_key=k.shape[2],
+                softmax_scale=float(softmax_scale), STRIDE=stride, D=D, FROM_BINS=not is_step, BLOCK_C=block_c,
+                BLOCK_M=16, BLOCK_D=block_d, BLOCK_S=_next_power_of_2(min(stride, T)), **tiles,
+                **shared)
             _choose_bins_kernel[((end_t - begin_t) * B * C,)](
                 products, lists, row, row_seen, seen, bins, n_chosen=min(n_chosen, n_bin), n_listed=n_listed,
                 BLOCK=tiles["BLOCK_N"], BLOCK_C=block_c, BLOCK_N=min(block_c, 512 * warps), num_warps=warps,

@@ -958,8 +958,9 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 def no_candidates(config: SEAConfig, k: Tensor, topk: int) -> Tensor | None:
     """None here; in kernels.py room, (B, C, 1, n) int32, for the candidates that the decoding steps
-    of a row share, and what stands for their keys, 2 * D numbers of the dtype of k for each. More
-    candidates than k (B, Hkv, S, D), a cache, and topk say, as of a longer one, are not kept."""
+    of a row share and, in bins of more than 2 keys, what stands for each one's, 2 * D numbers of
+    the dtype of k (B, Hkv, S, D), a cache. It is sized for this topk and S: steps that need more
+    find theirs anew."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1219,9 +1220,9 @@ class SEAState:
     Numbers a sequence: Hkv*m*(2D+1) of sums and Hkv*D of v_sum in fp32, 16*H*P of conv_rows
     (without a CNN only v_sum of these), with cell_keys Hkv*2*width*D in fp32, with bins three times
     as many, and with a stride E*width and, of a CNN's gates, 2*H. At 12 heads of 64 and width 256,
-    in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but, where steps
-    overwrite it, the last row's candidates with what stands for their keys, which other calls
-    compute from the KV cache.
+    in bf16: 0.23 MB, with cell_keys 1.8, with bins 5.0. Of step 7 it holds nothing but, with a
+    stride and where steps overwrite it, the last row's candidates and what stands for their keys,
+    which else is computed from the KV cache in every call.
 
     Differs: the authors' cached path skips the feature map and keeps every cell for a single new
     token; with this state any split of a sequence into calls gives what one call gives.
@@ -1646,7 +1647,8 @@ class SEAttention(nn.Module):
         one before (causal only): the same output and state, less memory, no scores, cells or bins.
         in_place: overwrite `state`, that of a call with kv_cached, with the state after this one,
         which the result then carries, so that a CUDA graph of a decoding step goes on from there
-        when it is replayed (a step outside the graph, before, gives the state room for candidates);
+        when it is replayed (a step outside the graph, before, whose topk and k are no smaller,
+        gives the state room for candidates);
         without gradients and rows_at_once, and if it fails the state is lost.
         Raises ValueError if arguments do not fit.
         """
@@ -1674,7 +1676,8 @@ class SEAttention(nn.Module):
             ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
             in_place)
         n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
-        if in_place and config.has_bins and past.candidates is None:
+        has_kept = in_place and config.has_bins and config.query_stride > 1  # else each is a row
+        if has_kept and past.candidates is None:
             past.candidates = ops.no_candidates(config, tokens.keys, topk)
         state.candidates = past.candidates if in_place else None
         sparse, choice = self.choose_and_attend(ops, tokens, q_chooser, rows, scores, topk, scale,

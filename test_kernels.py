@@ -476,7 +476,7 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
     others.append(replace(wide, topk=math.ceil(wide.first + wide.n_last) + case.n_chosen * wide.bin))
     kept = kernels.no_candidates(config, k, config.topk)
 
-    def choose(config, i, scores, kept, k=k):
+    def choose(config, i, scores, kept, k=k, q=q):
         of_chooser = q[:, :, i : i + 1]
         if config.n_choosers != of_chooser.shape[1]:
             of_chooser = sea.repeat_heads(of_chooser[:, : k.shape[1]], config.n_choosers)
@@ -490,7 +490,10 @@ def test_a_step_finds_the_candidates_that_another_has_left(case):
                 assert torch.equal(choose(options, i, scores, kept), alone)
                 if options.n_choosers == kept.shape[1] and kept.shape[3] >= kernels.no_candidates(options, k, options.topk).shape[3]:
                     wild = torch.full_like(k, torch.nan)
-                    assert torch.equal(choose(options, i, -scores, kept, wild), alone)  # it did not look at scores and keys
+                    keys = wild if options.bin > 2 else k  # else they are not more to read
+                    assert torch.equal(choose(options, i, -scores, kept, keys), alone)  # it did not look at scores and keys
+            otherwise = [x.to(torch.float16 if k.dtype == torch.float32 else torch.float32) for x in (k, q)]
+            assert torch.equal(choose(config, i, scores, kept, *otherwise), choose(config, i, scores, None, *otherwise))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")  # numpy's, in the interpreter
