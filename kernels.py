@@ -461,7 +461,7 @@ def _candidates_kernel(x_ptr, row_ptr, row_seen_ptr, lists_ptr, x_strides, C, E,
     lists_ptr += (pid_bc * n_row + pid_r) * list_size
     if KEPT:
         if _is_listed(lists_ptr, row_seen, local, n_first, n_wanted, BIN, DTYPE):
-            tl.store(lists_ptr + 7, 0)
+            tl.store(lists_ptr + 7, 0)  # not new
             return
         tl.debug_barrier()  # all have read before any writes
     middle = tl.maximum(row_seen - local, 0) // BIN  # bins in cells
@@ -668,10 +668,12 @@ def choose_bins(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor, row: Tensor,
     n_query = min(T, max(CHOOSE["scratch"] // max(B * C * block_c, 1), CHOOSE["queries"]))  # at a time
     n_row = 1 if is_step else min(R, (n_query - 1) // config.query_stride + 2)  # that they use, at most
     is_kept = is_step and kept is not None and kept.shape[:3] == (B, C, 1)
-    room = (kept.shape[3] - HEAD.value) // _size_kept(k, bin) if is_kept else 0
+    size_kept = _size_kept(k, bin)
+    room = (kept.shape[3] - HEAD.value) // size_kept if is_kept else 0
     is_kept = is_kept and room >= block_c
     lists = kept if is_kept else _new(q, B, C, n_row, HEAD.value + block_c, dtype=torch.int32)
-    boxes = kept[..., HEAD.value + room :].view(k.dtype) if is_kept and bin > 2 else None  # wherever this list ends
+    has_boxes = is_kept and size_kept > 1
+    boxes = kept[..., HEAD.value + room :].view(k.dtype) if has_boxes else None  # wherever this list ends
     products = _new(q, B, C, n_query, block_c, dtype=torch.float32)
     bins = _new(q, B, C, T, n_listed, dtype=torch.int32)
     order, row, row_seen, seen = (x if x is None else x.contiguous() for x in (order, row, row_seen, seen))

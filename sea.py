@@ -958,9 +958,9 @@ def candidate_cells(scores: Tensor, n_in_cells: Tensor, config: SEAConfig,
 
 def no_candidates(config: SEAConfig, k: Tensor, topk: int) -> Tensor | None:
     """None here; in kernels.py room, (B, C, 1, n) int32, for the candidates that the decoding steps
-    of a row share and, in bins of more than 2 keys, what stands for each one's, 2 * D numbers of
-    the dtype of k (B, Hkv, S, D), a cache. It is sized for this topk and S: steps that need more
-    find theirs anew."""
+    of a row share and, in bins of more than 2 keys, for what stands for each: 2 * D numbers of the
+    dtype of k (B, Hkv, S, D), a cache. Sized for this topk and S: steps that need more find their
+    candidates anew."""
 
 
 def always_bins(seen: Tensor, begin: Tensor, config: SEAConfig, n_keys: int) -> Tensor:
@@ -1676,8 +1676,8 @@ class SEAttention(nn.Module):
             ops, tokens.q if config.cnn else q_chooser, tokens.k, tokens.v, rows, scale, past,
             in_place)
         n_some, n_dense = self.count_dense(past, q.shape[2], valid, kv_cached)
-        has_kept = in_place and config.has_bins and config.query_stride > 1  # else each is a row
-        if has_kept and past.candidates is None:
+        is_shared = in_place and config.has_bins and config.query_stride > 1  # a row's candidates
+        if is_shared and past.candidates is None:
             past.candidates = ops.no_candidates(config, tokens.keys, topk)
         state.candidates = past.candidates if in_place else None
         sparse, choice = self.choose_and_attend(ops, tokens, q_chooser, rows, scores, topk, scale,
